@@ -51,8 +51,8 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
 
     Keys: rank, device_num, strategies {operator: one list per input}, layouts {parameter: LAYOUT_FIELDS},
     parameters {name: {shape, dtype, bytes}} as stored on this rank (weights, optimizer states, gradient buffers),
-    weights (names of those that the optimizer updates), collectives (`mindir.Collective`), flops {model, hardware} per step of this rank,
-    compile_seconds, peak_rss_bytes of this process.
+    weights (names of those that the optimizer updates), collectives (`mindir.Collective`), flops {model, hardware}
+    per step of this rank, compile_seconds, peak_rss_bytes of this process.
     """
     from mindspore.communication import get_group_size, get_rank
     from mindspore.graph.api import _cell_graph_executor
