@@ -1,9 +1,9 @@
 """Build the C++ extensions; everything else is declared in pyproject.toml."""
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+
+from pybind11.setup_helpers import build_ext
 from setuptools import setup
 
 setup(
-    ext_modules=[
-    ],
+    ext_modules=[],
     cmdclass={"build_ext": build_ext},
 )
