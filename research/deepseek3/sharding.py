@@ -142,18 +142,26 @@ def shard(cell: nn.Cell, plan: str, config) -> None:
         apply(getattr(cell, name), sizes, layouts)
 
 
-def share_graph(init):
-    """Decorate `__init__`: cells built with equal arguments share one compiled graph, where the device can.
+def share_graph(unit: str):
+    """Decorate `__init__(self, config, ...)`: cells built with equal arguments share one compiled graph.
 
-    Compile time then does not grow with the number of equal layers, and pipelining can inline the net per micro-batch.
+    Without a pipeline the layers share ("layer"), so compile time does not grow with their number. With one, the whole
+    net does ("net"), once per micro-batch; layers must not as well, because MindSpore 2.9 then adds every layer's
+    gradient to the accumulators of all layers that share its graph. CPU compiles no shared graphs.
     """
-    shared = lazy_inline(init)
 
-    @functools.wraps(init)
-    def build(self, *args, **kwargs):
-        (shared if ms.get_context("device_target") == "Ascend" else init)(self, *args, **kwargs)
+    def decorate(init):
+        shared = lazy_inline(init)
 
-    return build
+        @functools.wraps(init)
+        def build(self, config, *args):
+            wanted = "net" if config.parallel_config.pipeline_stage > 1 else "layer"
+            shares = wanted == unit and ms.get_context("device_target") == "Ascend"
+            (shared if shares else init)(self, config, *args)
+
+        return build
+
+    return decorate
 
 
 def apply(operator, sizes: dict[str, int], layouts: tuple) -> None:
