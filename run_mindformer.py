@@ -7,12 +7,16 @@ Any key of the YAML can be set as `--section.key value`. Bad input ends with one
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from mindformers_ext.errors import ConfigError, UserError
+from mindformers_ext.yaml_config import load_yaml, override
 
 HERE = Path(__file__).resolve().parent
 
@@ -70,11 +74,11 @@ def parse_overrides(rest: list[str]) -> list[tuple[str, Any]]:
     while position < len(rest):
         key, equals, text = rest[position].partition("=")
         if not key.startswith("--"):
-            raise ValueError(f"argument {rest[position]!r} is not understood; options look like --section.key value")
+            raise ConfigError(f"argument {rest[position]!r} is not understood; options look like --section.key value")
         if not equals:
             position += 1
             if position == len(rest):
-                raise ValueError(f"option {key} has no value; write {key} VALUE")
+                raise ConfigError(f"option {key} has no value; write {key} VALUE")
             text = rest[position]
         position += 1
         pairs.append((key[2:], yaml.safe_load(text)))
@@ -86,46 +90,40 @@ def find(path: str) -> Path:
     return Path(path) if Path(path).exists() else HERE / path
 
 
-def prepare_imports(register_path: str) -> None:
-    """Let MindFormers find the model's files, and keep MindSpore's warnings out of the way unless asked for."""
+def prepare_environment(register_path: str, output_dir: str) -> None:
+    """Let MindFormers find the model's files, put its logs into output_dir, and keep MindSpore's warnings back."""
     os.environ["REGISTER_PATH"] = str(find(register_path).resolve())
+    os.environ.setdefault("LOG_MF_PATH", str(Path(output_dir) / "log"))
     os.environ.setdefault("GLOG_v", "3")
-    for path in (os.environ["REGISTER_PATH"], str(HERE)):
-        if path not in sys.path:
-            sys.path.insert(0, path)
+    if os.environ["REGISTER_PATH"] not in sys.path:
+        sys.path.insert(0, os.environ["REGISTER_PATH"])
 
 
 def run(arguments: list[str]) -> None:
     """Parse the command line, check the YAML and run its mode."""
     options, rest = build_parser().parse_known_args(arguments)
+    path = find(options.config)
+    config = load_yaml(path)
     overrides = parse_overrides(rest)
     overrides += [(key, getattr(options, name)) for name, key, *_ in OPTIONS if getattr(options, name) is not None]
-    path = find(options.config)
-    prepare_imports(options.register_path)
+    for key, value in overrides:
+        override(config, key, value, path)
+    prepare_environment(options.register_path, config.get("output_dir", "./output"))
+    logging.disable(logging.WARNING)  # MindFormers tells of optional packages that are missing
+    from mindformers_ext.run_modes import run_mode  # after the environment, which MindFormers reads while importing
 
-    from mindformers_ext.config_check import load_yaml
-    from mindformers_ext.run_modes import run_mode
-
-    run_mode(load_yaml(path), overrides, str(path), options.predict_data)
+    logging.disable(logging.NOTSET)
+    run_mode(config, path, options.predict_data)
 
 
 def main() -> int:
-    """Run; bad input is one sentence on standard error and exit code 2."""
+    """Run, and print an error that is the user's to mend as one sentence."""
     try:
         run(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        return fail(error, 2)
-    except RuntimeError as error:
-        if type(error).__name__ != "TrainingStopped":
-            raise
-        return fail(error, 3)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return error.exit_code
     return 0
-
-
-def fail(error: Exception, code: int) -> int:
-    """Print an error as one sentence and return the exit code."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":

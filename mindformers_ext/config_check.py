@@ -9,47 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
-from mindformers_ext.config_schema import CLASS_SECTIONS, SECTIONS, Rule
-
-
-class ConfigError(ValueError):
-    """A value that cannot work; the message is one sentence that names file, key and value."""
-
-
-def load_yaml(path: str | Path) -> dict:
-    """Read a YAML file into a dictionary.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or its top level is not a mapping.
-    """
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the YAML file ({error.strerror}); give its path with --config") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: holds {type(config).__name__}, but a mapping of sections is needed")
-    return config
-
-
-def override(config: dict, dotted_key: str, value: Any, path: str | Path) -> None:
-    """Set `section.key` of the configuration in place, as `--section.key value` does; `callbacks.0.key` also works."""
-    *parents, last = dotted_key.split(".")
-    section: Any = config
-    for part in parents:
-        if isinstance(section, list) and part.isdigit() and int(part) < len(section):
-            section = section[int(part)]
-        elif isinstance(section, dict):
-            section = section.setdefault(part, {})
-        if not isinstance(section, (dict, list)):
-            raise ConfigError(f"{path}: --{dotted_key} {value}: {part!r} is not a section; give section.key")
-    if not isinstance(section, dict):
-        raise ConfigError(f"{path}: --{dotted_key} {value}: give the number of a list item before {last!r}")
-    section[last] = value
+from mindformers_ext.config_schema import ANY, CLASS_SECTIONS, SECTIONS, Rule
+from mindformers_ext.errors import ConfigError
+from mindformers_ext.yaml_config import lookup
 
 
 def check_config(config: dict, path: str | Path) -> None:
@@ -72,16 +36,6 @@ def check_config(config: dict, path: str | Path) -> None:
                 check_class_section(item, section + (f"[{index}]" if isinstance(values, list) else ""), section, path)
     check_model(config, path)
     check_degrees(config, path)
-
-
-def lookup(config: dict, dotted_key: str, default: Any = None) -> Any:
-    """Return the value at `a.b.c`, or `default` when any part is missing; the whole configuration for ''."""
-    value: Any = config
-    for part in dotted_key.split(".") if dotted_key else []:
-        value = value.get(part) if isinstance(value, dict) else None
-        if value is None:
-            return default
-    return value
 
 
 def is_megatron(config: dict, dataset: str) -> bool:
@@ -127,7 +81,7 @@ def check_class_section(values: dict, name: str, section: str, path: str | Path)
     names, open_ended = constructor_keys(registered[kind])
     if open_ended and module_type == "dataset_loader" and kind != "BlendedMegatronDatasetDataLoader":
         return
-    check_section(values, name, {key: rules.get(key, Rule("anything", lambda v: True)) for key in names | set(rules)}, path)
+    check_section(values, name, {key: rules.get(key, ANY) for key in names | set(rules)}, path)
 
 
 def constructor_keys(cls: type) -> tuple[set[str], bool]:

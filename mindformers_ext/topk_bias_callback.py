@@ -7,7 +7,7 @@ YAML lists it, so every checkpoint holds the updated bias. It can go when upstre
 """
 
 import numpy as np
-from mindformers.core.callback import TopkBiasBalanceCallback as UpstreamTopkBiasBalanceCallback
+from mindformers.core.callback.callback import TopkBiasBalanceCallback as UpstreamTopkBiasBalanceCallback
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor, get_auto_parallel_context, nn, ops
 from mindspore.train import Callback, RunContext

@@ -24,6 +24,7 @@ from mindspore.train import Callback, RunContext
 from tensorboardX import SummaryWriter
 
 from mindformers_ext.device_peak import device_peak
+from mindformers_ext.errors import TrainingStopped
 from mindformers_ext.topk_bias_callback import read_expert_load, sum_over_ranks
 from mindformers_ext.train_wrapper import real_model
 
@@ -31,16 +32,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend comes first)
 
 
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message is one sentence with step, value and what to do."""
-
-
 def take_loss_parts(model: nn.Cell) -> tuple[float | None, float | None, float | None]:
     """Return main, MTP and balance loss, the mean over this step's micro-batches and ranks, and reset them.
 
     All None on a pipeline stage that computes no loss.
     """
-    parts = sum_over_ranks(model.loss_parts).asnumpy()
+    parts = sum_over_ranks(model.loss_parts).asnumpy().copy()  # on CPU the array shares the parameter's memory
     ops.assign(model.loss_parts, ops.zeros_like(model.loss_parts))
     if parts[3] == 0:
         return None, None, None
@@ -105,6 +102,7 @@ class TrainingMetrics(Callback):
         """Open the files and find out what a step costs."""
         cb_params = run_context.original_args()
         self.model = real_model(cb_params.train_network)
+        take_loss_parts(self.model)  # a checkpoint may hold the parts of the step it was written in
         self.first_step = int(cb_params.network.optimizer.global_step.asnumpy().item())
         self.last_step = cb_params.cur_step_num
         seq_length = self.model.config.seq_length
