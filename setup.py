@@ -1,4 +1,5 @@
 """Build the C++ extensions; everything else is declared in pyproject.toml."""
+
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 

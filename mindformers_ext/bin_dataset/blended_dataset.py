@@ -143,7 +143,11 @@ def _build_parts(
     sizes: Sequence[int | None],
 ) -> list[GPTDataset]:
     with ThreadPoolExecutor(config.num_dataset_builder_threads) as pool:
-        return list(pool.map(lambda part: _build_part(config, split, part[0], share, part[1]), zip(prefixes, sizes)))
+        return list(
+            pool.map(
+                lambda part: _build_part(config, split, part[0], share, part[1]), zip(prefixes, sizes, strict=False)
+            )
+        )
 
 
 def _build_part(
@@ -163,7 +167,7 @@ def split_ranges(split: str) -> list[tuple[float, float] | None]:
     bounds = [0.0]
     for share in (np.array(shares) / np.sum(shares)).tolist():
         bounds.append(bounds[-1] + share)
-    return [None if low >= high else (low, high) for low, high in zip(bounds, bounds[1:])]
+    return [None if low >= high else (low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
 
 
 def parse_blend(paths: Sequence[str | float]) -> tuple[list[str], list[float] | None]:

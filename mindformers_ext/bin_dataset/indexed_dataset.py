@@ -204,7 +204,9 @@ class IndexedDatasetWriter:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise RuntimeError(f"another process is writing {self._partial}; wait for it or choose another prefix")
+            raise RuntimeError(
+                f"another process is writing {self._partial}; wait for it or choose another prefix"
+            ) from None
         self._file.truncate(0)
 
     def __enter__(self) -> "IndexedDatasetWriter":
@@ -219,7 +221,7 @@ class IndexedDatasetWriter:
     def add_document(self, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int] | None = None) -> None:
         """Append one document of one or (``lengths``) several sequences; ``lengths=[]`` marks an empty document."""
         lengths = [len(tokens)] if lengths is None else lengths
-        self._append(np.asarray(tokens), np.asarray(lengths, np.int32), np.array([len(lengths)], np.int64))
+        self.add_batch(np.asarray(tokens), np.asarray(lengths, np.int32), np.array([len(lengths)], np.int64))
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append many documents of one sequence each: flat ``tokens`` and the length of each document.
@@ -227,7 +229,7 @@ class IndexedDatasetWriter:
         A document of length 0 becomes a mark without a sequence, as Megatron's preprocessing writes it.
         """
         lengths = np.asarray(lengths, np.int32)
-        self._append(np.asarray(tokens), lengths[lengths > 0], (lengths > 0).astype(np.int64))
+        self.add_batch(np.asarray(tokens), lengths[lengths > 0], (lengths > 0).astype(np.int64))
 
     def add_index(self, prefix: str | Path) -> None:
         """Append all documents of another dataset of the same dtype."""
@@ -240,7 +242,9 @@ class IndexedDatasetWriter:
         with open(bin_path(prefix), "rb") as source:
             shutil.copyfileobj(source, self._file, 1 << 22)
 
-    def _append(self, tokens: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray) -> None:
+    def add_batch(self, tokens: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray) -> None:
+        """Append many documents: flat tokens, the length of each sequence, how many sequences each document has."""
+        lengths = np.asarray(lengths, np.int32)
         if int(lengths.sum(dtype=np.int64)) != len(tokens):
             raise ValueError(f"lengths sum to {lengths.sum(dtype=np.int64)} but there are {len(tokens)} tokens")
         self._file.write(_cast(tokens, self.dtype).data)

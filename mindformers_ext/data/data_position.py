@@ -48,5 +48,7 @@ def start_of(path: str | None, here: DataPosition | None) -> int:
         return 0
     saved = DataPosition.load(path)
     if here is not None and here.data_hash != saved.data_hash:
-        raise ValueError(f"{path} was saved with other data, sizes, sequence length or seed; its position means nothing")
+        raise ValueError(
+            f"{path} was saved with other data, sizes, sequence length or seed; its position means nothing"
+        )
     return saved.consumed_samples

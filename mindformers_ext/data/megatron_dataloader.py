@@ -122,9 +122,7 @@ class BlendedMegatronDatasetDataLoader:
         settings, paths = parse_config(config)
         columns = _check_columns(list(column_names or ["input_ids"]), settings)
         source = _build_source(settings, paths, sizes, PHASES[phase], columns, resume_position)
-        return GeneratorDataset(
-            source, column_names=columns, shuffle=False, num_shards=num_shards, shard_id=shard_id
-        )
+        return GeneratorDataset(source, column_names=columns, shuffle=False, num_shards=num_shards, shard_id=shard_id)
 
 
 def _check_columns(columns: list[str], config: GPTDatasetConfig) -> list[str]:
