@@ -77,7 +77,10 @@ def text_job(tool: str, args: argparse.Namespace, tokenizer: TextTokenizer, **mo
 def run_and_report(job: Job) -> None:
     """Run a job and print its summary."""
     started = time.monotonic()
-    counts = run(job)
+    try:
+        counts = run(job)
+    finally:
+        job.tokenizer.close()
     print(summary(job, counts, time.monotonic() - started))
 
 
