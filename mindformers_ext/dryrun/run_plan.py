@@ -163,7 +163,7 @@ def _model_plan(config: dict, path: str | Path) -> ModelPlan:
     given = lookup(config, "model.model_config")
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: model.model_config is missing; it names the model and its sizes")
-    folder = _model_folder()
+    folder = model_folder()
     module, name = str(given.get("auto_register", "")).rpartition(".")[::2]
     if not (folder / f"{module}.py").is_file():
         raise ConfigError(
@@ -181,7 +181,8 @@ def _model_plan(config: dict, path: str | Path) -> ModelPlan:
     return ModelPlan(values, moe)
 
 
-def _model_folder() -> Path:
+def model_folder() -> Path:
+    """Folder of the model's Python files."""
     return Path(__file__).resolve().parents[2] / "research" / "deepseek3"
 
 
