@@ -49,7 +49,9 @@ class StageCost:
     working_bytes: float  # largest set of temporary values
     flops_per_step: float  # forward and backward of the model's formula
     compute_seconds: float  # one micro-batch, forward and backward, recomputation included
-    collective_seconds: dict[str, float]  # one micro-batch, by purpose; "data parallel": once a step, what is not hidden
+    collective_seconds: dict[
+        str, float
+    ]  # one micro-batch, by purpose; "data parallel": once a step, what is not hidden
     transfers: list[Transfer]  # of one step
 
     @property
