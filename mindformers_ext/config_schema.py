@@ -127,7 +127,7 @@ TOP = (
     | any_of(
         "base_config checkpoint tensorboard generation_config grouped_lr_schedule remove_redundancy "
         "use_graceful_exit resume_by_last_timestamp_ckpt calculate_per_token_loss check_for_nan_in_loss_and_grad "
-        "use_skip_data_by_global_norm use_checkpoint_health_monitor transform_by_rank npu_num_per_node top_k "
+        "profiler_level use_skip_data_by_global_norm use_checkpoint_health_monitor transform_by_rank npu_num_per_node top_k "
         "trust_remote_code use_legacy_format push_to_hub auto_tune filepath_prefix autotune_per_step".split()
     )
     | {
@@ -173,7 +173,7 @@ SECTIONS: dict[str, dict[str, Rule]] = {
     "recompute_config": any_of(template.RecomputeConfig.keys())
     | {
         "recompute": either(BOOL, list_of(either(BOOL, whole(0)))),
-        "select_recompute": either(BOOL, list_of(ANY)),
+        "select_recompute": either(BOOL, list_of(ANY), MAPPING),
         "parallel_optimizer_comm_recompute": BOOL,
         "mp_comm_recompute": BOOL,
         "recompute_slice_activation": BOOL,

@@ -30,7 +30,8 @@ def read_expert_load(model: nn.Cell) -> dict[str, np.ndarray]:
     loads = {}
     for name, router in model.moe_routers():
         total = sum_over_ranks(router.expert_load)
-        ops.assign(router.expert_load, total)
+        if total is not router.expert_load:
+            ops.assign(router.expert_load, total)
         loads[name] = total.asnumpy().copy()
     return loads
 

@@ -14,6 +14,8 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 __all__ = ["ConfigError", "DeepseekV2Config", "MoeConfig", "YarnConfig"]
 
+# What MindFormers' Trainer adds to model_config for parts of MindFormers that this model does not use.
+TRAINER_KEYS = ("disable_lazy_inline", "dataset_config", "calculate_per_token_loss")
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
 
 
@@ -292,6 +294,8 @@ class DeepseekV2Config(PretrainedConfig):
 
     def __init__(self, **given: Any):
         base = {k: given.pop(k) for k in ("parallel_config", "moe_config", "pet_config") if k in given}
+        for key in TRAINER_KEYS:
+            given.pop(key, None)
         known = {f.name: f.default for f in dataclasses.fields(self)}
         reject_unknown("model_config", (k for k in given if k not in ("type", "auto_register")), known)
         super().__init__(pet_config=base.get("pet_config"))

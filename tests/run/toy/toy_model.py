@@ -14,13 +14,16 @@ class ToyConfig(PretrainedConfig):
 
     model_type = "toy"
 
-    def __init__(self, vocab_size=64, hidden_size=16, seq_length=16, num_experts=4, batch_size=1, **kwargs):
+    def __init__(self, vocab_size=64, hidden_size=16, seq_length=16, num_experts=4, batch_size=1, max_decode_length=6, **kwargs):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.seq_length = seq_length
         self.num_experts = num_experts
         self.batch_size = batch_size
+        self.max_decode_length = max_decode_length
+        self.do_sample, self.temperature, self.top_k, self.top_p = False, 1.0, 0, 1.0
         super().__init__(**kwargs)
+        self.eos_token_id = -1  # no token ends the text
 
 
 class ToyRouter(nn.Cell):
