@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from mindformers_ext.dryrun.compile_rank import compile_cell, guarded
+from mindformers_ext.yaml_config import load_yaml, lookup
 
 # What a dry run does not need: data files, checkpoints, reports of steps that never run.
 WITHOUT = {
@@ -22,6 +23,7 @@ WITHOUT = {
     "processor": "null",
     "callbacks": "[]",
     "context.device_target": "Ascend",
+    "train_dataset.num_parallel_workers": "1",
 }
 
 
@@ -44,10 +46,20 @@ def compile_run(arguments: list[str], samples: int, out: Path) -> None:
     settings = WITHOUT | {"output_dir": str(out / "output"), "train_dataset.data_loader.sizes": f"[{samples}, 0, 0]"}
     arguments = arguments + [text for key, value in settings.items() for text in (f"--{key}", value)]
     options, _ = run_mindformer.build_parser().parse_known_args(arguments)
+    arguments += _absolute_paths(run_mindformer.find(options.config))
     run_mindformer.prepare_environment(options.register_path, options.output_dir)  # before MindFormers is imported
     ms.train.Model.train = _compiling_train(out)
     _stand_in_data()
     run_mindformer.run(arguments)
+
+
+def _absolute_paths(config: Path) -> list[str]:
+    """Overrides for paths in the YAML that are relative to the project: this process has a folder of its own."""
+    key = "context.ascend_config.parallel_speed_up_json_path"
+    given = lookup(load_yaml(config), key)
+    if given is None or Path(given).is_absolute():
+        return []
+    return [f"--{key}", str(Path(__file__).resolve().parents[2] / given)]
 
 
 def _stand_in_data() -> None:
