@@ -94,6 +94,7 @@ def prepare_environment(register_path: str, output_dir: str) -> None:
     """Let MindFormers find the model's files, put its logs into output_dir, and keep MindSpore's warnings back."""
     os.environ["REGISTER_PATH"] = str(find(register_path).resolve())
     os.environ.setdefault("LOG_MF_PATH", str(Path(output_dir) / "log"))
+    os.environ.setdefault("OM_MODULES_CACHE", str(Path(output_dir) / "log" / "modules"))  # auto_register's own copy
     os.environ.setdefault("GLOG_v", "3")
     if os.environ["REGISTER_PATH"] not in sys.path:
         sys.path.insert(0, os.environ["REGISTER_PATH"])

@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer.json with the `tokenizers` library; the same text gives the same file.
 
-    python dataset_tools/train_tokenizer.py --input corpus.txt --output tokenizer.json --vocab-size 4096
+python dataset_tools/train_tokenizer.py --input corpus.txt --output tokenizer.json --vocab-size 4096
 """
 
 import argparse

@@ -65,11 +65,12 @@ def load_weights(network: nn.Cell, checkpoint: Path, config_path: str | Path) ->
         missing, _ = ms.load_param_into_net(network, parameters)
     except (ValueError, RuntimeError, TypeError) as error:
         raise ConfigError(
-            f"{config_path}: load_checkpoint {str(checkpoint)!r} does not fit this model: {' '.join(str(error).split())}"
+            f"{config_path}: load_checkpoint {str(checkpoint)!r} does not fit this model: "
+            f"{' '.join(str(error).split())}"
         ) from None
     lost = [name for name in missing if not name.endswith(("expert_load", "loss_parts"))]
     if lost:
         raise ConfigError(
-            f"{config_path}: load_checkpoint {str(checkpoint)!r} lacks {len(lost)} of the model's weights, the first is "
-            f"{lost[0]!r}; give a checkpoint of this model"
+            f"{config_path}: load_checkpoint {str(checkpoint)!r} lacks {len(lost)} of the model's weights, the first "
+            f"is {lost[0]!r}; give a checkpoint of this model"
         )

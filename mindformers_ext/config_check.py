@@ -165,7 +165,11 @@ def check_degrees(config: dict, path: str | Path) -> None:
     tp, pp, ep = degree["model_parallel"], degree["pipeline_stage"], degree["expert_parallel"]
     for key, divisor, by in (
         ("model.model_config.num_heads", tp, "model_parallel"),
-        ("model.model_config.vocab_size", 1 if lookup(config, "parallel_config.vocab_emb_dp") else tp, "model_parallel"),
+        (
+            "model.model_config.vocab_size",
+            1 if lookup(config, "parallel_config.vocab_emb_dp") else tp,
+            "model_parallel",
+        ),
         ("moe_config.expert_num", ep, "expert_parallel"),
         ("model.model_config.seq_length", degree["context_parallel"], "context_parallel"),
     ):
@@ -187,7 +191,9 @@ def check_degrees(config: dict, path: str | Path) -> None:
     strategy = lookup(config, "parallel.dataset_strategy")
     if isinstance(strategy, list):
         dp = degree["data_parallel"]
-        need(all(item[0] == dp for item in strategy), "parallel.dataset_strategy", f"must start with data_parallel {dp}")
+        need(
+            all(item[0] == dp for item in strategy), "parallel.dataset_strategy", f"must start with data_parallel {dp}"
+        )
     check_device_count(config, inside * pp, path)
 
 

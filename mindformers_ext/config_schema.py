@@ -46,9 +46,7 @@ def number(low: float, high: float = float("inf"), above: bool = False) -> Rule:
 
 def one_of(*values: Any) -> Rule:
     """One of the listed values, of the same type."""
-    return Rule(
-        f"one of {', '.join(map(repr, values))}", lambda v: any(v == x and type(v) is type(x) for x in values)
-    )
+    return Rule(f"one of {', '.join(map(repr, values))}", lambda v: any(v == x and type(v) is type(x) for x in values))
 
 
 def list_of(rule: Rule, size: int | None = None) -> Rule:
@@ -71,19 +69,22 @@ MAPPING = Rule("a mapping of keys", lambda v: isinstance(v, dict))
 EMPTY = Rule("empty", lambda v: v is None)
 
 
-def any_of(keys: Any) -> dict[str, Rule]:
-    """Legal keys without a rule for their value: MindFormers reads them, this project does not."""
-    return dict.fromkeys(keys, ANY)
+def keys(words: Any, rule: Rule = ANY) -> dict[str, Rule]:
+    """One rule for several keys, given as an iterable or as one text of words.
+
+    Keys with the rule ANY are read by MindFormers only.
+    """
+    return dict.fromkeys(words.split() if isinstance(words, str) else words, rule)
 
 
 FRACTION = number(0, 1)
 RUN_MODES = ("train", "finetune", "eval", "predict")
 TYPED = {"type": TEXT, "auto_register": TEXT}
 
-DATASET = any_of(
+DATASET = keys(
     "type output_columns eod_reset eod_token_id auto_tune filepath_prefix autotune_per_step profile token_monitor "
     "token_monitor_config dynamic_batch divisor remainder pad_token_id do_eval tokenizer max_length input_sliced_sig "
-    "micro_batch_num mixup_op dataset_dir text_transforms image_transforms".split()
+    "micro_batch_num mixup_op dataset_dir text_transforms image_transforms"
 ) | {
     "data_loader": MAPPING,
     "input_columns": list_of(TEXT),
@@ -98,7 +99,7 @@ DATASET = any_of(
     "seed": whole(0),
 }
 
-MEGATRON_CONFIG = any_of("path_to_cache s3_cache_path mmap_bin_files tokenizer".split()) | {
+MEGATRON_CONFIG = keys("path_to_cache s3_cache_path mmap_bin_files tokenizer") | {
     "random_seed": whole(0),
     "seed": whole(0),
     "seq_length": whole(1),
@@ -122,13 +123,13 @@ MEGATRON_CONFIG = any_of("path_to_cache s3_cache_path mmap_bin_files tokenizer".
 }
 
 TOP = (
-    any_of(template.GeneralConfig.keys())
-    | any_of(template.CONFIG_NAME_TO_CLASS)
-    | any_of(
+    keys(template.GeneralConfig.keys())
+    | keys(template.CONFIG_NAME_TO_CLASS)
+    | keys(
         "base_config checkpoint tensorboard generation_config grouped_lr_schedule remove_redundancy "
         "use_graceful_exit resume_by_last_timestamp_ckpt calculate_per_token_loss check_for_nan_in_loss_and_grad "
-        "profiler_level use_skip_data_by_global_norm use_checkpoint_health_monitor transform_by_rank npu_num_per_node top_k "
-        "trust_remote_code use_legacy_format push_to_hub auto_tune filepath_prefix autotune_per_step".split()
+        "profiler_level use_skip_data_by_global_norm use_checkpoint_health_monitor transform_by_rank npu_num_per_node "
+        "top_k trust_remote_code use_legacy_format push_to_hub auto_tune filepath_prefix autotune_per_step"
     )
     | {
         "seed": whole(0),
@@ -151,7 +152,7 @@ TOP = (
 
 SECTIONS: dict[str, dict[str, Rule]] = {
     "": TOP,
-    "runner_config": any_of(template.RunnerConfig.keys())
+    "runner_config": keys(template.RunnerConfig.keys())
     | {
         "epochs": whole(1),
         "batch_size": whole(1),
@@ -161,16 +162,16 @@ SECTIONS: dict[str, dict[str, Rule]] = {
         "stop_step": whole(0),
     },
     "trainer": TYPED | {"model_name": TEXT},
-    "model": any_of(["pretrained_model_dir", "generation_config"]) | {"model_config": MAPPING, "arch": MAPPING},
+    "model": keys(["pretrained_model_dir", "generation_config"]) | {"model_config": MAPPING, "arch": MAPPING},
     "model.arch": TYPED,
-    "parallel_config": any_of(template.ParallelConfig.keys())
-    | dict.fromkeys(
+    "parallel_config": keys(template.ParallelConfig.keys())
+    | keys(
         "data_parallel model_parallel context_parallel expert_parallel pipeline_stage micro_batch_num seq_split_num "
-        "gradient_aggregation_group".split(),
+        "gradient_aggregation_group",
         whole(1),
     )
     | {"vocab_emb_dp": BOOL, "use_seq_parallel": BOOL},
-    "recompute_config": any_of(template.RecomputeConfig.keys())
+    "recompute_config": keys(template.RecomputeConfig.keys())
     | {
         "recompute": either(BOOL, list_of(either(BOOL, whole(0)))),
         "select_recompute": either(BOOL, list_of(ANY), MAPPING),
@@ -178,10 +179,10 @@ SECTIONS: dict[str, dict[str, Rule]] = {
         "mp_comm_recompute": BOOL,
         "recompute_slice_activation": BOOL,
     },
-    "swap_config": any_of(template.SwapConfig.keys()),
-    "monitor_config": any_of(template.MonitorConfig.keys()),
-    "parallel": any_of(auto_parallel._set_auto_parallel_context_func_map)
-    | any_of(["pipeline_stages", "auto_pipeline"])
+    "swap_config": keys(template.SwapConfig.keys()),
+    "monitor_config": keys(template.MonitorConfig.keys()),
+    "parallel": keys(auto_parallel._set_auto_parallel_context_func_map)
+    | keys(["pipeline_stages", "auto_pipeline"])
     | {
         "parallel_mode": one_of(
             0, 1, 2, 3, "stand_alone", "data_parallel", "semi_auto_parallel", "auto_parallel", "hybrid_parallel"
@@ -202,9 +203,9 @@ SECTIONS: dict[str, dict[str, Rule]] = {
         "optimizer_weight_shard_size": either(whole(1), one_of(-1)),
     },
     "parallel.strategy_ckpt_config": {"load_file": TEXT, "save_file": TEXT, "only_trainable_params": BOOL},
-    "context": any_of(ContextConfig.get_supported_kwargs())
-    | any_of(MFContextConfig.get_supported_kwargs())
-    | any_of("affinity_cpu_list affinity_config inter_op_parallel_num jit_syntax_level memory_offload op_timeout".split())
+    "context": keys(ContextConfig.get_supported_kwargs())
+    | keys(MFContextConfig.get_supported_kwargs())
+    | keys("affinity_cpu_list affinity_config inter_op_parallel_num jit_syntax_level memory_offload op_timeout")
     | {
         "mode": one_of(0, 1, "GRAPH_MODE", "PYNATIVE_MODE"),
         "device_target": one_of("CPU", "Ascend"),
@@ -216,7 +217,8 @@ SECTIONS: dict[str, dict[str, Rule]] = {
         "ascend_config": MAPPING,
         "dataset_broadcast_opt_level": one_of(0, 1, 2, 3),
     },
-    "context.jit_config": any_of(["exec_mode", "jit_syntax_level", "infer_boost"]) | {"jit_level": one_of("O0", "O1", "O2")},
+    "context.jit_config": keys(["exec_mode", "jit_syntax_level", "infer_boost"])
+    | {"jit_level": one_of("O0", "O1", "O2")},
     "train_dataset": DATASET,
     "eval_dataset": DATASET,
     "train_dataset.data_loader.config": MEGATRON_CONFIG,
@@ -240,7 +242,7 @@ CLASS_SECTIONS: dict[str, tuple[str, dict[str, Rule]]] = {
     "lr_schedule": (
         "lr",
         TYPED
-        | any_of(["scale"])
+        | keys(["scale"])
         | {
             "learning_rate": number(0, above=True),
             "lr_end": number(0),
@@ -253,7 +255,8 @@ CLASS_SECTIONS: dict[str, tuple[str, dict[str, Rule]]] = {
     ),
     "runner_wrapper": (
         "wrapper",
-        TYPED | {"use_clip_grad": BOOL, "max_grad_norm": number(0, above=True), "scale_sense": either(number(1), MAPPING)},
+        TYPED
+        | {"use_clip_grad": BOOL, "max_grad_norm": number(0, above=True), "scale_sense": either(number(1), MAPPING)},
     ),
     "runner_wrapper.scale_sense": ("wrapper", TYPED | {"loss_scale_value": number(1)}),
     "callbacks": (
@@ -269,10 +272,10 @@ CLASS_SECTIONS: dict[str, tuple[str, dict[str, Rule]]] = {
     "eval_callbacks": ("callback", TYPED),
     "train_dataset.data_loader": (
         "dataset_loader",
-        TYPED | any_of(["dataset_dir", "dataset_files"]) | {"sizes": list_of(whole(0), size=3), "config": MAPPING},
+        TYPED | keys(["dataset_dir", "dataset_files"]) | {"sizes": list_of(whole(0), size=3), "config": MAPPING},
     ),
     "eval_dataset.data_loader": (
         "dataset_loader",
-        TYPED | any_of(["dataset_dir", "dataset_files"]) | {"sizes": list_of(whole(0), size=3), "config": MAPPING},
+        TYPED | keys(["dataset_dir", "dataset_files"]) | {"sizes": list_of(whole(0), size=3), "config": MAPPING},
     ),
 }

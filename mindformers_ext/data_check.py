@@ -50,8 +50,8 @@ def check_data(config: dict, dataset: str, path: str | Path) -> None:
         tokens = sum(len(file.tokens) for file in files)
         if tokens < settings["seq_length"] + 1:
             raise ConfigError(
-                f"{path}: {section}.seq_length is {settings['seq_length']}, but {key} {settings[key]} holds only {tokens} "
-                "tokens and a sample needs seq_length + 1; give more text or a shorter sequence"
+                f"{path}: {section}.seq_length is {settings['seq_length']}, but {key} {settings[key]} holds only "
+                f"{tokens} tokens and a sample needs seq_length + 1; give more text or a shorter sequence"
             )
         for file in files:
             check_ids(file, vocab_size, f"{section}.{key}", path)
@@ -70,8 +70,8 @@ def check_ids(file: IndexedDataset, vocab_size: int | None, key: str, path: str 
     highest = int(np.max(file.tokens[:SAMPLED_TOKENS], initial=0))
     if vocab_size is not None and highest >= vocab_size:
         raise ConfigError(
-            f"{path}: model.model_config.vocab_size is {vocab_size}, but {key} {file.prefix!r} holds token id {highest}; "
-            "set vocab_size to the tokenizer's, or make the data with the right tokenizer"
+            f"{path}: model.model_config.vocab_size is {vocab_size}, but {key} {file.prefix!r} holds token id "
+            f"{highest}; set vocab_size to the tokenizer's, or make the data with the right tokenizer"
         )
 
 
@@ -95,7 +95,7 @@ def check_tokenizer(config: dict, path: str | Path) -> Tokenizer | None:
     vocab_size = lookup(config, "model.model_config.vocab_size")
     if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
         raise ConfigError(
-            f"{path}: model.model_config.vocab_size is {vocab_size}, but processor.tokenizer.tokenizer_file {file!r} has "
-            f"{tokenizer.get_vocab_size()} tokens; set vocab_size to at least that"
+            f"{path}: model.model_config.vocab_size is {vocab_size}, but processor.tokenizer.tokenizer_file {file!r} "
+            f"has {tokenizer.get_vocab_size()} tokens; set vocab_size to at least that"
         )
     return tokenizer

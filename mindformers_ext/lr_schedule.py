@@ -7,8 +7,8 @@ file can go when upstream has it.
 import math
 
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindspore import ops
 from mindspore import dtype as mstype
+from mindspore import ops
 from mindspore.nn.learning_rate_schedule import LearningRateSchedule
 
 
@@ -44,7 +44,9 @@ class WarmupStableCosineStepsLR(LearningRateSchedule):
     ):
         super().__init__()
         if not 0 <= lr_end <= learning_rate:
-            raise ValueError(f"lr_schedule.lr_end is {lr_end}, but must lie between 0 and learning_rate {learning_rate}")
+            raise ValueError(
+                f"lr_schedule.lr_end is {lr_end}, but must lie between 0 and learning_rate {learning_rate}"
+            )
         if warmup_steps < 0 or stable_steps < 0 or decay_steps < 1:
             raise ValueError(
                 f"lr_schedule: warmup_steps {warmup_steps} and stable_steps {stable_steps} must not be negative, "

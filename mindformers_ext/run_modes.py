@@ -177,7 +177,9 @@ def continue_text(network: nn.Cell, tokenizer: Tokenizer, text: str, settings: A
         model.seq_length,
         model.eos_token_id,
         model.max_decode_length,
-        lambda logits: pick_token(logits[: tokenizer.get_vocab_size()], rng, model.temperature, model.top_k, model.top_p),
+        lambda logits: pick_token(
+            logits[: tokenizer.get_vocab_size()], rng, model.temperature, model.top_k, model.top_p
+        ),
     )
     answer = text + tokenizer.decode(tokens)
     print(answer, flush=True)

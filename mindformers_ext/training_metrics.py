@@ -29,7 +29,7 @@ from mindformers_ext.topk_bias_callback import read_expert_load, sum_over_ranks
 from mindformers_ext.train_wrapper import real_model
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402 (the backend comes first)
+from matplotlib import pyplot
 
 
 def take_loss_parts(model: nn.Cell) -> tuple[float | None, float | None, float | None]:
@@ -179,8 +179,8 @@ class TrainingMetrics(Callback):
             return
         last = f"{self.records[-1]['loss']:.4f} at step {self.records[-1]['step']}" if self.records else "none"
         raise TrainingStopped(
-            f"the loss is {record['loss']} at step {record['step']} (last finite loss: {last}); parameters were left as "
-            f"they were: lower lr_schedule.learning_rate (now {record['lr']}) or resume from the last checkpoint"
+            f"the loss is {record['loss']} at step {record['step']} (last finite loss: {last}); parameters were left "
+            f"as they were: lower lr_schedule.learning_rate (now {record['lr']}) or resume from the last checkpoint"
         )
 
     def write(self, record: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ext.bin_dataset import index_cache
-from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, idx_path
+from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, idx_path, loss_mask_prefix
 
 try:
     from mindformers_ext.bin_dataset import _index_builder
@@ -287,11 +287,6 @@ def _actual_seq_len(is_eod: np.ndarray, length: int) -> np.ndarray:
     slots = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     ends[rows, slots] = columns + 1
     return ends
-
-
-def loss_mask_prefix(prefix: str | Path) -> str:
-    """Where the loss mask of a dataset lies: a second pair, 1 on tokens to be learnt, same lengths as the tokens."""
-    return f"{prefix}_loss_mask"
 
 
 def _open_loss_mask(indexed: IndexedDataset) -> IndexedDataset | None:

@@ -135,6 +135,16 @@ class TextTokenizer:
             self._reference.shutdown(wait=False, cancel_futures=True)
             self._reference = None
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens included."""
+        if self.path.suffix == ".model":
+            from sentencepiece import SentencePieceProcessor
+
+            return SentencePieceProcessor(model_file=str(self.path)).decode(list(map(int, ids)))
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.path)).decode(list(map(int, ids)), skip_special_tokens=False)
+
     @cached_property
     def sha256(self) -> str:
         """Hash of the tokenizer file."""

@@ -23,14 +23,14 @@ class ConfigError(ValueError):
     """A value in the YAML that cannot work; the message names section, key and value, and says what to do."""
 
 
-def reject_unknown(section: str, given: Any, known: Any) -> None:
+def reject_unknown(section: str, given: dict, known: Any) -> None:
     """Raise ConfigError for the first key of `given` that is not in `known`, with the nearest legal key."""
     known = list(known)
-    for key in given:
+    for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; legal keys: {', '.join(sorted(known))}"
-            raise ConfigError(f"{section}.{key}: unknown key{hint}")
+            raise ConfigError(f"{section}.{key}: unknown key with value {value!r}{hint}")
 
 
 def require(holds: bool, key: str, value: Any, rule: str) -> None:
@@ -297,7 +297,7 @@ class DeepseekV2Config(PretrainedConfig):
         for key in TRAINER_KEYS:
             given.pop(key, None)
         known = {f.name: f.default for f in dataclasses.fields(self)}
-        reject_unknown("model_config", (k for k in given if k not in ("type", "auto_register")), known)
+        reject_unknown("model_config", {k: v for k, v in given.items() if k not in ("type", "auto_register")}, known)
         super().__init__(pet_config=base.get("pet_config"))
         for key, default in known.items():
             setattr(self, key, given.get(key, default))

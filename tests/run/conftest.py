@@ -28,8 +28,9 @@ def run_mindformer(folder: Path, *arguments: str, config: Path = TOY / "train_to
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 1,000 random tokens below 64 as Megatron files, and a tokenizer.json of 64 letters."""
-    from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter
     from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter
 
     folder = tmp_path_factory.mktemp("toy")
     rng = np.random.default_rng(0)

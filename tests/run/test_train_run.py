@@ -36,7 +36,16 @@ def test_every_step_is_recorded(trained: Path) -> None:
 def test_plot_summary_and_tensorboard_are_written(trained: Path) -> None:
     assert (trained / "training.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     summary = (trained / "summary.txt").read_text()
-    for word in ("first (step 1)", "last (step 16)", "main_loss", "mtp_loss", "tokens/s", "MFU", "checkpoint", "metrics"):
+    for word in (
+        "first (step 1)",
+        "last (step 16)",
+        "main_loss",
+        "mtp_loss",
+        "tokens/s",
+        "MFU",
+        "checkpoint",
+        "metrics",
+    ):
         assert word in summary
     assert list((trained / "tensorboard").glob("events.*"))
 
@@ -119,7 +128,9 @@ def numpy_loss(trained: Path, toy_folder: Path) -> float:
 
     weights = load_file(trained / "checkpoint/rank_0/toy_rank_0-2_8.safetensors")
     config = GPTDatasetConfig(random_seed=1234, sequence_length=16, split="1, 1, 0", create_attention_mask=False)
-    dataset = build_datasets(config, [None, 16, None], ["1", str(toy_folder / "toy_text_document")], [None] * 3, only=1)[1]
+    dataset = build_datasets(
+        config, [None, 16, None], ["1", str(toy_folder / "toy_text_document")], [None] * 3, only=1
+    )[1]
     total = 0.0
     for index in range(16):
         sample = dataset[index]

@@ -14,7 +14,9 @@ class ToyConfig(PretrainedConfig):
 
     model_type = "toy"
 
-    def __init__(self, vocab_size=64, hidden_size=16, seq_length=16, num_experts=4, batch_size=1, max_decode_length=6, **kwargs):
+    def __init__(
+        self, vocab_size=64, hidden_size=16, seq_length=16, num_experts=4, batch_size=1, max_decode_length=6, **kwargs
+    ):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.seq_length = seq_length
