@@ -15,7 +15,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mindformers_ext.dryrun.device_profile import DeviceProfile
-from mindformers_ext.dryrun.parameters import Weight, model_weights, optimizer_ways, parameter_bytes
+from mindformers_ext.dryrun.parameters import (
+    Weight,
+    gathered_bytes,
+    model_weights,
+    optimizer_ways,
+    parameter_bytes,
+)
 from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, RunPlan, model_folder
 from mindformers_ext.dryrun.transfers import Transfer, capacity_rows, gradient_exchange, layer_forward, stage_boundary
 
@@ -169,7 +175,7 @@ def _held_bytes(plan: RunPlan, own: list[Weight]) -> dict[str, float]:
         held["optimizer_bytes"] += values / ways * ADAM_STATES * FLOAT_BYTES
         # A buffer sums the micro-batches' gradients before they are exchanged.
         held["gradient_bytes"] += values / (ways if plan.shard_gradients else 1) * unit
-        held["gathered_bytes"] += values * unit if ways > 1 else 0
+        held["gathered_bytes"] += values * gathered_bytes(weight, plan) if ways > 1 else 0
     return held
 
 

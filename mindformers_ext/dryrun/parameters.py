@@ -10,8 +10,6 @@ from math import prod
 
 from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, ModelPlan, RunPlan
 
-FLOAT_BYTES = 4
-
 
 @dataclass(frozen=True)
 class Weight:
@@ -81,6 +79,14 @@ def optimizer_ways(weight: Weight, plan: RunPlan) -> int:
 def parameter_bytes(model: ModelPlan) -> int:
     """Bytes of one stored weight value."""
     return DTYPE_BYTES[model.param_init_type]
+
+
+def gathered_bytes(weight: Weight, plan: RunPlan) -> int:
+    """Bytes of one value when a weight is gathered for use: matrices are cast before, the embedding's rows after."""
+    stays = (
+        len(weight.shape) == 1 or weight.name == "model.embed_tokens.weight" or weight.name.endswith("mlp.gate.weight")
+    )
+    return parameter_bytes(plan.model) if stays else DTYPE_BYTES[plan.model.compute_dtype]
 
 
 def _layer(plan: RunPlan, prefix: str, layer: int, stage: int) -> Iterator[Weight]:

@@ -147,7 +147,7 @@ def make_plan(config: dict, path: str | Path, device_num: int | None = None) -> 
         micro_batches=micro if pp > 1 else accumulation,
         batch_size=_whole(lookup(config, "runner_config.batch_size", 1), "runner_config.batch_size", path, 1),
         sequence_parallel=parallel["use_seq_parallel"],
-        vocab_emb_dp=parallel["vocab_emb_dp"],
+        vocab_emb_dp=parallel["vocab_emb_dp"] and pp == 1,  # MindFormers resets it with a pipeline
         recompute=recompute["recompute"],
         select_recompute=recompute["select_recompute"],
         shard_optimizer=lookup(config, "parallel.enable_parallel_optimizer", False),

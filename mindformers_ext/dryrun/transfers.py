@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mindformers_ext.dryrun.device_profile import DeviceProfile
-from mindformers_ext.dryrun.parameters import Weight, optimizer_ways, parameter_bytes
+from mindformers_ext.dryrun.parameters import Weight, gathered_bytes, optimizer_ways, parameter_bytes
 from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, RunPlan
 
 ID_BYTES = 4
@@ -123,12 +123,13 @@ def gradient_exchange(plan: RunPlan, weights: list[Weight]) -> list[Transfer]:
         copies = stage // weight.ways
         if copies == 1 or not weight.trainable:
             continue
-        size = weight.size // weight.ways * parameter_bytes(plan.model)
+        values = weight.size // weight.ways
+        size = values * parameter_bytes(plan.model)
         ways = optimizer_ways(weight, plan)
         if ways > 1:
             # Shards are neighbours among the copies: consecutive ranks when the weight is whole on every rank.
             span = (ways - 1) * _stride(plan, weight) + 1
-            found.append(Transfer("data parallel", "AllGather", ways, span, size, 1))
+            found.append(Transfer("data parallel", "AllGather", ways, span, values * gathered_bytes(weight, plan), 1))
             found.append(Transfer("data parallel", "ReduceScatter", ways, span, size, 1))
         if copies // ways > 1:
             found.append(Transfer("data parallel", "AllReduce", copies // ways, stage, size / ways, 1))
