@@ -156,7 +156,7 @@ Job::Job(const std::string &name, int rank, int size, double join_seconds, doubl
                    std::to_string(kMaxRanks) + " ranks numbered from 0");
   }
   // A core that spins is a core a peer cannot work on: with fewer cores than ranks, sleep almost at once.
-  spins_ = static_cast<int>(std::thread::hardware_concurrency()) >= size ? 20000 : 100;
+  spins_ = static_cast<int>(std::thread::hardware_concurrency()) >= size ? 20000 : 50;
   try {
     rank == 0 ? Create(name, join_seconds) : Attach(name, join_seconds);
   } catch (const JobError &error) {

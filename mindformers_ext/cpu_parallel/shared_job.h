@@ -18,6 +18,7 @@ constexpr int kMaxGroups = 512;
 constexpr int kMaxMailboxes = 8192;
 constexpr int kSlots = 3;               // see Group::NextSlot
 constexpr uint64_t kSlotBytes = 1 << 20;  // one rank's part of one round of a collective
+constexpr int kYields = 50;  // before sleeping: with fewer cores than ranks, a yield hands the core to the late peer
 constexpr uint32_t kMailboxDepth = 2;   // messages a sender may be ahead of its receiver
 
 struct JobError : std::runtime_error {
@@ -153,7 +154,10 @@ void Job::Wait(Event *event, uint32_t old, const std::string &what, Late late) {
     if (event->value.load(std::memory_order_acquire) != old) return;
     SpinPause();
   }
-  YieldCore();
+  for (int i = 0; i < kYields; ++i) {
+    YieldCore();
+    if (event->value.load(std::memory_order_acquire) != old) return;
+  }
   const double start = Now();
   event->sleepers.fetch_add(1);
   while (event->value.load() == old) {
