@@ -1,0 +1,166 @@
+"""Compile one training cell as one rank of an Ascend cluster and write down what the compiler decided.
+
+Runs in a child process whose environment comes from `stand_in_cann.ascend_environment`::
+
+    python -m mindformers_ext.dryrun.compile_rank --builder package.module:function --arguments '{"pp": 2}' --out DIR
+
+`function(**arguments)` sets the parallel context, builds the training cell and returns `(cell, inputs)`; device target
+and communication are ready when it is called. Into DIR go
+
+- `graph.mindir`: the rank's forward + backward + optimizer graph (protobuf `mindspore.train.mind_ir_pb2`),
+- `compiled.json`: strategies, parameter layouts, FLOPs, seconds, peak memory of the compiler (see `compile_cell`),
+- `failure.json` instead of both, when the compiler refuses: exception, message, and the model's lines it names.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import resource
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+RESULTS = ("graph.mindir", "compiled.json", "failure.json")
+# Fields of one entry of MindSpore 2.9.0's `cell.parameter_layout_dict`, in its order.
+LAYOUT_FIELDS = (
+    "device_matrix",  # sizes of the device axes, slowest first
+    "tensor_map",  # per dimension: device axis counted from the last (0), -1 where it is not split
+    "slice_shape",  # this rank's shape, before optimizer parallelism splits dimension 0 further
+    "field_size",
+    "uniform_split",
+    "optimizer_shard_group",  # name of the communication group of optimizer parallelism, "" without
+    "full_shape",
+    "after_slice_shape",
+    "pipeline_shared",
+    "pipeline_send",
+    "pipeline_peer",
+    "pipeline_tag",
+)
+# "# In file /path/model.py:123" and Python tracebacks both name the model's lines.
+SOURCE_LINE = re.compile(r"[Ii]n file ([^\s:,]+\.py):(\d+)|File \"([^\"]+\.py)\", line (\d+)")
+FRAMEWORK_PATH = re.compile(r"/site-packages/|/lib/python3|/mindformers_ext/dryrun/|<")
+
+
+def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
+    """Compile `cell(*inputs)` for this rank; write `graph.mindir` and `compiled.json` into `out`, return the latter.
+
+    Keys: rank, device_num, strategies {operator: one list per input}, layouts {parameter: LAYOUT_FIELDS},
+    parameters {name: {shape, dtype, bytes}} as stored on this rank (weights, optimizer states, gradient buffers),
+    weights (names of those that the optimizer updates), collectives (`mindir.Collective`), flops {model, hardware}
+    per step of this rank, compile_seconds, peak_rss_bytes of this process.
+    """
+    from mindspore.communication import get_group_size, get_rank
+    from mindspore.graph.api import _cell_graph_executor
+
+    from mindformers_ext.dryrun import mindir
+
+    start = time.time()
+    cell.compile(*inputs)
+    seconds = time.time() - start
+    phase = compiled_phase(cell)
+    graph = _cell_graph_executor._get_func_graph_proto(cell, phase, "mind_ir")
+    _write_atomic(out / "graph.mindir", graph)
+    model = mindir.load_model(graph)
+    rank, device_num = get_rank(), get_group_size()
+    parameters = mindir.stored_parameters(model)
+    flops = _cell_graph_executor.flops_collection(phase)
+    compiled = {
+        "rank": rank,
+        "device_num": device_num,
+        "strategies": _cell_graph_executor._get_shard_strategy(cell),
+        "layouts": {n: dict(zip(LAYOUT_FIELDS, e, strict=True)) for n, e in cell.parameter_layout_dict.items()},
+        "parameters": parameters,
+        "weights": [p.name for p in cell.optimizer.parameters if p.name in parameters],
+        "collectives": [asdict(c) for c in mindir.collectives(model, rank, device_num)],
+        "flops": {"model": flops[0], "hardware": flops[1]},
+        "compile_seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    _write_json(out / "compiled.json", compiled)
+    return compiled
+
+
+def compiled_phase(cell) -> str:
+    """Name of the graph that `cell.compile` made."""
+    (phase,) = cell.compile_cache or (cell.current_phase,)
+    return phase
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe_failure(error: BaseException) -> dict[str, Any]:
+    """What went wrong, for the report: exception, message, and the model's own lines, the innermost first."""
+    text = str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f"{a or c}:{b or d}" for a, b, c, d in SOURCE_LINE.findall(text)]
+    lines += [f"{frame.filename}:{frame.lineno}" for frame in reversed(frames)]
+    own = [line for line in dict.fromkeys(lines) if not FRAMEWORK_PATH.search(line)]
+    return {"exception": type(error).__name__, "message": text, "source_lines": own}
+
+
+def start_as_rank() -> tuple[int, int]:
+    """Make this process a simulated Ascend rank (graph mode, communication ready); return (rank, device_num)."""
+    import mindspore as ms
+    from mindspore.communication import get_group_size, get_rank, init
+
+    if "MS_SIMULATION_LEVEL" not in os.environ:
+        raise RuntimeError("MS_SIMULATION_LEVEL is not set: start this process with ascend_environment(...)")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device("Ascend")
+    init()
+    return get_rank(), get_group_size()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile what `--builder` returns; 0 when compiled, 1 when the builder or the compiler failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--builder", required=True, help="package.module:function, returns (cell, inputs)")
+    parser.add_argument("--arguments", default="{}", type=json.loads, help="keyword arguments of the builder, JSON")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for stale in RESULTS:
+        (options.out / stale).unlink(missing_ok=True)
+    return guarded(options.out, lambda: _compile_built(options))
+
+
+def guarded(out: Path, work) -> int:
+    """Run `work()`; an exception becomes `failure.json` in `out`, its traceback the log, and the exit code 1."""
+    try:
+        work()
+    except Exception as error:
+        traceback.print_exc()
+        _write_json(out / "failure.json", describe_failure(error))
+        return 1
+    return 0
+
+
+def _compile_built(options: argparse.Namespace) -> None:
+    start_as_rank()
+    module, function = options.builder.split(":")
+    cell, inputs = getattr(importlib.import_module(module), function)(**options.arguments)
+    compile_cell(cell, inputs, options.out)
+    if int(os.environ["MS_SIMULATION_LEVEL"]) >= 1:
+        cell(*inputs)  # the memory plan is made, and printed at exit, when the graph is launched
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write_atomic(path, json.dumps(content, indent=1).encode())
+
+
+def _write_atomic(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Read a rank's compiled graph (MindIR): its parameters as stored on the rank, and every collective it runs in a step.
+
+Extends: nothing in MindFormers; MindSpore 2.9.0 writes this protobuf but has no reader for people.
+With `lazy_inline` the graph holds each repeated cell once, as a function, and calls it through closures (the backward
+pass of a cell is a closure that its forward call returns). `call_counts` follows those calls symbolically, so a
+collective inside a function counts as often as the function runs.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import reduce
+from math import prod
+from operator import add
+from typing import Any
+
+import mindspore.train.mind_ir_pb2 as pb
+
+COLLECTIVES = {"AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AlltoAllV", "Broadcast", "Send", "Receive"}
+GENERATED_SUFFIX = re.compile(r"_\d{6,}$")
+PASS_THROUGH = {"Depend", "Load", "UpdateState"}  # their first input is their value
+DTYPE_BYTES = {
+    name: size
+    for size, names in {
+        1: "BOOL INT8 UINT8 STRING",
+        2: "FLOAT16 BFLOAT16 INT16 UINT16",
+        4: "FLOAT INT32 UINT32",
+        8: "DOUBLE INT64 UINT64 COMPLEX64",
+    }.items()
+    for name in names.split()
+}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of communication of a rank: the same operator, group, tensor and purpose, `count` times a step."""
+
+    kind: str
+    ranks: tuple[int, ...]  # global ranks of the group; for Send and Receive: this rank and its peer
+    purpose: str  # the compiler's name for it ("" when it has none)
+    dtype: str
+    bytes: int | None  # of the whole tensor (gathered, or to be scattered); None where the shape is dynamic
+    count: int
+
+    def to_json(self, ranks_per_node: int) -> dict[str, Any]:
+        """This record for the report; `across_nodes` says whether the group leaves a node of `ranks_per_node`."""
+        nodes = {rank // ranks_per_node for rank in self.ranks}
+        return asdict(self) | {"group_size": len(self.ranks), "across_nodes": len(nodes) > 1}
+
+
+@dataclass(frozen=True)
+class Closure:
+    """A function with its first arguments bound."""
+
+    function: str
+    bound: tuple = ()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A tuple that holds at least one closure."""
+
+    elements: tuple
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The value of a Switch: either branch may be called."""
+
+    branches: tuple
+
+
+def load_model(graph: bytes) -> pb.ModelProto:
+    """Parse MindIR bytes."""
+    model = pb.ModelProto()
+    model.ParseFromString(graph)
+    return model
+
+
+def stored_parameters(model: pb.ModelProto) -> dict[str, dict[str, Any]]:
+    """{name: {shape, dtype, bytes}} of every parameter, as this rank stores it after all kinds of sharding."""
+    found = {}
+    for tensor in model.graph.parameter:
+        dtype = pb.TensorProto.DataType.Name(tensor.data_type)
+        shape = list(tensor.dims)
+        name = tensor.name.split(":", 1)[-1]  # MindIR puts the graph's name in front
+        found[name] = {"shape": shape, "dtype": dtype.lower(), "bytes": prod(shape) * DTYPE_BYTES[dtype]}
+    return found
+
+
+def collectives(model: pb.ModelProto, rank: int, world_size: int) -> list[Collective]:
+    """Every collective that `rank` runs in one step, equal ones summed, in order of first appearance."""
+    primitives = {p.name: p for p in model.primitives}
+    totals: Counter[Collective] = Counter()
+    for function, times in call_counts(model).items():
+        for node in _functions(model)[function].node:
+            primitive = primitives.get(_reference(node))
+            if primitive is not None and primitive.op_type in COLLECTIVES:
+                totals[_describe(node, primitive, rank, world_size)] += times
+    return [Collective(**(asdict(key) | {"ranks": key.ranks, "count": count})) for key, count in totals.items()]
+
+
+def call_counts(model: pb.ModelProto) -> Counter[str]:
+    """How often each function of the model runs in one call of the main graph (which counts as one)."""
+    return _Counting(model).run()
+
+
+class _Counting:
+    """Symbolic evaluation: only closures are tracked, every tensor is None; equal calls are evaluated once."""
+
+    def __init__(self, model: pb.ModelProto):
+        self.main = model.graph.name
+        self.functions = _functions(model)
+        self.operators = {p.name: p.op_type for p in model.primitives}
+        self.integers = dict(_integer_constants(self.functions.values()))
+        self.seen: dict[Closure, tuple[Any, Counter[str]]] = {}
+
+    def run(self) -> Counter[str]:
+        return self._call(Closure(self.main, (None,) * len(self.functions[self.main].input)))[1]
+
+    def _call(self, closure: Closure) -> tuple[Any, Counter[str]]:
+        if closure not in self.seen:
+            graph = self.functions[closure.function]
+            values = dict(zip((i.name for i in graph.input), closure.bound, strict=False))
+            counts = Counter({closure.function: 1})
+            for node in graph.node:
+                values[node.output[0]] = self._node(node, values, counts)
+            name = graph.output[0].name
+            self.seen[closure] = (self._value(name, values), counts)
+        return self.seen[closure]
+
+    def _value(self, name: str, values: dict[str, Any]) -> Any:
+        if name in values:
+            return values[name]
+        return Closure(name) if name in self.functions else None
+
+    def _node(self, node: pb.NodeProto, values: dict[str, Any], counts: Counter[str]) -> Any:
+        inputs = tuple(self._value(name, values) for name in node.input)
+        reference = _reference(node)
+        operator = self.operators.get(reference, node.op_type)
+        if operator == "Partial":
+            return Closure(inputs[0].function, inputs[0].bound + inputs[1:])
+        if operator == "MakeTuple":
+            return Bundle(inputs) if any(i is not None for i in inputs) else None
+        if operator == "TupleGetItem" and isinstance(inputs[0], Bundle):
+            return inputs[0].elements[self.integers[node.input[1]]]
+        if operator == "Switch":
+            return Choice(tuple(i for i in inputs[1:] if i is not None)) or None
+        if operator in PASS_THROUGH:
+            return inputs[0]
+        called = self._value(reference, values) if reference else None
+        branches = called.branches if isinstance(called, Choice) else (called,)
+        results = [self._call(Closure(b.function, b.bound + inputs)) for b in branches if isinstance(b, Closure)]
+        for _, inner in results:
+            counts.update(inner)
+        return results[0][0] if results else None
+
+
+def _describe(node: pb.NodeProto, primitive: pb.PrimitiveProto, rank: int, world_size: int) -> Collective:
+    attributes = {a.name: a for a in primitive.attribute}
+    ranks = tuple(_integers(attributes["group_rank_ids"])) if "group_rank_ids" in attributes else range(world_size)
+    kind = primitive.op_type
+    if kind in ("Send", "Receive"):
+        peer = ranks[attributes["dest_rank" if kind == "Send" else "src_rank"].i]
+        ranks = tuple(sorted((rank, peer)))
+    (shape,) = (a for a in node.attribute if a.name == "shape")
+    sizes = [_tensor_bytes(t) for t in shape.tensors]
+    total = None if None in sizes else reduce(add, sizes, 0)
+    if kind == "ReduceScatter" and total is not None:
+        total *= len(ranks)  # the node's shape is the scattered part
+    dtype = pb.TensorProto.DataType.Name(shape.tensors[0].data_type).lower() if shape.tensors else "unknown"
+    purpose = GENERATED_SUFFIX.sub("", primitive.instance_name)
+    return Collective(kind, tuple(ranks), purpose, dtype, total, 1)
+
+
+def _tensor_bytes(tensor: pb.TensorProto) -> int | None:
+    if any(d < 0 for d in tensor.dims):
+        return None
+    return prod(tensor.dims) * DTYPE_BYTES[pb.TensorProto.DataType.Name(tensor.data_type)]
+
+
+def _functions(model: pb.ModelProto) -> dict[str, pb.GraphProto]:
+    return {graph.name: graph for graph in [model.graph, *model.functions]}
+
+
+def _reference(node: pb.NodeProto) -> str:
+    """What a node applies: a primitive, a function or another node's output; "" for built-in kinds."""
+    return node.op_type.removeprefix("REF::") if node.op_type.startswith("REF::") else ""
+
+
+def _integers(attribute: pb.AttributeProto) -> list[int]:
+    return [value.ints[0] if value.ints else value.i for value in attribute.values]
+
+
+def _integer_constants(graphs) -> Iterator[tuple[str, int]]:
+    for graph in graphs:
+        for node in graph.node:
+            if node.op_type == "Constant":
+                for attribute in node.attribute:
+                    if attribute.name == "value" and attribute.type == pb.AttributeProto.INT64:
+                        yield node.output[0], attribute.ints[0] if attribute.ints else attribute.i

@@ -1,0 +1,497 @@
+"""DeepSeek-V2 for MindSpore's graph mode: MLA and DeepSeekMoE, read top to bottom like arXiv 2405.04434.
+
+Legend: B batch, S sequence, T = B*S tokens, H hidden, N heads, D head width, E experts, K experts per token,
+V vocabulary. Hidden states are kept flat, (T, H), so that any split of the tokens over devices is a split of one axis.
+How operators are split lives in sharding.py, what checkpoints call the weights in weights.py.
+"""
+
+import math
+
+import numpy as np
+from deepseek2_config import DeepseekV2Config
+from flops import flops_per_token
+from mindformers.core.loss import CrossEntropyLoss
+from mindformers.models.modeling_utils import PreTrainedModel
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.common.initializer import Normal, initializer
+from mindspore.ops.auto_generate import SiLU, SplitWithSize
+from sharding import expert_group, loss_axes, place, run_locally, shard, share_graph
+
+from mindformers_ext.fused_ops import rms_norm, rotary
+from mindformers_ext.moe_dispatch import CapacityDispatch, DroplessDispatch
+from mindformers_ext.router import TopkRouterV2
+
+__all__ = ["DeepseekV2ForCausalLM", "DeepseekV2Model"]
+
+MASKED = -3.0e38  # added to a float32 score that may not be attended
+
+
+def weight(config, *shape: int) -> Parameter:
+    """A trainable matrix, normal with `initializer_range`; nothing is allocated before it is needed."""
+    init = initializer(Normal(config.initializer_range), shape, getattr(mstype, config.param_init_type))
+    return Parameter(init, name="weight")
+
+
+class RMSNorm(nn.Cell):
+    """Root-mean-square norm over the last axis, computed in `layernorm_compute_type` (facts 9)."""
+
+    def __init__(self, config, dim: int, axes: str):
+        super().__init__()
+        self.weight = Parameter(initializer("ones", (dim,), getattr(mstype, config.param_init_type)), name="weight")
+        self.compute_type = getattr(mstype, config.layernorm_compute_type)
+        self.norm = rms_norm(config)
+        shard(self.norm, axes, config)
+
+    def construct(self, x):
+        y = self.norm(ops.cast(x, self.compute_type), ops.cast(self.weight, self.compute_type))
+        return ops.cast(y, x.dtype)
+
+
+class Linear(nn.Cell):
+    """x W^T in compute_dtype; the weight is (out, in) as in HuggingFace."""
+
+    def __init__(self, config, in_dim: int, out_dim: int, axes: str):
+        super().__init__()
+        self.weight = weight(config, out_dim, in_dim)
+        self.compute_dtype = getattr(mstype, config.compute_dtype)
+        self.matmul = ops.MatMul(transpose_b=True)
+        shard(self, axes, config)
+
+    def construct(self, x):
+        return self.matmul(ops.cast(x, self.compute_dtype), ops.cast(self.weight, self.compute_dtype))
+
+
+def rope_tables(config) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin (max_position_embeddings, rope_dim) float32, each angle twice for its pair (facts 7, 8)."""
+    dim, yarn = config.qk_rope_head_dim, config.yarn
+    freq = config.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    scale = 1.0
+    if yarn:
+        freq = yarn_frequencies(freq, dim, config.theta, yarn)
+        scale = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+    angles = np.repeat(np.outer(np.arange(config.max_position_embeddings), freq), 2, axis=1)
+    return (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(np.float32)
+
+
+def yarn_frequencies(freq: np.ndarray, dim: int, theta: float, yarn) -> np.ndarray:
+    """Blend extrapolated (fast) and interpolated (slow) frequencies linearly over the correction range (YaRN 3.2)."""
+
+    def dimension(rotations: float) -> float:
+        return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / 2 / math.log(theta)
+
+    low = max(math.floor(dimension(yarn.beta_fast)), 0)
+    high = min(math.ceil(dimension(yarn.beta_slow)), dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    return freq * (1 - ramp) + freq / yarn.factor * ramp
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """Attention temperature of a context extended by `factor` (YaRN eq. 22)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def softmax_scale(config) -> float:
+    """What query-key products are multiplied with (facts 8): 0.135234 for released V3, 0.0721688 without YaRN."""
+    scale = config.qk_head_dim**-0.5
+    if config.yarn and config.yarn.mscale_all_dim:
+        scale *= yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
+    return scale
+
+
+class RotaryEmbedding(nn.Cell):
+    """Turn interleaved pairs of the last axis by their position (facts 7)."""
+
+    def __init__(self, config, axes: str):
+        super().__init__()
+        self.rotary_dtype = getattr(mstype, config.rotary_dtype)
+        cos, sin = rope_tables(config)
+        self.cos, self.sin = Tensor(cos, self.rotary_dtype), Tensor(sin, self.rotary_dtype)
+        self.rotary = rotary(config)
+        shard(self.rotary, axes, config)
+
+    def construct(self, x, position_ids=None):
+        """x (B, N, S, D); position_ids (B, S) or None for 0..S-1."""
+        if position_ids is None:
+            seq, dim = x.shape[2], x.shape[3]
+            cos, sin = self.cos[:seq].reshape((1, 1, seq, dim)), self.sin[:seq].reshape((1, 1, seq, dim))
+        else:
+            cos = ops.gather(self.cos, position_ids, 0).expand_dims(1)  # (B, 1, S, D)
+            sin = ops.gather(self.sin, position_ids, 0).expand_dims(1)
+        return ops.cast(self.rotary(ops.cast(x, self.rotary_dtype), cos, sin), x.dtype)
+
+
+class CoreAttention(nn.Cell):
+    """Softmax attention of every head: queries (B, N, S, Dqk), keys (B, N, S, Dqk), values (B, N, S, Dv)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.scale = softmax_scale(config)
+        self.softmax_type = getattr(mstype, config.softmax_compute_type)
+        self.scale_query = ops.Mul()
+        self.query_key = ops.BatchMatMul(transpose_b=True)
+        self.add_mask = ops.Add()
+        self.softmax = ops.Softmax(-1)
+        self.weigh_value = ops.BatchMatMul()
+        shard(self, "core_attention", config)
+
+    def construct(self, query, key, value, mask):
+        scores = self.query_key(self.scale_query(query, self.scale), key)  # (B, N, S, S)
+        scores = self.add_mask(ops.cast(scores, self.softmax_type), mask)
+        return self.weigh_value(ops.cast(self.softmax(scores), value.dtype), value)
+
+
+class MultiHeadLatentAttention(nn.Cell):
+    """MLA (arXiv 2405.04434, section 2.1): keys and values from one low-rank latent, positions in a shared key."""
+
+    def __init__(self, config):
+        super().__init__()
+        heads, hidden = config.num_heads, config.hidden_size
+        self.num_heads, self.nope, self.rope = heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value_dim, self.latent = config.v_head_dim, config.kv_lora_rank
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(config, hidden, heads * config.qk_head_dim, "column_parallel")
+        else:
+            self.q_a_proj = Linear(config, hidden, config.q_lora_rank, "latent")
+            self.q_a_layernorm = RMSNorm(config, config.q_lora_rank, "latent_norm")
+            self.q_b_proj = Linear(config, config.q_lora_rank, heads * config.qk_head_dim, "column_parallel")
+        self.has_q_lora = config.q_lora_rank is not None
+        self.kv_a_proj_with_mqa = Linear(config, hidden, self.latent + self.rope, "latent")
+        self.kv_a_layernorm = RMSNorm(config, self.latent, "latent_norm")
+        self.kv_b_proj = Linear(config, self.latent, heads * (self.nope + self.value_dim), "column_parallel")
+        self.o_proj = Linear(config, heads * self.value_dim, hidden, "row_parallel")
+        self.query_rotary = RotaryEmbedding(config, "query_rotary")
+        self.key_rotary = RotaryEmbedding(config, "key_rotary")
+        self.core_attention = CoreAttention(config)
+        self.split_latent, self.split_query, self.split_kv = SplitWithSize(), SplitWithSize(), SplitWithSize()
+        self.to_heads, self.from_heads = ops.Transpose(), ops.Transpose()
+        self.share_key = ops.Tile()
+        self.cat_query, self.cat_key = ops.Concat(-1), ops.Concat(-1)
+        shard(self, "latent_attention", config)
+
+    def construct(self, x, seq, mask, position_ids=None):
+        """x (T, H) of sequences of `seq` tokens; mask (B or 1, 1, S, S) float32, added to the scores."""
+        query_latent = self.q_a_layernorm(self.q_a_proj(x)) if self.has_q_lora else x
+        query = self.q_b_proj(query_latent) if self.has_q_lora else self.q_proj(x)
+        q_nope, q_pe = self.split_query(self._heads(query, seq), (self.nope, self.rope), -1)
+        compressed_kv, k_pe = self.split_latent(self.kv_a_proj_with_mqa(x), (self.latent, self.rope), -1)
+        kv = self._heads(self.kv_b_proj(self.kv_a_layernorm(compressed_kv)), seq)
+        k_nope, value = self.split_kv(kv, (self.nope, self.value_dim), -1)
+        q_pe = self.query_rotary(q_pe, position_ids)
+        k_pe = self.key_rotary(k_pe.reshape((-1, 1, seq, self.rope)), position_ids)  # one head, shared
+        query = self.cat_query((q_nope, q_pe))  # (B, N, S, nope + rope)
+        key = self.cat_key((k_nope, self.share_key(k_pe, (1, self.num_heads, 1, 1))))
+        context = self.core_attention(query, key, value, mask)  # (B, N, S, Dv)
+        context = self.from_heads(context, (0, 2, 1, 3)).reshape((-1, self.num_heads * self.value_dim))
+        return self.o_proj(context)
+
+    def _heads(self, x, seq):
+        """(B, N, S, D) <- (T, N*D)."""
+        return self.to_heads(x.reshape((-1, seq, self.num_heads, x.shape[-1] // self.num_heads)), (0, 2, 1, 3))
+
+
+class FeedForward(nn.Cell):
+    """SwiGLU: down(silu(gate(x)) * up(x)); the dense FFN and the shared experts."""
+
+    def __init__(self, config, width: int):
+        super().__init__()
+        self.gate_proj = Linear(config, config.hidden_size, width, "column_parallel")
+        self.up_proj = Linear(config, config.hidden_size, width, "column_parallel")
+        self.down_proj = Linear(config, width, config.hidden_size, "row_parallel")
+        self.silu, self.gate_mul = SiLU(), ops.Mul()
+        shard(self, "feed_forward", config)
+
+    def construct(self, x):
+        return self.down_proj(self.gate_mul(self.silu(self.gate_proj(x)), self.up_proj(x)))
+
+
+class Experts(nn.Cell):
+    """Weights of all routed experts: gate and up side by side (E, H, 2F), down (E, F, H)."""
+
+    def __init__(self, config):
+        super().__init__()
+        moe, dtype = config.moe_config, getattr(mstype, config.param_init_type)
+        init = Normal(config.initializer_range)
+        experts, hidden, width = moe.expert_num, config.hidden_size, moe.moe_intermediate_size
+        self.gate_up_proj = Parameter(initializer(init, (experts, hidden, 2 * width), dtype), name="gate_up_proj")
+        self.down_proj = Parameter(initializer(init, (experts, width, hidden), dtype), name="down_proj")
+
+
+class MixtureOfExperts(nn.Cell):
+    """DeepSeekMoE (arXiv 2412.19437, section 2.1.2): shared experts plus K routed ones per token.
+
+    Routing, dispatch and the experts are one per-device program (`_local`), which the compiler sees as one operator
+    with the layouts of sharding.py; load counts and balance losses are global sums over its outputs.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        moe = config.moe_config
+        self.gate = TopkRouterV2(config)
+        self.experts = Experts(config)
+        self.has_shared = moe.shared_expert_num > 0
+        if self.has_shared:
+            self.shared_experts = FeedForward(config, moe.shared_expert_num * moe.moe_intermediate_size)
+            self.add_shared = ops.Add()
+        policy = DroplessDispatch if moe.use_gmm else CapacityDispatch
+        self.dispatch = policy(config, expert_group(config))
+        self.balance = BalanceLoss(config)
+        self.counts_unbiased = self.balance.active and self.gate.has_bias
+        self.compute_dtype = getattr(mstype, config.compute_dtype)
+        self.local = run_locally(self._local, self._local_shapes, self._local_types)
+        self.count_mul, self.count = ops.Mul(), ops.ReduceSum()
+        self.add_load = ops.AssignAdd().recompute(False)  # a recomputed forward must not count again
+        shard(self, "mixture_of_experts", config)
+
+    def construct(self, x, token_mask, batch):
+        """x (T, H), token_mask (T, 1) float32 (0 on padding) -> y (T, H) and this layer's balance loss, ()."""
+        gate_up = ops.cast(self.experts.gate_up_proj, self.compute_dtype)
+        down = ops.cast(self.experts.down_proj, self.compute_dtype)
+        y, chosen, counted, scores, logits = self.local(x, self.gate.weight, self.gate.bias(), gate_up, down)
+        loss = 0.0
+        if self.training:
+            self.add_load(self.gate.expert_load, self.count(self.count_mul(ops.stop_gradient(chosen), token_mask), 0))
+            loss = self.balance(scores, logits, counted, token_mask, batch)
+        if self.has_shared:
+            y = self.add_shared(y, self.shared_experts(x))
+        return y, loss
+
+    def _local(self, x, gate_weight, bias, gate_up, down):
+        """(y (T, H); chosen, counted, scores, logits (T, E)) of this device's tokens.
+
+        `chosen` is where tokens went; `counted` is what the balance loss counts: V3 ignores bias and groups (eq. 18).
+        """
+        topk_weights, topk_ids, scores, logits = self.gate.route(x, gate_weight, bias)
+        y = self.dispatch.run(ops.cast(x, self.compute_dtype), topk_weights, topk_ids, gate_up, down)
+        chosen = self.gate.selected(topk_ids)
+        counted = self.gate.unbiased_selected(scores) if self.counts_unbiased else chosen
+        return y, chosen, counted, scores, logits
+
+    def _local_shapes(self, x, gate_weight, *_):
+        per_expert = [x[0], gate_weight[0]]
+        return x, per_expert, per_expert, per_expert, per_expert
+
+    def _local_types(self, *_):
+        return (self.compute_dtype,) + (mstype.float32,) * 4
+
+
+class BalanceLoss(nn.Cell):
+    """Auxiliary losses that spread tokens over experts (arXiv 2412.19437 eq. 17-20; arXiv 2405.04434 eq. 23-31).
+
+    expert: alpha * sum_i f_i P_i in each sequence, then the mean over sequences. device, comm: the same for groups of
+    experts. All are sums over global tokens, so they do not depend on the parallel layout.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        moe = config.moe_config
+        self.topk, self.num_experts, self.n_group = moe.num_experts_chosen, moe.expert_num, moe.n_group
+        self.topk_group, self.z_factor = moe.topk_group, moe.z_loss_factor
+        self.factors = dict(zip(moe.aux_loss_types, moe.aux_loss_factors)) if config.return_extra_loss else {}
+        self.active = bool(self.factors) or (self.z_factor > 0 and config.return_extra_loss)
+        self.is_sigmoid = moe.use_gating_sigmoid
+        self.sum_experts = ops.ReduceSum(keep_dims=True)
+        self.normalize, self.mask_mul, self.sum_tokens = ops.RealDiv(), ops.Mul(), ops.ReduceSum()
+        shard(self, "balance_loss", config)
+
+    def construct(self, scores, logits, counted, token_mask, batch):
+        """scores, logits, counted (T, E), token_mask (T, 1) -> () float32."""
+        if not self.active:
+            return 0.0
+        if self.is_sigmoid:
+            scores = self.normalize(scores, self.sum_experts(scores, -1))
+        count = self._per_sequence(token_mask, batch)  # (B, 1) tokens
+        frequency = self._per_sequence(self.mask_mul(ops.stop_gradient(counted), token_mask), batch)
+        frequency = frequency * (self.num_experts / self.topk) / count  # f (B, E)
+        probability = self._per_sequence(self.mask_mul(scores, token_mask), batch) / count  # P (B, E)
+        loss = 0.0
+        if "expert" in self.factors:
+            loss = loss + self.factors["expert"] * (frequency * probability).sum(-1).mean()
+        if "device" in self.factors:
+            groups = frequency.reshape((batch, self.n_group, -1)).mean(-1)
+            loss = loss + self.factors["device"] * (groups * self._by_group(probability, batch)).sum(-1).mean()
+        if "comm" in self.factors:
+            hit = counted.reshape((-1, self.n_group, self.num_experts // self.n_group)).sum(-1) > 0
+            hit = ops.cast(hit, mstype.float32)  # token sent to a group of experts
+            sent = self._per_sequence(hit * token_mask, batch) * (self.n_group / self.topk_group) / count
+            loss = loss + self.factors["comm"] * (sent * self._by_group(probability, batch)).sum(-1).mean()
+        if self.z_factor > 0:
+            z = ops.logsumexp(logits, -1, keep_dims=True)
+            loss = loss + self.z_factor * (z * z * token_mask).sum() / token_mask.sum()
+        return loss
+
+    def _per_sequence(self, x, batch):
+        """Sum over the tokens of each sequence: (B, X) <- (T, X)."""
+        return self.sum_tokens(x.reshape((batch, -1, x.shape[-1])), 1)
+
+    def _by_group(self, probability, batch):
+        return probability.reshape((batch, self.n_group, -1)).sum(-1)
+
+
+class DecoderLayer(nn.Cell):
+    """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts."""
+
+    @share_graph  # equal arguments share one compiled graph: compile time does not grow with the layers
+    def __init__(self, config, is_moe: bool):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, config.hidden_size, "token_norm")
+        self.self_attn = MultiHeadLatentAttention(config)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size, "token_norm")
+        self.is_moe = is_moe
+        self.mlp = MixtureOfExperts(config) if is_moe else FeedForward(config, config.intermediate_size)
+        self.add_attention, self.add_mlp = ops.Add(), ops.Add()
+        shard(self, "decoder_layer", config)
+
+    def construct(self, x, mask, token_mask, batch, position_ids=None):
+        """x (T, H) of `batch` sequences -> x (T, H) and the layer's balance loss."""
+        x = self.add_attention(x, self.self_attn(self.input_layernorm(x), x.shape[0] // batch, mask, position_ids))
+        y = self.post_attention_layernorm(x)
+        if self.is_moe:
+            y, loss = self.mlp(y, token_mask, batch)
+            return self.add_mlp(x, y), loss
+        return self.add_mlp(x, self.mlp(y)), 0.0
+
+
+class Embedding(nn.Cell):
+    """Rows of a (V, H) table."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = weight(config, config.vocab_size, config.hidden_size)
+        self.compute_dtype = getattr(mstype, config.compute_dtype)
+        self.gather = ops.Gather()
+        shard(self, "embedding", config)
+
+    def construct(self, ids):
+        """(T, H) <- ids (T,)."""
+        return ops.cast(self.gather(self.weight, ids, 0), self.compute_dtype)
+
+
+class DeepseekV2Model(nn.Cell):
+    """Token ids to hidden states: embedding, decoder layers, final norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = Embedding(config)
+        self.layers = nn.CellList([DecoderLayer(config, config.is_moe_layer(i)) for i in range(config.num_layers)])
+        self.norm = RMSNorm(config, config.hidden_size, "token_norm")
+        self.embed_tokens.pipeline_stage = 0
+        for i, layer in enumerate(self.layers):
+            place(layer, i, config)
+        self.norm.pipeline_stage = config.pipeline_stage_of(config.num_layers - 1)
+
+    def construct(self, ids, mask, token_mask, batch, position_ids=None):
+        """ids (T,) -> hidden states after the final norm (T, H), and the sum of the balance losses."""
+        x = self.embed_tokens(ids)
+        balance = 0.0
+        for layer in self.layers:
+            x, loss = layer(x, mask, token_mask, batch, position_ids)
+            balance = balance + loss
+        return self.norm(x), balance
+
+
+@MindFormerRegister.register(MindFormerModuleType.MODELS)
+class DeepseekV2ForCausalLM(PreTrainedModel):
+    """A DeepSeek-V2 language model and its training loss.
+
+    Args:
+        config: DeepseekV2Config.
+    """
+
+    config_class = DeepseekV2Config
+    base_model_prefix = "model"
+
+    @share_graph
+    def __init__(self, config):
+        super().__init__(config)
+        self.ignore_token_id, self.pad_token_id = config.ignore_token_id, config.pad_token_id
+        self.sliced_inputs = config.input_sliced_sig
+        self.model = DeepseekV2Model(config)
+        self.lm_head = Linear(config, config.hidden_size, config.vocab_size, "lm_head")
+        self.lm_head.pipeline_stage = config.pipeline_stage_of(config.num_layers)
+        self.loss = CrossEntropyLoss(loss_axes(config))
+        self.loss_parts = Parameter(
+            Tensor(np.zeros(4), mstype.float32), name="loss_parts", requires_grad=False, parallel_optimizer=False
+        )
+        self.add_loss_parts = ops.AssignAdd()
+        if config.checkpoint_name_or_path:
+            self.load_checkpoint(config)
+
+    def construct(self, input_ids, labels=None, loss_mask=None, position_ids=None, attention_mask=None):
+        """Loss of a batch, or logits when there are no labels.
+
+        Args:
+            input_ids: (B, S) int32; with `input_sliced_sig: False` (B, S+1), from which labels are cut.
+            labels: (B, S) int32, the next token at each position; `ignore_token_id` where there is none.
+            loss_mask: (B, S) float32, 1 where the prediction counts; default: where labels are not ignored.
+            position_ids: (B, S) int32; default 0..S-1.
+            attention_mask: (B, 1, S, S), 1 where a key may NOT be attended; default causal.
+
+        Returns:
+            () float32 loss (training: main + MTP + balance, evaluation: main), or (B, S, V) float32 logits.
+        """
+        if not self.sliced_inputs and labels is None:
+            input_ids, labels = input_ids[:, :-1], input_ids[:, 1:]
+        batch, seq = input_ids.shape
+        mask = causal_mask(seq) if attention_mask is None else ops.cast(attention_mask, mstype.float32) * MASKED
+        ids = input_ids.reshape((-1,))
+        if labels is None:
+            token_mask = ops.ones((batch * seq, 1), mstype.float32)
+            hidden, _ = self.model(ids, mask, token_mask, batch, position_ids)
+            return ops.cast(self.lm_head(hidden), mstype.float32).reshape((batch, seq, -1))
+        if loss_mask is None:
+            loss_mask = labels != self.ignore_token_id
+        loss_mask = ops.cast(loss_mask, mstype.float32)
+        token_mask = self._token_mask(input_ids, labels)
+        hidden, balance = self.model(ids, mask, token_mask, batch, position_ids)
+        main = self.token_loss(hidden, labels, loss_mask)
+        if not self.training:
+            return main
+        mtp, mtp_balance = self.mtp_loss(hidden, labels, loss_mask, mask, token_mask, position_ids)
+        balance = balance + mtp_balance
+        parts = ops.stack([ops.cast(part + main * 0, mstype.float32) for part in (main, mtp, balance, 1.0)])
+        self.add_loss_parts(self.loss_parts, ops.stop_gradient(parts))
+        return main + mtp * self.mtp_factor() + balance
+
+    def mtp_factor(self) -> float:
+        """What the MTP loss is multiplied with."""
+        return 0.0
+
+    def mtp_loss(self, hidden, labels, loss_mask, mask, token_mask, position_ids):
+        """Loss of multi-token prediction and its layers' balance loss: none in V2."""
+        return 0.0, 0.0
+
+    def token_loss(self, hidden, labels, loss_mask):
+        """Mean cross entropy over the positions of loss_mask: () <- hidden (T, H), labels and loss_mask (B, S)."""
+        labels = ops.maximum(labels.reshape((-1,)), 0)  # ignored labels are negative; the mask leaves them out
+        return self.loss(self.lm_head(hidden), labels, loss_mask.reshape((-1,))).reshape(())
+
+    def _token_mask(self, input_ids, labels):
+        """0 on padding, (T, 1): a pad token that is followed by another or by nothing (pad is also end of text)."""
+        last = ops.logical_or(labels == self.pad_token_id, labels == self.ignore_token_id)
+        padding = ops.logical_and(input_ids == self.pad_token_id, last)
+        return ops.cast(ops.logical_not(padding), mstype.float32).reshape((-1, 1))
+
+    def decoder_layers(self) -> list[tuple[str, nn.Cell]]:
+        """(name, layer) of every decoder layer, MTP's included, by depth."""
+        return [(f"layers.{i}", layer) for i, layer in enumerate(self.model.layers)]
+
+    def moe_routers(self) -> list[tuple[str, TopkRouterV2]]:
+        """(layer name, router) of every MoE layer."""
+        return [(name, layer.mlp.gate) for name, layer in self.decoder_layers() if layer.is_moe]
+
+    def update_topk_bias(self) -> None:
+        """Move every router's bias one step towards balance (facts 4); once per optimizer step, before saving."""
+        for _, router in self.moe_routers():
+            router.update_bias()
+
+    def flops_per_token(self, seq_length: int | None = None) -> float:
+        """Forward and backward FLOPs of one token at the given (default: the configured) sequence length."""
+        return flops_per_token(self.config, seq_length or self.config.seq_length)
+
+
+def causal_mask(seq: int):
+    """(1, 1, S, S) float32: MASKED above the diagonal."""
+    place = ops.arange(seq)
+    return ops.cast(place.reshape((1, 1, 1, seq)) > place.reshape((1, 1, seq, 1)), mstype.float32) * MASKED

@@ -1,0 +1,78 @@
+"""DeepSeek-V3: V2's layers with V3's router, and multi-token prediction (arXiv 2412.19437, section 2.2).
+
+Legend as in deepseek2_model.py.
+"""
+
+from deepseek2_model import DecoderLayer, DeepseekV2ForCausalLM, Linear, RMSNorm
+from deepseek3_config import DeepseekV3Config
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindspore import nn, ops
+from sharding import place, share_graph
+
+__all__ = ["DeepseekV3ForCausalLM"]
+
+
+class MultiTokenPredictor(nn.Cell):
+    """Hidden states that predict one token further (facts 10).
+
+    eh_proj takes [enorm(embedding) ; hnorm(hidden)], in the order of the released weights. The hidden states come
+    from after the main model's final norm, as serving stacks (vLLM) feed them.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.enorm = RMSNorm(config, config.hidden_size, "token_norm")
+        self.hnorm = RMSNorm(config, config.hidden_size, "token_norm")
+        self.eh_proj = Linear(config, 2 * config.hidden_size, config.hidden_size, "latent")
+        self.layer = DecoderLayer(config, config.is_moe_layer(config.num_layers))
+        self.shared_head_norm = RMSNorm(config, config.hidden_size, "token_norm")
+        self.cat = ops.Concat(-1)
+
+    def construct(self, hidden, embedding, mask, token_mask, batch, position_ids=None):
+        """hidden (T, H), embedding (T, H) of the token after each -> (T, H) for the shared head, balance loss."""
+        x = self.eh_proj(self.cat((self.enorm(embedding), self.hnorm(hidden))))
+        x, balance = self.layer(x, mask, token_mask, batch, position_ids)
+        return self.shared_head_norm(x), balance
+
+
+@MindFormerRegister.register(MindFormerModuleType.MODELS)
+class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
+    """A DeepSeek-V3 language model and its training loss.
+
+    Args:
+        config: DeepseekV3Config.
+    """
+
+    config_class = DeepseekV3Config
+
+    @share_graph
+    def __init__(self, config):
+        super().__init__(config)
+        self.mtp = nn.CellList([MultiTokenPredictor(config) for _ in range(config.mtp_depth)])
+        for predictor in self.mtp:
+            predictor.pipeline_stage = config.pipeline_stage_of(config.num_layers)
+            place(predictor.layer, config.num_layers, config)
+
+    def mtp_factor(self) -> float:
+        """lambda / depth (eq. 25)."""
+        return self.config.mtp_loss_factor / max(self.config.mtp_depth, 1)
+
+    def mtp_loss(self, hidden, labels, loss_mask, mask, token_mask, position_ids):
+        """Sum over depths of the cross entropy of the token after next, and the layers' balance loss."""
+        loss, balance = 0.0, 0.0
+        for predictor in self.mtp:
+            embedding = self.model.embed_tokens(ops.maximum(labels, 0).reshape((-1,)))
+            hidden, extra = predictor(hidden, embedding, mask, token_mask, labels.shape[0], position_ids)
+            labels, loss_mask = shift_left(labels, self.ignore_token_id), shift_left(loss_mask, 0)
+            loss = loss + self.token_loss(hidden, labels, loss_mask)
+            balance = balance + extra
+        return loss, balance
+
+    def decoder_layers(self) -> list[tuple[str, nn.Cell]]:
+        """(name, layer) of every decoder layer, MTP's included, by depth."""
+        return super().decoder_layers() + [(f"mtp.{i}", predictor.layer) for i, predictor in enumerate(self.mtp)]
+
+
+def shift_left(x, fill):
+    """Each sequence one token on, `fill` at its end: (B, S) <- (B, S)."""
+    return ops.concat((x[:, 1:], ops.full_like(x[:, :1], fill)), 1)

@@ -1,0 +1,218 @@
+"""How every operator is split over devices: the one page to review before a run.
+
+Devices of a pipeline stage form a grid (dp, cp, mp), mp fastest, so that a model-parallel group is consecutive ranks.
+Tokens lie on dp and cp; between blocks, with use_seq_parallel, on mp too. Heads and FFN width lie on mp.
+The MoE sees the same devices as a grid (edp, ep), ep fastest, with edp * ep = dp * cp * mp: every device routes its
+own tokens, and ep consecutive devices share one set of experts.
+
+A plan maps the name of an operator to the layouts of its inputs (and outputs, after "->"), one axis name (or several,
+or "None") per tensor axis. A name that the cell lacks, or an axis that the grid lacks, is an error.
+"""
+
+import functools
+
+import mindspore as ms
+from mindformers.modules.transformer import OpParallelConfig
+from mindspore import Layout, lazy_inline, nn, ops
+from mindspore.communication import get_rank
+
+from mindformers_ext.moe_dispatch import ExpertGroup
+
+ALL = ("dp", "cp", "mp")  # every device of the stage
+ROWS = ("dp", "cp")  # tokens where heads or widths take mp
+NONE = "None"
+
+
+def is_sharded() -> bool:
+    """True when MindSpore's parallel compiler splits operators (parallel_mode semi-auto or auto)."""
+    return ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+
+
+def token_axes(config) -> tuple[str, ...]:
+    """Axes of the tokens between blocks."""
+    return ALL if config.parallel_config.use_seq_parallel else ROWS
+
+
+def heads(*last: str) -> tuple:
+    """(B, N, S, D): batch on dp, heads on mp, sequence on cp."""
+    return ("dp", "mp", "cp") + (last or (NONE,))
+
+
+def plans(config) -> dict[str, dict[str, tuple]]:
+    """Every plan by name; see the file's head for how to read one."""
+    tokens, width, flat = (token_axes(config), NONE), (ROWS, "mp"), (ALL, NONE)
+    scalar = ()
+    vocab = NONE if config.parallel_config.vocab_emb_dp else "mp"
+    return {
+        "token_norm": rms_norm_plan(tokens),
+        "latent_norm": rms_norm_plan(tokens),
+        # projections: x (T, in), weight (out, in)
+        "column_parallel": {"matmul": ((ROWS, NONE), ("mp", NONE))},
+        "row_parallel": {"matmul": (width, (NONE, "mp"), "->", tokens)},
+        "latent": {"matmul": (tokens, (NONE, NONE))},
+        "lm_head": {"matmul": ((ROWS, NONE), ("mp", NONE))},
+        "embedding": {"gather": ((vocab, NONE), (ROWS,))},
+        # attention: (B, N, S, D)
+        "latent_attention": {
+            "split_latent": (tokens,),
+            "split_query": (heads(),),
+            "split_kv": (heads(),),
+            "to_heads": (("dp", "cp", "mp", NONE),),
+            "from_heads": (heads(),),
+            "share_key": (heads(),),
+            "cat_query": (heads(), heads()),
+            "cat_key": (heads(), heads()),
+        },
+        "core_attention": {
+            "scale_query": (heads(), scalar),
+            "query_key": (heads(), ("dp", "mp", NONE, NONE)),
+            "add_mask": (heads(), (NONE, NONE, "cp", NONE)),
+            "softmax": (heads(),),
+            "weigh_value": (heads(), ("dp", "mp", NONE, NONE)),
+        },
+        "query_rotary": rotary_plan(heads()),
+        "key_rotary": rotary_plan(("dp", NONE, "cp", NONE)),
+        # feed-forward
+        "feed_forward": {"silu": (width,), "gate_mul": (width, width)},
+        "decoder_layer": {"add_attention": (tokens, tokens), "add_mlp": (tokens, tokens)},
+        "mixture_of_experts": {
+            "count_mul": (flat, flat),
+            "count": (flat,),
+            **({"add_shared": (tokens, tokens)} if config.moe_config.shared_expert_num else {}),
+        },
+        "balance_loss": {
+            "sum_experts": (flat,),
+            "normalize": (flat, flat),
+            "mask_mul": (flat, flat),
+            "sum_tokens": (("dp", ("cp", "mp"), NONE),),
+        },
+    }
+
+
+def experts_plan() -> tuple:
+    """Layouts of the per-device MoE program on the grid (edp, ep): inputs, then outputs."""
+    tokens = (("edp", "ep"), NONE)
+    inputs = (tokens, (NONE, NONE), (NONE,), ("ep", NONE, NONE), ("ep", NONE, NONE))
+    return inputs, (tokens,) * 5
+
+
+def rms_norm_plan(x: tuple) -> dict[str, tuple]:
+    """RMSNorm's operators on x; the weight is whole on every device. The fused operator is called `norm`."""
+    return {
+        "norm": (x, (NONE,)),
+        "square": (x,),
+        "mean": (x,),
+        "add_eps": (x, ()),
+        "rsqrt": (x,),
+        "normalize": (x, x),
+        "scale": (x, (NONE,)),
+    }
+
+
+def rotary_plan(x: tuple) -> dict[str, tuple]:
+    """Rotary operators on x (B, N, S, D) with tables (1, 1, S, D)."""
+    table = (NONE, NONE, x[2], NONE)
+    turn = dict.fromkeys(("first_cos", "first_sin", "second_cos", "second_sin"), (x, table))
+    return {
+        "rotary": (x, table, table),
+        "first": (x,),
+        "second": (x,),
+        **turn,
+        "sub": (x, x),
+        "add": (x, x),
+        "cat": (x, x),
+    }
+
+
+OPERATOR_CHOICES = {"norm", "rotary"} | set(rms_norm_plan(())) | set(rotary_plan((NONE,) * 4))
+
+
+def shard(cell: nn.Cell, plan: str, config) -> None:
+    """Give the operators of `cell` their layouts; does nothing where the compiler does not split."""
+    if not is_sharded():
+        return
+    p = config.parallel_config
+    grid = Layout((p.data_parallel, p.context_parallel, p.model_parallel), ALL)
+    for name, layouts in plans(config)[plan].items():
+        if name in OPERATOR_CHOICES and not hasattr(cell, name):
+            continue  # the fused and the basic cell of one role have different operators
+        apply(getattr(cell, name), grid, layouts)
+
+
+def share_graph(init):
+    """Decorate `__init__`: cells built with equal arguments share one compiled graph, where the device can.
+
+    Compile time then does not grow with the number of equal layers, and pipelining can inline the net per micro-batch.
+    """
+    shared = lazy_inline(init)
+
+    @functools.wraps(init)
+    def build(self, *args, **kwargs):
+        (shared if ms.get_context("device_target") == "Ascend" else init)(self, *args, **kwargs)
+
+    return build
+
+
+def apply(operator, grid: Layout, layouts: tuple) -> None:
+    """Shard one operator; layouts after "->" are its outputs'."""
+    cut = layouts.index("->") if "->" in layouts else len(layouts)
+    inputs = tuple(grid(*axes) if axes else grid() for axes in layouts[:cut])
+    outputs = tuple(grid(*axes) for axes in layouts[cut + 1 :])
+    if outputs:
+        operator.shard(in_strategy=inputs, out_strategy=outputs)
+    else:
+        operator.shard(in_strategy=inputs)
+
+
+def run_locally(function, shapes, types):
+    """`function` as every device runs it on its own part of the MoE's inputs; itself where nothing is split."""
+    if not is_sharded():
+        return function
+    morph = ops.Morph(function, shapes, types).add_prim_attr("self_define_shard", True)
+    return morph
+
+
+def expert_group(config) -> ExpertGroup:
+    """The expert-parallel group of this device; one device where nothing is split."""
+    p = config.parallel_config
+    return ExpertGroup(p.expert_parallel, get_rank(), p.model_parallel) if is_sharded() else ExpertGroup()
+
+
+def loss_axes(config) -> OpParallelConfig:
+    """How MindFormers' cross entropy splits logits: tokens on dp and cp, vocabulary on mp."""
+    p = config.parallel_config
+    return OpParallelConfig(data_parallel=p.data_parallel * p.context_parallel, model_parallel=p.model_parallel)
+
+
+def place(layer: nn.Cell, index: int, config) -> None:
+    """Set pipeline stage, recomputation and gradient fusion of decoder layer `index` (MTP's follow the last)."""
+    p = config.parallel_config
+    layer.pipeline_stage = config.pipeline_stage_of(index)
+    fusion_groups = max(p.gradient_aggregation_group, 1)
+    per_group = -(-(config.num_layers + config.mtp_depth) // fusion_groups)
+    layer.set_comm_fusion(index // per_group + 1)
+    recompute = p.recompute
+    if wants(recompute.recompute, index, config):
+        layer.recompute(
+            mp_comm_recompute=recompute.mp_comm_recompute,
+            parallel_optimizer_comm_recompute=recompute.parallel_optimizer_comm_recompute,
+            recompute_slice_activation=recompute.recompute_slice_activation,
+        )
+    elif wants(recompute.select_recompute, index, config):
+        for operator in activations(layer):
+            operator.recompute()
+
+
+def wants(setting, index: int, config) -> bool:
+    """True when a recompute setting covers layer `index`: a bool for all, or the number of layers in each stage."""
+    if not isinstance(setting, list | tuple):
+        return bool(setting)
+    stage = config.pipeline_stage_of(index)
+    first = next(i for i in range(config.num_layers + 1) if config.pipeline_stage_of(i) == stage)
+    return index - first < setting[stage]
+
+
+def activations(layer: nn.Cell) -> list:
+    """Cheap operators with large outputs, which select_recompute runs again instead of keeping."""
+    ffn = layer.mlp.shared_experts if hasattr(layer.mlp, "shared_experts") else layer.mlp
+    return [getattr(ffn, name) for name in ("silu", "gate_mul") if hasattr(ffn, name)]
