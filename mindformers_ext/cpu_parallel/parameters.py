@@ -19,7 +19,7 @@ class Shard:
     ranges: tuple[tuple[int, int], ...]
 
     def cut(self, full: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(full[tuple(slice(a, b) for a, b in self.ranges)])
+        return np.array(full[tuple(slice(a, b) for a, b in self.ranges)], order="C")  # a copy, 0-d stays 0-d
 
     def put(self, full: np.ndarray, part: np.ndarray) -> None:
         full[tuple(slice(a, b) for a, b in self.ranges)] = part
