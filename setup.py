@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from pybind11.setup_helpers import build_ext
+from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import Extension, setup
 
 
@@ -55,6 +55,14 @@ setup(
             "mindformers_ext.cpu_parallel._collectives",
             [f"{CPU_PARALLEL}/{name}.cc" for name in ("shared_job", "collectives", "collective_op")],
             [f"{CPU_PARALLEL}/{name}.h" for name in ("shared_job", "reduce", "collectives")],
+        ),
+        Pybind11Extension(
+            "mindformers_ext.bin_dataset._index_builder",
+            ["mindformers_ext/bin_dataset/index_builder.cc"],
+            cxx_std=17,
+            # No fused multiply-add: blends must round like megatron-core's x86 build on every machine.
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
+            extra_link_args=["-pthread"],
         ),
     ],
     cmdclass={"build_ext": build_ext},

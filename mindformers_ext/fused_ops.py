@@ -85,6 +85,7 @@ class BlockedSwiGlu(nn.Cell):
     def __init__(self):
         super().__init__()
         self.gate_up_mul, self.down_mul = ops.BatchMatMul(), ops.BatchMatMul()
+        self.halve = ops.Split(-1, 2)
         self.silu = SiLU()
         self.cumsum = ops.CumSum()
 
@@ -107,7 +108,7 @@ class BlockedSwiGlu(nn.Cell):
         starts = ops.cast(ops.arange(blocks), mstype.int32) * block
         owner = ops.cast(starts.expand_dims(1) >= padded_end.expand_dims(0), mstype.int32).sum(1)
         owner = ops.minimum(owner, experts - 1)
-        gate, up = ops.chunk(self.gate_up_mul(blocked, ops.gather(gate_up, owner, 0)), 2, -1)
+        gate, up = self.halve(self.gate_up_mul(blocked, ops.gather(gate_up, owner, 0)))
         y = self.down_mul(self.silu(gate) * up, ops.gather(down, owner, 0)).reshape((-1, hidden))
         return ops.gather(ops.concat((y, zero_row), 0), place, 0)
 

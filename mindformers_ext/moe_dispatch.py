@@ -121,6 +121,7 @@ class CapacityDispatch(nn.Cell):
         self.group_tokens = moe.expert_group_size or config.seq_length
         self.capacity_factor, self.drops_by_sequence = moe.capacity_factor, moe.enable_sdrop
         self.gate_up_mul, self.down_mul = ops.BatchMatMul(), ops.BatchMatMul()
+        self.halve = ops.Split(-1, 2)
         self.silu = SiLU()
         self.cumsum = ops.CumSum()
         self.one_hot = ops.OneHot()
@@ -177,7 +178,7 @@ class CapacityDispatch(nn.Cell):
         rows = buffer.transpose((1, 0, 2, 3)).reshape((self.ep, -1, hidden))  # rows for each device of the group
         rows = self._exchange(rows).reshape((self.ep, self.local_experts, -1, hidden))
         rows = rows.transpose((1, 0, 2, 3)).reshape((self.local_experts, -1, hidden))  # (L, ep*groups*C, H)
-        gate, up = ops.chunk(self.gate_up_mul(rows, gate_up), 2, -1)
+        gate, up = self.halve(self.gate_up_mul(rows, gate_up))
         rows = self.down_mul(self.silu(gate) * up, down)
         rows = rows.reshape((self.local_experts, self.ep, -1, hidden)).transpose((1, 0, 2, 3))
         rows = self._exchange(rows.reshape((self.ep, -1, hidden)))

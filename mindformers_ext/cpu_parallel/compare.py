@@ -51,14 +51,14 @@ def relative(value: np.ndarray, reference: np.ndarray) -> float:
     return float(ratio) if np.isfinite(ratio) else float("inf")
 
 
-def compare(single: Path, folder: Path, world_size: int, stages: int = 1, loss_output: int = 0) -> Comparison:
+def compare(single: Path, folder: Path, world_size: int, stages: int = 1, micro_batches: int = 1) -> Comparison:
     """Compare the ranks' results in `folder` with the single process's in `single`.
 
-    `loss_output` is the place of the loss among the scalar outputs of a step. Raises ValueError when a parameter of
+    The loss is the first scalar output of a step; MindSpore's pipeline returns its sum over the micro-batches. Raises ValueError when a parameter of
     the single process is on no rank, or ranks of the last stage disagree about the loss.
     """
-    reference = [out[loss_output] for out in json.loads((single / "single.json").read_text())["outputs"]]
-    losses = last_stage_losses(folder, world_size, stages, loss_output)
+    reference = [out[0] for out in json.loads((single / "single.json").read_text())["outputs"]]
+    losses = [loss / micro_batches for loss in last_stage_losses(folder, world_size, stages)]
     per_step = [relative(np.array(a), np.array(b)) for a, b in zip(losses, reference, strict=True)]
     worst_step = int(np.argmax(per_step))
     parameters, replicas = zip(*_differences(single, folder, "final.npz", world_size, stages, relative), strict=True)
@@ -74,13 +74,13 @@ def compare(single: Path, folder: Path, world_size: int, stages: int = 1, loss_o
     )
 
 
-def last_stage_losses(folder: Path, world_size: int, stages: int, loss_output: int) -> list[float]:
+def last_stage_losses(folder: Path, world_size: int, stages: int) -> list[float]:
     """The loss of every step, which only the ranks of the last pipeline stage know."""
     first = world_size - world_size // stages
     losses = {}
     for rank in range(first, world_size):
         outputs = json.loads((rank_folder(folder, rank) / "result.json").read_text())["outputs"]
-        losses[rank] = [out[loss_output] for out in outputs]
+        losses[rank] = [out[0] for out in outputs]
     for rank, values in losses.items():
         if values != losses[first]:
             raise ValueError(f"ranks {first} and {rank} report different losses: {losses[first]} and {values}")

@@ -16,7 +16,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
-from mindspore.ops.auto_generate import SiLU, SplitWithSize
+from mindspore.ops.auto_generate import SiLU
 from sharding import expert_group, loss_axes, place, run_locally, shard, share_graph
 
 from mindformers_ext.fused_ops import rms_norm, rotary
@@ -164,7 +164,8 @@ class MultiHeadLatentAttention(nn.Cell):
         self.query_rotary = RotaryEmbedding(config, "query_rotary")
         self.key_rotary = RotaryEmbedding(config, "key_rotary")
         self.core_attention = CoreAttention(config)
-        self.split_latent, self.split_query, self.split_kv = SplitWithSize(), SplitWithSize(), SplitWithSize()
+        self.q_nope, self.q_pe, self.k_nope, self.value = (ops.StridedSlice() for _ in range(4))
+        self.compressed_kv, self.k_pe = ops.StridedSlice(), ops.StridedSlice()
         self.to_heads, self.from_heads = ops.Transpose(), ops.Transpose()
         self.share_key = ops.Tile()
         self.cat_query, self.cat_key = ops.Concat(-1), ops.Concat(-1)
@@ -174,12 +175,16 @@ class MultiHeadLatentAttention(nn.Cell):
         """x (T, H) of sequences of `seq` tokens; mask (B or 1, 1, S, S) float32, added to the scores."""
         query_latent = self.q_a_layernorm(self.q_a_proj(x)) if self.has_q_lora else x
         query = self.q_b_proj(query_latent) if self.has_q_lora else self.q_proj(x)
-        q_nope, q_pe = self.split_query(self._heads(query, seq), (self.nope, self.rope), -1)
-        compressed_kv, k_pe = self.split_latent(self.kv_a_proj_with_mqa(x), (self.latent, self.rope), -1)
-        kv = self._heads(self.kv_b_proj(self.kv_a_layernorm(compressed_kv)), seq)
-        k_nope, value = self.split_kv(kv, (self.nope, self.value_dim), -1)
-        q_pe = self.query_rotary(q_pe, position_ids)
-        k_pe = self.key_rotary(k_pe.reshape((-1, 1, seq, self.rope)), position_ids)  # one head, shared
+        query = self._heads(query, seq)  # (B, N, S, nope + rope)
+        kv_a = self.kv_a_proj_with_mqa(x)  # (T, latent + rope)
+        compressed_kv = part(self.compressed_kv, kv_a, 0, self.latent)
+        kv = self._heads(self.kv_b_proj(self.kv_a_layernorm(compressed_kv)), seq)  # (B, N, S, nope + Dv)
+        q_nope = part(self.q_nope, query, 0, self.nope)
+        q_pe = self.query_rotary(part(self.q_pe, query, self.nope, self.rope), position_ids)
+        k_nope = part(self.k_nope, kv, 0, self.nope)
+        value = part(self.value, kv, self.nope, self.value_dim)
+        k_pe = part(self.k_pe, kv_a, self.latent, self.rope).reshape((-1, 1, seq, self.rope))
+        k_pe = self.key_rotary(k_pe, position_ids)  # one head, shared
         query = self.cat_query((q_nope, q_pe))  # (B, N, S, nope + rope)
         key = self.cat_key((k_nope, self.share_key(k_pe, (1, self.num_heads, 1, 1))))
         context = self.core_attention(query, key, value, mask)  # (B, N, S, Dv)
@@ -189,6 +194,16 @@ class MultiHeadLatentAttention(nn.Cell):
     def _heads(self, x, seq):
         """(B, N, S, D) <- (T, N*D)."""
         return self.to_heads(x.reshape((-1, seq, self.num_heads, x.shape[-1] // self.num_heads)), (0, 2, 1, 3))
+
+
+def part(strided_slice, x, start, width):
+    """x[..., start : start + width], as an operator that sharding.py can reach.
+
+    Not SplitWithSize: in MindSpore 2.9's CPU graphs its views give wrong gradients (tests/parity found it).
+    """
+    rank = len(x.shape)
+    begin = (0,) * (rank - 1) + (start,)
+    return strided_slice(x, begin, x.shape[:-1] + (start + width,), (1,) * rank)
 
 
 class FeedForward(nn.Cell):

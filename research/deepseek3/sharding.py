@@ -54,9 +54,9 @@ def plans(config) -> dict[str, dict[str, tuple]]:
         "embedding": {"gather": ((vocab, NONE), (ROWS,))},
         # attention: (B, N, S, D)
         "latent_attention": {
-            "split_latent": (tokens,),
-            "split_query": (heads(),),
-            "split_kv": (heads(),),
+            "compressed_kv": (tokens,),
+            "k_pe": (tokens,),
+            **dict.fromkeys(("q_nope", "q_pe", "k_nope", "value"), (heads(),)),
             "to_heads": (("dp", "cp", "mp", NONE),),
             "from_heads": (heads(),),
             "share_key": (heads(),),

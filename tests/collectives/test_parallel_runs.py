@@ -27,7 +27,7 @@ def run_layout(single: Path, folder: Path, **degrees) -> Comparison:
     world_size = degrees.get("dp", 1) * degrees.get("mp", 1) * stages
     launch.compile_ranks(launch.Builder("toy_transformer:build", degrees, PYTHON_PATH), world_size, folder)
     launch.run_ranks(folder, world_size, stages)
-    return compare(single, folder, world_size, stages)
+    return compare(single, folder, world_size, stages, degrees.get("micro", 1))
 
 
 def check(comparison: Comparison) -> None:

@@ -78,18 +78,24 @@ class Block(nn.Cell):
         return self.add(x, self.rows(self.gelu(self.columns(self.norm2(x), self.up)), self.down))
 
 
-class Net(nn.Cell):
-    """tokens, labels (b, S) int32 -> their part of the mean cross entropy over the whole batch."""
+class Embedding(nn.Cell):
+    """tokens (b, S) -> (T, H)."""
 
-    def __init__(self, layout: Layout):
+    def __init__(self, rng, dp: int):
         super().__init__()
-        rng = np.random.default_rng(7)
-        dp = layout.dp
         self.table = parameter(rng, VOCAB, HIDDEN)
         self.embed = ops.Gather().shard(((1, 1), (dp, 1)))
-        self.blocks = nn.CellList([Block(rng, layout) for _ in range(LAYERS)])
-        for i, block in enumerate(self.blocks):
-            block.pipeline_stage = i * layout.pp // LAYERS
+        self.reshape = ops.Reshape()
+
+    def construct(self, tokens):
+        return self.reshape(self.embed(self.table, tokens, 0), (-1, HIDDEN))
+
+
+class Loss(nn.Cell):
+    """x (T, H), labels (b, S) -> mean cross entropy."""
+
+    def __init__(self, rng, dp: int):
+        super().__init__()
         self.norm = Norm(rng, dp)
         self.head = parameter(rng, HIDDEN, VOCAB)
         self.logits = ops.MatMul().shard(((dp, 1), (1, 1)))
@@ -100,14 +106,30 @@ class Net(nn.Cell):
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
         self.reshape, self.neg = ops.Reshape(), ops.Neg()
 
+    def construct(self, x, labels):
+        chances = self.log_softmax(self.logits(self.norm(x), self.head))
+        picked = self.pick(chances, self.one_hot(self.reshape(labels, (-1,)), VOCAB, self.on, self.off))
+        return self.neg(self.sum(picked)) / x.shape[0]
+
+
+class Net(nn.Cell):
+    """tokens, labels (b, S) int32 -> mean cross entropy."""
+
+    def __init__(self, layout: Layout):
+        super().__init__()
+        rng = np.random.default_rng(7)
+        self.embedding = Embedding(rng, layout.dp)
+        self.blocks = nn.CellList([Block(rng, layout) for _ in range(LAYERS)])
+        self.loss = Loss(rng, layout.dp)
+        self.embedding.pipeline_stage, self.loss.pipeline_stage = 0, layout.pp - 1
+        for i, block in enumerate(self.blocks):
+            block.pipeline_stage = i * layout.pp // LAYERS
+
     def construct(self, tokens, labels):
-        count = tokens.shape[0] * SEQUENCE
-        x = self.reshape(self.embed(self.table, tokens, 0), (count, HIDDEN))
+        x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
-        chances = self.log_softmax(self.logits(self.norm(x), self.head))
-        picked = self.pick(chances, self.one_hot(self.reshape(labels, (count,)), VOCAB, self.on, self.off))
-        return self.neg(self.sum(picked)) / (BATCH * SEQUENCE)
+        return self.loss(x, labels)
 
 
 class PipelineNet(Net):

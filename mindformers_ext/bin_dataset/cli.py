@@ -1,0 +1,111 @@
+"""What the command lines in dataset_tools/ share: arguments, errors as one sentence, the summary."""
+
+import argparse
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from mindformers_ext.bin_dataset.indexed_dataset import CODES, smallest_dtype
+from mindformers_ext.bin_dataset.pipeline import Counts, Job, run
+from mindformers_ext.bin_dataset.text_sources import find_inputs
+from mindformers_ext.bin_dataset.tokenizer import TextTokenizer
+
+DTYPE_NAMES = sorted(str(dtype) for dtype in CODES if dtype.kind in "iu")
+
+
+def text_parser(description: str, dtype: str) -> argparse.ArgumentParser:
+    """A parser with the arguments of every tool that turns text into tokens; ``dtype`` is the default one."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--input", nargs="+", required=True, help="input files or glob patterns")
+    parser.add_argument("--output-prefix", required=True, help="P, for P_text_document.bin and .idx")
+    parser.add_argument(
+        "--vocab-file",
+        "--tokenizer-model",
+        dest="tokenizer",
+        required=True,
+        help="tokenizer.json, HuggingFace folder or sentencepiece .model",
+    )
+    parser.add_argument("--workers", "--worker", type=int, default=os.cpu_count(), help="threads (default: all cores)")
+    parser.add_argument("--partitions", type=int, default=0, help="resumable parts (default: one per 4 GiB of input)")
+    parser.add_argument("--append-eod", action="store_true", help="end every document with the eod token")
+    parser.add_argument("--eod-token", help="name of that token (default: eos_token of tokenizer_config.json)")
+    parser.add_argument("--add-bos", action="store_true", help="begin every document with the bos token")
+    parser.add_argument("--bos-token", help="name of that token")
+    parser.add_argument("--dtype", choices=["auto", *DTYPE_NAMES], default=dtype, help="auto: uint16 below 65500 ids")
+    parser.add_argument("--vocab-size", type=int, help="stop at token ids that a model of this vocab_size lacks")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="count and skip lines that cannot be read")
+    parser.add_argument("--no-fast-tokenizer", action="store_true", help="use the reference library `tokenizers`")
+    parser.add_argument("--log-interval", type=int, default=1000, help="documents between updates of the progress line")
+    return parser
+
+
+def load_tokenizer(args: argparse.Namespace) -> TextTokenizer:
+    """The tokenizer of the arguments, with as many threads as --workers says."""
+    if args.workers < 1 or args.partitions < 0 or args.log_interval < 1:
+        raise ValueError("--workers and --log-interval must be at least 1, --partitions at least 0")
+    os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # Both tokenizer libraries read it when they start.
+    return TextTokenizer(args.tokenizer, fast=not args.no_fast_tokenizer)
+
+
+def text_job(tool: str, args: argparse.Namespace, tokenizer: TextTokenizer, **more: object) -> Job:
+    """A job from the common arguments; ``more`` are fields only this tool sets."""
+    name = smallest_dtype(tokenizer.vocab_size).__name__ if args.dtype == "auto" else args.dtype
+    dtype = next(dtype.type for dtype in CODES if str(dtype) == name)
+    return Job(
+        tool=tool,
+        inputs=tuple(find_inputs(args.input)),
+        prefix=args.output_prefix,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        eod=tokenizer.eod_id(args.eod_token) if args.append_eod else None,
+        bos=tokenizer.bos_id(args.bos_token) if args.add_bos else None,
+        vocab_size=args.vocab_size,
+        partitions=args.partitions,
+        skip_bad_lines=args.skip_bad_lines,
+        log_interval=args.log_interval,
+        arguments={key: value for key, value in vars(args).items() if value is not None},
+        **more,
+    )
+
+
+def run_and_report(job: Job) -> None:
+    """Run a job and print its summary."""
+    started = time.monotonic()
+    counts = run(job)
+    print(summary(job, counts, time.monotonic() - started))
+
+
+def summary(job: Job, counts: Counts, seconds: float) -> str:
+    """What was read, written, empty or dropped and why."""
+    lines = [
+        f"read     {counts.documents} documents, {counts.input_bytes / 1e6:.1f} MB from {len(job.inputs)} file(s)",
+        f"written  {counts.sequences} sequences, {counts.tokens} tokens ({job.dtype.__name__})",
+        f"empty    {counts.empty_documents} documents without a token",
+        f"dropped  {counts.bad_lines} unreadable lines, {counts.dropped_tokens} tokens past the sample length "
+        f"({counts.truncated_documents} documents cut)",
+        f"checked  {job.tokenizer.checked} documents against `tokenizers` ({job.tokenizer.backend} in use)",
+        f"speed    {seconds:.1f} s, {counts.input_bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s, "
+        f"{counts.tokens / max(seconds, 1e-9) / 1e6:.2f} M tokens/s",
+    ]
+    lines += [f"skipped  {message}" for message in counts.bad_line_messages]
+    lines += [f"output   {job.output(key)}.bin .idx .json" for key in job.keys]
+    return "\n".join(lines)
+
+
+def main(tool: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> int:
+    """Run a tool; a refused input or a full disk is one sentence on stderr and exit status 1."""
+    try:
+        tool(arguments)
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        advice = " Free some space and run the same command again." if error.errno == errno.ENOSPC else ""
+        print(f"error: {error}; finished partitions are kept.{advice}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues after the last finished partition", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,289 @@
+"""Read and write Megatron's ``P.bin`` / ``P.idx`` pair, byte for byte as megatron-core 0.16.1 writes it.
+
+``P.bin`` holds the tokens of all sequences one after another. ``P.idx`` holds, little endian: the magic word, the
+version (uint64), the dtype code (uint8), the number of sequences S and of document marks D (uint64 each), then the
+sequence lengths (S int32), their byte offsets in ``P.bin`` (S int64), the document marks (D int64: the first sequence
+of each document, and S at the end) and, in multimodal files only, a mode per sequence (S int8).
+"""
+
+import fcntl
+import os
+import shutil
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+
+
+class CorruptDatasetError(ValueError):
+    """A .bin/.idx pair that is damaged or does not belong together; the message names file, field and value."""
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """The token file of a prefix."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """The index file of a prefix."""
+    return Path(f"{prefix}.idx")
+
+
+def smallest_dtype(vocab_size: int | None) -> type[np.number]:
+    """The dtype Megatron's preprocessing picks: uint16 below 65,500 ids, int32 otherwise or when unknown."""
+    return np.uint16 if vocab_size is not None and vocab_size < 65500 else np.int32
+
+
+class IndexedDataset:
+    """Memory-mapped, read-only view of a .bin/.idx pair.
+
+    Attributes: ``dtype``; ``sequence_lengths`` (S,) int32 in tokens; ``sequence_pointers`` (S,) int64 in bytes;
+    ``document_indices`` (D,) int64; ``sequence_modes`` (S,) int8 or None; ``tokens`` (total,) of ``dtype``.
+
+    Opening checks everything that is cheap (sizes of both files against the index, sums of the lengths);
+    ``check`` verifies every entry. Raises FileNotFoundError for a missing half, CorruptDatasetError otherwise.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        for path, other in ((idx_path(prefix), bin_path(prefix)), (bin_path(prefix), idx_path(prefix))):
+            if not path.is_file():
+                also = f" although {other} does" if other.is_file() else ""
+                raise FileNotFoundError(f"{path} does not exist{also}; give the prefix of a .bin/.idx pair")
+        self._map_index()
+        self._map_tokens()
+
+    def _map_index(self) -> None:
+        path = idx_path(self.prefix)
+        size = path.stat().st_size
+        if size < HEADER.size:
+            raise CorruptDatasetError(f"{path} is truncated: {size} bytes, its header alone has {HEADER.size}")
+        buffer = np.memmap(path, mode="r", dtype=np.uint8)
+        magic, version, code, sequences, marks = HEADER.unpack(buffer[: HEADER.size].tobytes())
+        if magic != MAGIC:
+            raise CorruptDatasetError(f"{path} is not a Megatron index: it starts with {magic!r}, not {MAGIC!r}")
+        if version != VERSION:
+            raise CorruptDatasetError(f"{path} has format version {version}; only version {VERSION} is known")
+        if code not in DTYPES:
+            raise CorruptDatasetError(f"{path} has dtype code {code}; known codes are {sorted(DTYPES)}")
+        needed = HEADER.size + 12 * sequences + 8 * marks
+        if size not in (needed, needed + sequences):
+            raise CorruptDatasetError(
+                f"{path} is truncated or damaged: {sequences} sequences and {marks} document marks need {needed} "
+                f"bytes, the file has {size}"
+            )
+        self.dtype = np.dtype(DTYPES[code])
+        self._buffer = buffer
+        self._offset = HEADER.size
+        self.sequence_lengths = self._take(np.int32, sequences)
+        self.sequence_pointers = self._take(np.int64, sequences)
+        self.document_indices = self._take(np.int64, marks)
+        self.sequence_modes = self._take(np.int8, sequences) if size > needed else None
+        self._check_marks(path, sequences)
+
+    def _take(self, dtype: type[np.number], count: int) -> np.ndarray:
+        array = np.frombuffer(self._buffer, dtype=dtype, count=count, offset=self._offset)
+        self._offset += array.nbytes
+        return array
+
+    def _check_marks(self, path: Path, sequences: int) -> None:
+        marks = self.document_indices
+        if len(marks) == 0 or marks[0] != 0 or marks[-1] != sequences:
+            ends = (int(marks[0]), int(marks[-1])) if len(marks) else ()
+            raise CorruptDatasetError(
+                f"{path}: the document marks must run from 0 to the number of sequences {sequences}, got {ends}"
+            )
+        if sequences and self.sequence_lengths.min() < 0:
+            where = int(self.sequence_lengths.argmin())
+            raise CorruptDatasetError(f"{path}: sequence {where} has length {self.sequence_lengths[where]}")
+
+    def _map_tokens(self) -> None:
+        path = bin_path(self.prefix)
+        size = path.stat().st_size
+        expected = int(self.sequence_lengths.sum(dtype=np.int64)) * self.dtype.itemsize
+        if size != expected:
+            raise CorruptDatasetError(
+                f"{path} has {size} bytes, but the lengths in {idx_path(self.prefix)} sum to {expected} bytes of "
+                f"{self.dtype.name}: the file is truncated, has another dtype or belongs to another index"
+            )
+        # An empty file cannot be mapped; mmap of zero bytes is an error on Linux.
+        self.tokens = np.memmap(path, mode="r", dtype=self.dtype) if size else np.empty(0, self.dtype)
+
+    def check(self, vocab_size: int | None = None) -> None:
+        """Verify every entry: offsets equal the running sum, document marks never fall, 0 <= token < vocab_size."""
+        path = idx_path(self.prefix)
+        offsets = np.zeros(len(self), np.int64)
+        np.cumsum(self.sequence_lengths[:-1], dtype=np.int64, out=offsets[1:])
+        wrong = np.flatnonzero(offsets * self.dtype.itemsize != self.sequence_pointers)
+        if len(wrong):
+            raise CorruptDatasetError(
+                f"{path}: sequence {wrong[0]} starts at byte {self.sequence_pointers[wrong[0]]}, but the lengths "
+                f"before it end at byte {offsets[wrong[0]] * self.dtype.itemsize}"
+            )
+        falls = np.flatnonzero(np.diff(self.document_indices) < 0)
+        if len(falls):
+            raise CorruptDatasetError(f"{path}: document mark {falls[0] + 1} is smaller than the one before it")
+        if vocab_size is not None:
+            self._check_ids(vocab_size)
+
+    def _check_ids(self, vocab_size: int, chunk: int = 1 << 24) -> None:
+        for start in range(0, len(self.tokens), chunk):
+            part = self.tokens[start : start + chunk]
+            bad = np.flatnonzero((part < 0) | (part >= vocab_size))
+            if len(bad):
+                at = start + int(bad[0])
+                sequence = int(np.searchsorted(self.sequence_pointers, at * self.dtype.itemsize, side="right")) - 1
+                raise CorruptDatasetError(
+                    f"{bin_path(self.prefix)}: token {at} (sequence {sequence}) is {self.tokens[at]}, outside the "
+                    f"vocabulary of {vocab_size} ids; the data was made with another tokenizer"
+                )
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents the index marks, empty ones included."""
+        return len(self.document_indices) - 1
+
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self.get(i) for i in range(*index.indices(len(self)))]
+        return self.get(index)
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens ``offset`` to ``offset + length`` of one sequence, a view into the mapped file.
+
+        Raises IndexError outside the dataset or the sequence.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sequence {index} of {self.prefix}, which has {len(self)}")
+        available = int(self.sequence_lengths[index])
+        length = available - offset if length is None else length
+        if offset < 0 or length < 0 or offset + length > available:
+            raise IndexError(f"tokens {offset} to {offset + length} of sequence {index}, which has {available}")
+        start = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
+        return self.tokens[start : start + length]
+
+
+class IndexedDatasetWriter:
+    """Write a .bin/.idx pair under temporary names and give both their final name in ``close``.
+
+    As a context manager it closes on success and removes the temporary file on an exception. Two writers on the same
+    prefix are refused. Token ids that do not fit ``dtype`` raise ValueError.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: type[np.number] = np.int32) -> None:
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in CODES:
+            raise ValueError(f"dtype {self.dtype} is not in the format; choose one of {sorted(map(str, CODES))}")
+        self._lengths: list[np.ndarray] = []
+        self._marks: list[np.ndarray] = [np.zeros(1, np.int64)]
+        self._sequences = 0
+        self._partial = Path(f"{prefix}.bin.partial")
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._partial, "ab")  # noqa: SIM115 (closed in close or abort)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise RuntimeError(
+                f"another process is writing {self._partial}; wait for it or choose another prefix"
+            ) from None
+        self._file.truncate(0)
+
+    def __enter__(self) -> "IndexedDatasetWriter":
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        if exc_type is None:
+            self.close()
+        else:
+            self.abort()
+
+    def add_document(self, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int] | None = None) -> None:
+        """Append one document of one or (``lengths``) several sequences; ``lengths=[]`` marks an empty document."""
+        lengths = [len(tokens)] if lengths is None else lengths
+        self.add_batch(np.asarray(tokens), np.asarray(lengths, np.int32), np.array([len(lengths)], np.int64))
+
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append many documents of one sequence each: flat ``tokens`` and the length of each document.
+
+        A document of length 0 becomes a mark without a sequence, as Megatron's preprocessing writes it.
+        """
+        lengths = np.asarray(lengths, np.int32)
+        self.add_batch(np.asarray(tokens), lengths[lengths > 0], (lengths > 0).astype(np.int64))
+
+    def add_index(self, prefix: str | Path) -> None:
+        """Append all documents of another dataset of the same dtype."""
+        other = IndexedDataset(prefix)
+        if other.dtype != self.dtype:
+            raise ValueError(f"{prefix} holds {other.dtype}, {self.prefix} is being written as {self.dtype}")
+        self._lengths.append(np.array(other.sequence_lengths))
+        self._marks.append(other.document_indices[1:] + self._sequences)
+        self._sequences += len(other)
+        with open(bin_path(prefix), "rb") as source:
+            shutil.copyfileobj(source, self._file, 1 << 22)
+
+    def add_batch(self, tokens: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray) -> None:
+        """Append many documents: flat tokens, the length of each sequence, how many sequences each document has."""
+        lengths = np.asarray(lengths, np.int32)
+        if int(lengths.sum(dtype=np.int64)) != len(tokens):
+            raise ValueError(f"lengths sum to {lengths.sum(dtype=np.int64)} but there are {len(tokens)} tokens")
+        self._file.write(_cast(tokens, self.dtype).data)
+        self._lengths.append(lengths)
+        self._marks.append(self._sequences + np.cumsum(sequences_per_document))
+        self._sequences += len(lengths)
+
+    def close(self) -> None:
+        """Write the index and rename both files; the .idx comes last, so a present .idx means a whole pair."""
+        self._file.flush()
+        index = Path(f"{self.prefix}.idx.partial")
+        lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, np.int32)
+        marks = np.concatenate(self._marks)
+        pointers = np.zeros(len(lengths), np.int64)
+        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+        pointers *= self.dtype.itemsize
+        with open(index, "wb") as file:
+            file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(marks)))
+            for array in (lengths, pointers, marks):
+                file.write(array.data)
+        # The old index goes first: a kill between the renames must not leave it beside the new tokens.
+        idx_path(self.prefix).unlink(missing_ok=True)
+        os.replace(self._partial, bin_path(self.prefix))
+        os.replace(index, idx_path(self.prefix))
+        self._file.close()
+
+    def abort(self) -> None:
+        """Drop what was written."""
+        self._partial.unlink(missing_ok=True)
+        Path(f"{self.prefix}.idx.partial").unlink(missing_ok=True)
+        self._file.close()
+
+
+def _cast(tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if tokens.dtype == dtype:
+        return np.ascontiguousarray(tokens)
+    if dtype.kind in "iu" and len(tokens):
+        limits = np.iinfo(dtype)
+        low, high = tokens.min(), tokens.max()
+        if low < limits.min or high > limits.max:
+            raise ValueError(f"token ids {low} to {high} do not fit {dtype.name} ({limits.min} to {limits.max})")
+    return tokens.astype(dtype)

@@ -1,0 +1,297 @@
+"""From text files to a .bin/.idx pair: partition by partition, resumable, with a summary beside the output.
+
+A job's output is ``P_<key>_document.bin/.idx`` and ``P_<key>_document.json``, the summary. With several partitions
+each is written as its own finished pair first, with a summary of its own; a job that was interrupted keeps those that
+belong to the same inputs, tokenizer and arguments, and writes the same bytes as one that was not.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from mindformers_ext.bin_dataset.indexed_dataset import (
+    CorruptDatasetError,
+    IndexedDataset,
+    IndexedDatasetWriter,
+    bin_path,
+    idx_path,
+)
+from mindformers_ext.bin_dataset.shapes import AsIs, Shape, Shaped
+from mindformers_ext.bin_dataset.text_sources import (
+    KEPT_MESSAGES,
+    Batch,
+    Span,
+    Text,
+    plan_partitions,
+    read_documents,
+)
+from mindformers_ext.bin_dataset.tokenizer import TextTokenizer
+
+TOOL_VERSION = "1"  # Raise it when the same input gives other bytes.
+AUTO_PARTITION_BYTES = 4 << 30
+
+Item = TypeVar("Item")
+
+
+class TokenRangeError(ValueError):
+    """A token id that the model's vocabulary does not have."""
+
+
+@dataclass
+class Counts:
+    """What went in and what came out. ``documents`` were read; ``sequences`` of ``tokens`` were written."""
+
+    documents: int = 0
+    empty_documents: int = 0
+    bad_lines: int = 0
+    truncated_documents: int = 0
+    dropped_tokens: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    input_bytes: int = 0
+    bad_line_messages: list[str] = field(default_factory=list)
+
+    def add(self, other: "Counts") -> None:
+        """Sum up two parts."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+        del self.bad_line_messages[KEPT_MESSAGES:]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides the output's bytes, and ``arguments``, which the summary repeats."""
+
+    tool: str
+    inputs: tuple[str, ...]
+    prefix: str
+    tokenizer: TextTokenizer
+    dtype: type[np.number]
+    keys: tuple[str, ...] = ("text",)
+    read: Callable[..., Iterator[Batch]] = read_documents
+    starts_document: Callable[[bytes], bool] = bool  # any line
+    shape: Callable[[], Shape] = AsIs
+    bos: int | None = None
+    eod: int | None = None
+    vocab_size: int | None = None  # the model's, if ids are to be checked against it
+    partitions: int = 0  # 0: one per 4 GiB of input
+    skip_bad_lines: bool = False
+    log_interval: int = 1000  # documents between two updates of the progress line
+    arguments: dict[str, object] = field(default_factory=dict)
+
+    def output(self, key: str) -> str:
+        """Prefix of the pair that holds one key's tokens."""
+        return f"{self.prefix}_{key}_document"
+
+    def identity(self, partitions: int) -> str:
+        """Hash that two runs share if they write the same bytes."""
+        stats = [(os.path.abspath(path), os.stat(path)) for path in self.inputs]
+        shape = self.shape()
+        facts = {
+            "version": TOOL_VERSION,
+            "tool": self.tool,
+            "inputs": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+            "tokenizer": [self.tokenizer.sha256, self.tokenizer.backend],
+            "dtype": np.dtype(self.dtype).name,
+            "keys": self.keys,
+            "shape": [type(shape).__name__, getattr(shape, "length", None), getattr(shape, "pad", None)],
+            "marks": [self.bos, self.eod, self.vocab_size],
+            "skip_bad_lines": self.skip_bad_lines,
+            "partitions": partitions,
+        }
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def run(job: Job) -> Counts:
+    """Write the job's output, or find it written. Returns the counts; raises what reading and writing raise."""
+    started = time.monotonic()
+    total = sum(map(os.path.getsize, job.inputs))
+    partitions = job.partitions or max(1, -(-total // AUTO_PARTITION_BYTES))
+    parts = plan_partitions(job.inputs, partitions, job.starts_document)
+    identity = job.identity(partitions)
+    done = finished_counts(job.prefix, job, identity)
+    if done is None:
+        done = _run_parts(job, parts, identity, total)
+        job.tokenizer.finish_checks()
+        for key in job.keys:
+            _write_summary(f"{job.output(key)}.json", job, identity, done, time.monotonic() - started)
+    for number in range(len(parts)):
+        _remove_part(job, number)
+    return done
+
+
+def _run_parts(job: Job, parts: list[list[Span]], identity: str, total: int) -> Counts:
+    counts = Counts()
+    with tqdm(total=total, unit="B", unit_scale=True, desc=job.tool, mininterval=0.5) as bar:
+        for number, spans in enumerate(parts):
+            prefix = job.prefix if len(parts) == 1 else _part_prefix(job, number)
+            part = finished_counts(prefix, job, identity) if len(parts) > 1 else None
+            if part is None:
+                part = _run_part(job, spans, prefix, counts, bar)
+                if len(parts) > 1:
+                    job.tokenizer.finish_checks()
+                    _write_json(f"{prefix}.json", {"identity": identity, "counts": asdict(part)})
+            else:
+                bar.update(part.input_bytes)
+            counts.add(part)
+    if len(parts) > 1:
+        for key in job.keys:
+            with IndexedDatasetWriter(job.output(key), job.dtype) as writer:
+                for number in range(len(parts)):
+                    writer.add_index(f"{_part_prefix(job, number)}_{key}_document")
+    return counts
+
+
+def _run_part(job: Job, spans: list[Span], prefix: str, before: Counts, bar: tqdm) -> Counts:
+    counts = Counts()
+    shapes = {key: job.shape() for key in job.keys}
+    with ExitStack() as stack:
+        writers = {
+            key: stack.enter_context(IndexedDatasetWriter(f"{prefix}_{key}_document", job.dtype)) for key in job.keys
+        }
+        shown = 0
+        for batch in _prefetch(batch for span in spans for batch in job.read(span, job.keys, job.skip_bad_lines)):
+            for key in job.keys:
+                encoded = encode_documents(job, batch.texts[key])
+                _write(writers[key], shapes[key].add(*encoded), counts)
+                counts.empty_documents += int((encoded[2] == 0).sum())
+            counts.documents += len(batch.texts[job.keys[0]])
+            counts.bad_lines += len(batch.bad)
+            counts.bad_line_messages += batch.bad[: KEPT_MESSAGES - len(counts.bad_line_messages)]
+            counts.input_bytes += batch.input_bytes
+            if counts.documents - shown >= job.log_interval:
+                shown = counts.documents
+                _show(bar, before, counts)
+            bar.update(batch.input_bytes)
+        for key in job.keys:
+            _write(writers[key], shapes[key].finish(), counts)
+            counts.dropped_tokens += shapes[key].dropped_tokens
+            counts.truncated_documents += shapes[key].truncated_documents
+    _show(bar, before, counts)
+    return counts
+
+
+def _write(writer: IndexedDatasetWriter, shaped: Shaped, counts: Counts) -> None:
+    writer.add_batch(shaped.tokens, shaped.lengths, shaped.per_document)
+    counts.sequences += len(shaped.lengths)
+    counts.tokens += len(shaped.tokens)
+
+
+def _show(bar: tqdm, before: Counts, counts: Counts) -> None:
+    tokens = before.tokens + counts.tokens
+    seconds = max(time.time() - bar.start_t, 1e-9)
+    documents = before.documents + counts.documents
+    bar.set_postfix_str(f"{documents} documents, {tokens / seconds / 1e6:.2f} M tokens/s", refresh=False)
+
+
+def _prefetch(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; the next one is read in another thread while one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = pool.submit(next, items, None)
+            yield item
+
+
+def encode_documents(job: Job, documents: list[Text]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat tokens, lengths of the non-empty sequences, and sequences per document, with the job's marks added."""
+    if any(isinstance(document, list) for document in documents):
+        nested = [document if isinstance(document, list) else [document] for document in documents]
+        tokens, lengths = job.tokenizer.encode([sentence for sentences in nested for sentence in sentences])
+        owner = np.repeat(np.arange(len(nested)), [len(sentences) for sentences in nested])
+        per_document = np.bincount(owner[lengths > 0], minlength=len(nested))
+    else:
+        tokens, lengths = job.tokenizer.encode(documents)
+        per_document = (lengths > 0).astype(np.int64)
+    if job.vocab_size is not None and len(tokens) and tokens.max() >= job.vocab_size:
+        raise TokenRangeError(
+            f"tokenizer {job.tokenizer.path} gives id {tokens.max()}, outside --vocab-size {job.vocab_size}; use the "
+            "model's own tokenizer, or raise vocab_size in the model"
+        )
+    return (*add_marks(tokens, lengths[lengths > 0], per_document, job.bos, job.eod), per_document)
+
+
+def add_marks(
+    tokens: np.ndarray, lengths: np.ndarray, per_document: np.ndarray, bos: int | None, eod: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put ``bos`` before the first and ``eod`` after the last sequence of every document that has one."""
+    if bos is None and eod is None:
+        return tokens, lengths
+    ends = np.cumsum(per_document)
+    first, last = (ends - per_document)[per_document > 0], ends[per_document > 0] - 1
+    lengths = lengths.copy()
+    if bos is not None:
+        lengths[first] += 1
+    if eod is not None:
+        lengths[last] += 1
+    sequence_ends = np.cumsum(lengths)
+    marked = np.empty(int(lengths.sum()), tokens.dtype)
+    is_text = np.ones(len(marked), bool)
+    if bos is not None:
+        where = (sequence_ends - lengths)[first]
+        marked[where], is_text[where] = bos, False
+    if eod is not None:
+        where = sequence_ends[last] - 1
+        marked[where], is_text[where] = eod, False
+    marked[is_text] = tokens
+    return marked, lengths
+
+
+def finished_counts(prefix: str, job: Job, identity: str) -> Counts | None:
+    """The counts of an output (or part) that was finished with the same identity, else None."""
+    name = f"{job.output(job.keys[0])}.json" if prefix == job.prefix else f"{prefix}.json"
+    try:
+        summary = json.loads(Path(name).read_text())
+        if summary["identity"] != identity:
+            return None
+        for key in job.keys:
+            IndexedDataset(f"{prefix}_{key}_document")
+        return Counts(**summary["counts"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, CorruptDatasetError):
+        return None
+
+
+def _write_summary(path: str, job: Job, identity: str, counts: Counts, seconds: float) -> None:
+    summary = {
+        "tool": job.tool,
+        "tool_version": TOOL_VERSION,
+        "identity": identity,
+        "arguments": job.arguments,
+        "inputs": list(job.inputs),
+        "tokenizer": str(job.tokenizer.path),
+        "tokenizer_sha256": job.tokenizer.sha256,
+        "tokenizer_backend": job.tokenizer.backend,
+        "documents_checked_against_reference": job.tokenizer.checked,
+        "vocab_size": job.tokenizer.vocab_size,
+        "dtype": np.dtype(job.dtype).name,
+        "counts": asdict(counts),
+        "seconds": round(seconds, 3),
+    }
+    _write_json(path, summary)
+
+
+def _write_json(path: str, content: dict[str, object]) -> None:
+    Path(f"{path}.partial").write_text(json.dumps(content, indent=1, ensure_ascii=False))
+    os.replace(f"{path}.partial", path)
+
+
+def _part_prefix(job: Job, number: int) -> str:
+    return f"{job.prefix}.part{number:05d}"
+
+
+def _remove_part(job: Job, number: int) -> None:
+    prefix = _part_prefix(job, number)
+    Path(f"{prefix}.json").unlink(missing_ok=True)
+    for key in job.keys:
+        for path in (idx_path, bin_path):
+            path(f"{prefix}_{key}_document").unlink(missing_ok=True)

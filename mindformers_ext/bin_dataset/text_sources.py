@@ -1,0 +1,342 @@
+"""Read documents in bounded batches from JSONL (plain, .gz, .zst), parquet, plain text and WikiText files."""
+
+import glob
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+BLOCK = 4 << 20  # bytes of text a batch: large enough to keep all cores busy, small enough to forget
+KEPT_MESSAGES = 10
+
+Text = str | list[str]  # A document, or its sentences (each becomes a sequence of its own, as in Megatron).
+
+
+class BadInputError(ValueError):
+    """Input that cannot be read as documents; the message names file and line."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes [start, end) of a file, whole documents; compressed files and parquet are one span."""
+
+    path: str
+    start: int
+    end: int
+
+
+@dataclass
+class Batch:
+    """Some documents: ``texts[key]`` has one entry per document."""
+
+    texts: dict[str, list[Text]]
+    input_bytes: int  # how far the batch advanced in the file
+    bad: list[str] = field(default_factory=list)  # messages of the lines skipped
+
+
+def find_inputs(patterns: Sequence[str]) -> list[str]:
+    """Files that match the given names or glob patterns, sorted within a pattern. Raises FileNotFoundError."""
+    found: list[str] = []
+    for pattern in patterns:
+        matches = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
+        if not matches:
+            raise FileNotFoundError(f"--input {pattern} matches no file")
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def plan_partitions(
+    paths: Sequence[str], partitions: int, starts_document: Callable[[bytes], bool] = lambda line: True
+) -> list[list[Span]]:
+    """Cut the inputs, in order, into at most ``partitions`` parts of about the same size.
+
+    Cuts fall before lines for which ``starts_document`` holds, and between files where a file cannot be cut.
+    """
+    sizes = [os.path.getsize(path) for path in paths]
+    total = sum(sizes)
+    parts: list[list[Span]] = [[] for _ in range(partitions)]
+    before = 0
+    for path, size in zip(paths, sizes, strict=True):
+        if _is_cuttable(path):
+            bounds = sorted(
+                {0, size, *(cut - before for cut in _cuts(total, partitions) if before < cut < before + size)}
+            )
+            bounds = [_align(path, bound, size, starts_document) for bound in bounds]
+        else:
+            bounds = [0, size]
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            if start < end:
+                parts[min(partitions - 1, (before + start) * partitions // max(total, 1))].append(
+                    Span(path, start, end)
+                )
+        before += size
+    return [part for part in parts if part] or [[]]
+
+
+def _cuts(total: int, partitions: int) -> list[int]:
+    return [total * i // partitions for i in range(1, partitions)]
+
+
+def _is_cuttable(path: str) -> bool:
+    return Path(path).suffix not in (".gz", ".zst", ".parquet")
+
+
+def _align(path: str, offset: int, size: int, starts_document: Callable[[bytes], bool]) -> int:
+    """The first document start at or after ``offset``."""
+    if offset in (0, size):
+        return offset
+    with open(path, "rb") as file:
+        file.seek(offset - 1)
+        file.readline()
+        while True:
+            position = file.tell()
+            line = file.readline()
+            if not line or starts_document(line):
+                return position
+
+
+def read_json_lines(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
+    """Documents of a JSONL span, one object a line with text (or a list of sentences) under each key.
+
+    Blank lines are no documents. Raises BadInputError for a broken line, unless ``skip_bad``.
+    """
+    fields = [(f"column{i}", Text, msgspec.field(name=key)) for i, key in enumerate(keys)]
+    decoder = msgspec.json.Decoder(msgspec.defstruct("Row", fields))
+    names = [name for name, _, _ in fields]
+    lines_before = 0
+    for block, advance in _blocks(span):
+        bad: list[str] = []
+        try:
+            rows = decoder.decode_lines(block)
+            texts = {key: [getattr(row, name) for row in rows] for key, name in zip(keys, names, strict=True)}
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            texts = _decode_one_by_one(block, span, lines_before, keys, bad)
+        if bad and not skip_bad:
+            raise BadInputError(f"{bad[0]}; repair the line, or count and skip such lines with --skip-bad-lines")
+        lines_before += block.count(b"\n")
+        yield Batch(texts, advance, bad)
+
+
+def _decode_one_by_one(
+    block: bytes, span: Span, lines_before: int, keys: Sequence[str], bad: list[str]
+) -> dict[str, list[Text]]:
+    """The documents of a block with a broken line, by the standard library's parser, which Megatron uses."""
+    texts: dict[str, list[Text]] = {key: [] for key in keys}
+    for number, line in enumerate(block.split(b"\n")):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+            values = [_checked_text(row, key) for key in keys]
+        except (ValueError, RecursionError) as error:
+            first = 1 + lines_before + number + (_count_lines(span.path, span.start) if span.start else 0)
+            bad.append(f"{span.path}:{first}: {_reason(error)}: {line[:60]!r}")
+            continue
+        for key, value in zip(keys, values, strict=True):
+            texts[key].append(value)
+    return texts
+
+
+def _checked_text(row: object, key: str) -> Text:
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__} where an object with {key!r} is needed")
+    if key not in row:
+        raise ValueError(f"no key {key!r}, only {list(row)[:8]}")
+    value = row[key]
+    for part in value if isinstance(value, list) else [value]:
+        if not isinstance(part, str):
+            raise ValueError(f"{key!r} holds {type(part).__name__}, not text")
+        part.encode("utf-8")  # A lone surrogate (\ud800) is no text.
+    return value
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"invalid UTF-8 at byte {error.start} of the line"
+    if isinstance(error, UnicodeEncodeError):
+        return "half of a surrogate pair"
+    return f"broken JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _count_lines(path: str, end: int) -> int:
+    with open(path, "rb") as file:
+        return sum(file.read(min(BLOCK, end - at)).count(b"\n") for at in range(0, end, BLOCK))
+
+
+def read_parquet(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
+    """Documents of a parquet file, one row each; null is an empty document."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(span.path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadInputError(f"{span.path} is no readable parquet file: {error}") from error
+    missing = set(keys) - set(file.schema_arrow.names)
+    if missing:
+        raise BadInputError(f"{span.path} has no column {sorted(missing)}, only {file.schema_arrow.names}")
+    for group in file.iter_batches(batch_size=2000, columns=list(keys)):
+        texts = {key: [value or "" for value in group.column(key).to_pylist()] for key in keys}
+        for key in keys:
+            if texts[key] and not isinstance(texts[key][0], str):
+                raise BadInputError(f"{span.path}: column {key!r} holds {group.column(key).type}, not text")
+        yield Batch(texts, span.end * len(group) // max(1, file.metadata.num_rows))
+
+
+def read_documents(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
+    """Documents of a JSONL or parquet span, chosen by the file's name."""
+    read = read_parquet if span.path.endswith(".parquet") else read_json_lines
+    return read(span, keys, skip_bad)
+
+
+def read_text_lines(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
+    """Plain text, each line that is not blank a document."""
+    for lines, advance, bad in _text_blocks(span, skip_bad):
+        yield Batch({keys[0]: [line for line in lines if line.strip()]}, advance, bad)
+
+
+def read_wikitext(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
+    """WikiText-2/103 (`wiki.*.tokens`): each section's text, without headings and tokenizer marks, is a document."""
+    section: list[str] = []
+    for lines, advance, bad in _text_blocks(span, skip_bad):
+        documents = []
+        for line in lines:
+            if is_heading(line):
+                documents += _section_text(section)
+            else:
+                section.append(line)
+        yield Batch({keys[0]: documents}, advance, bad)
+    yield Batch({keys[0]: _section_text(section)}, 0)
+
+
+def is_heading(line: str | bytes) -> bool:
+    """Whether a WikiText line is a heading such as `` = = Title = = ``."""
+    text = (line.decode("utf-8", "replace") if isinstance(line, bytes) else line).strip()
+    return len(text) > 1 and text.startswith("= ") and text.endswith(" =")
+
+
+def _section_text(section: list[str]) -> list[str]:
+    text = clean_wikitext("\n".join(line.strip() for line in section if line.strip()))
+    section.clear()
+    return [text] if text else []
+
+
+# WikiText writes text as tokens apart. Each rule joins one kind again, in this order.
+_JOINED = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"s '", "s'"),
+        (r" @([-,.])@ ", r"\1"),
+        (r" ([:;.!?,]) ", r"\1 "),
+        (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+        (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+        (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
+        (r'"\s*([^"]*?)\s*"', r'"\1"'),
+        (r"'\s*([^']*?)\s*'", r"'\1'"),
+        (r" ° ", "°"),
+        (r" *\n *", "\n"),
+        (r" N ", " 1 "),
+        (r" 's", "'s"),
+        (r" ([:;.!?,])$", r"\1"),
+    )
+]
+
+
+def clean_wikitext(text: str) -> str:
+    """Undo WikiText's tokenization of one section: ``1 @,@ 000 ( a )`` becomes ``1,000 (a)``."""
+    for pattern, replacement in _JOINED:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+def _text_blocks(span: Span, skip_bad: bool) -> Iterator[tuple[list[str], int, list[str]]]:
+    lines_before = 0
+    for block, advance in _blocks(span):
+        bad: list[str] = []
+        try:
+            lines = block.decode("utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            number = 1 + lines_before + block.count(b"\n", 0, error.start)
+            number += _count_lines(span.path, span.start) if span.start else 0
+            if not skip_bad:
+                raise BadInputError(f"{span.path}:{number}: invalid UTF-8; use --skip-bad-lines to skip it") from error
+            lines = list(_valid_lines(block, span.path, lines_before, bad))
+        lines_before += block.count(b"\n")
+        yield lines, advance, bad
+
+
+def _valid_lines(block: bytes, path: str, lines_before: int, bad: list[str]) -> Iterator[str]:
+    for number, line in enumerate(block.split(b"\n")):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError:
+            bad.append(f"{path}:{lines_before + number + 1}: invalid UTF-8")
+
+
+def _blocks(span: Span) -> Iterator[tuple[bytes, int]]:
+    """Whole lines of a span, about BLOCK bytes at once, with the bytes of the file they took."""
+    with open(span.path, "rb") as raw:
+        stream = _decompressed(raw, span)
+        remaining = span.end - span.start if _is_cuttable(span.path) else None
+        at = raw.tell()
+        while remaining is None or remaining > 0:
+            try:
+                block = stream.read(BLOCK if remaining is None else min(BLOCK, remaining))
+                block += b"" if block.endswith(b"\n") else stream.readline()
+            except (EOFError, OSError, zlib.error) as error:
+                raise BadInputError(f"{span.path} is truncated or damaged: {error}") from error
+            if not block:
+                return
+            if remaining is not None:
+                remaining -= len(block)
+            yield block, raw.tell() - at
+            at = raw.tell()
+
+
+def _decompressed(raw: io.BufferedReader, span: Span) -> io.BufferedIOBase:
+    if span.path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if span.path.endswith(".zst"):
+        return io.BufferedReader(_ZstdReader(raw), BLOCK)
+    raw.seek(span.start)
+    return raw
+
+
+class _ZstdReader(io.RawIOBase):
+    """Zstandard frames as a stream. zstandard's own stream_reader takes a truncated file for a finished one."""
+
+    def __init__(self, raw: io.BufferedReader) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._error = zstandard.ZstdError
+        self._frame, self._data, self._inside = self._new(), b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._data:
+            packed = (self._frame.unused_data if self._frame.eof else b"") or self._raw.read(1 << 17)
+            if not packed:
+                if self._inside and not self._frame.eof:
+                    raise EOFError("the last zstd frame has no end")
+                return 0
+            if self._frame.eof:
+                self._frame = self._new()
+            try:
+                self._data, self._inside = self._frame.decompress(packed), True
+            except self._error as error:
+                raise OSError(str(error)) from error
+        count = min(len(buffer), len(self._data))
+        buffer[:count] = self._data[:count]
+        self._data = self._data[count:]
+        return count

@@ -1,0 +1,191 @@
+"""The YAML word ``BlendedMegatronDatasetDataLoader``, read with our datasets.
+
+Takes the place of mindformers/dataset/dataloader/blended_megatron_dataloader.py (MindFormers 1.9.0), which compiles
+its helpers with `make` at the first run, needs a barrier between ranks, ignores unknown keys and reads one sample at a
+time in Python. It can go when MindFormers reads samples in megatron-core 0.16.1's order from a pip-built extension.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindformers.dataset.dataloader.utils import is_dataset_built_on_rank
+from mindformers.tools.logger import logger
+from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
+from mindformers.tools.utils import get_real_group_size, get_real_rank
+from mindspore.dataset import GeneratorDataset
+
+from mindformers_ext.bin_dataset.blended_dataset import SPLITS, Dataset, build_datasets
+from mindformers_ext.bin_dataset.gpt_dataset import GPTDatasetConfig
+from mindformers_ext.data.data_position import DataPosition, start_of
+
+COLUMNS = ("input_ids", "labels", "loss_mask", "position_ids", "attention_mask", "actual_seq_len")
+PHASES = {"train": 0, "valid": 1, "eval": 1, "dev": 1, "test": 2}
+
+# MindFormers' words for fields of GPTDatasetConfig.
+RENAMED = {"seq_length": "sequence_length", "seed": "random_seed", "compressed_eod_mask_length": "eod_pad_length"}
+PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+# Keys of upstream's YAML that mean nothing here: files are always mapped, and never on S3.
+WITHOUT_EFFECT = ("mmap_bin_files", "s3_cache_path")
+
+
+def parse_config(config: dict[str, Any]) -> tuple[GPTDatasetConfig, dict[str, Any]]:
+    """Split the YAML's ``data_loader.config`` into the samples' config and the data paths.
+
+    Raises ValueError for an unknown key, or for one fact given twice under two names with two values.
+    """
+    known = {field.name for field in fields(GPTDatasetConfig)}
+    given: dict[str, Any] = {}
+    for key, value in config.items():
+        name = RENAMED.get(key, key)
+        if key in PATHS or key in WITHOUT_EFFECT or value is None:
+            continue
+        if name not in known:
+            words = sorted(known | set(RENAMED) | set(PATHS))
+            raise ValueError(f"train_dataset.data_loader.config.{key} is unknown; known keys are {', '.join(words)}")
+        if name in given and given[name] != value:
+            raise ValueError(f"train_dataset.data_loader.config gives {name} twice: {given[name]} and {key}: {value}")
+        given[name] = value
+    if "sequence_length" not in given:
+        raise ValueError("train_dataset.data_loader.config.seq_length is missing: the tokens of a sample")
+    return GPTDatasetConfig(**given), {path: config.get(path) for path in PATHS}
+
+
+class SampleSource:
+    """Random-access rows for GeneratorDataset: the asked columns, int32, from global sample ``start`` on."""
+
+    def __init__(self, dataset: Dataset, columns: list[str], start: int, size: int) -> None:
+        self.dataset = dataset
+        self.columns = columns
+        self.start = start
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size - self.start
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+        sample = self.dataset[self.start + int(index)]
+        return tuple(np.ascontiguousarray(sample[name], np.int32) for name in self.columns)
+
+
+class EmptySource:
+    """Rows of ones in the shape of the real ones, for ranks that get their data by broadcast."""
+
+    def __init__(self, config: GPTDatasetConfig, columns: list[str], size: int) -> None:
+        length = config.sequence_length
+        shapes = {"attention_mask": (1, length, length), "actual_seq_len": (config.eod_pad_length,)}
+        self._row = tuple(np.ones(shapes.get(name, (length,)), np.int32) for name in columns)
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+        return self._row
+
+
+@MindFormerRegister.register(MindFormerModuleType.DATASET_LOADER)
+class BlendedMegatronDatasetDataLoader:
+    """Build MindSpore's dataset over Megatron .bin/.idx files from the YAML's ``train_dataset.data_loader``."""
+
+    def __new__(
+        cls,
+        datasets_type: str,
+        sizes: list[int | None],
+        config: dict[str, Any],
+        column_names: list[str] | None = None,
+        shuffle: bool = False,
+        num_shards: int | None = None,
+        shard_id: int | None = None,
+        phase: str = "train",
+        resume_position: str | None = None,
+        **mindformers_options: Any,
+    ) -> GeneratorDataset:
+        """Samples of one split, sharded by data-parallel rank (sample i goes to shard i % num_shards).
+
+        Args:
+            datasets_type: "GPTDataset".
+            sizes: samples of the train, valid and test split.
+            config: see GPTDatasetConfig, in MindFormers' words, and the data paths.
+            column_names: which of COLUMNS, in this order; default input_ids alone.
+            shuffle: must be False, the samples are shuffled by ``config.random_seed``.
+            resume_position: a file written by DataPosition.save; the first sample is the next unread one.
+            mindformers_options: what CausalLanguageModelDataset passes to every loader (workers, batch size).
+        """
+        if datasets_type != "GPTDataset":
+            raise ValueError(f"data_loader.datasets_type {datasets_type!r} is unknown; the one type is GPTDataset")
+        if shuffle:
+            raise ValueError("data_loader.shuffle must be False: samples come shuffled by config.random_seed")
+        if phase not in PHASES:
+            raise ValueError(f"data_loader.phase {phase!r} is unknown; choose one of {', '.join(PHASES)}")
+        settings, paths = parse_config(config)
+        columns = _check_columns(list(column_names or ["input_ids"]), settings)
+        source = _build_source(settings, paths, sizes, PHASES[phase], columns, resume_position)
+        return GeneratorDataset(source, column_names=columns, shuffle=False, num_shards=num_shards, shard_id=shard_id)
+
+
+def _check_columns(columns: list[str], config: GPTDatasetConfig) -> list[str]:
+    missing = set(columns) - set(COLUMNS[:4])
+    if config.create_attention_mask:
+        missing.discard("attention_mask")
+    if config.create_compressed_eod_mask:
+        missing.discard("actual_seq_len")
+    if missing:
+        raise ValueError(
+            f"train_dataset.input_columns asks for {sorted(missing)}; the loader has {', '.join(COLUMNS[:4])}, "
+            "attention_mask with create_attention_mask and actual_seq_len with create_compressed_eod_mask"
+        )
+    return columns
+
+
+def _build_source(
+    config: GPTDatasetConfig,
+    paths: dict[str, Any],
+    sizes: list[int | None],
+    split: int,
+    columns: list[str],
+    resume_position: str | None,
+) -> SampleSource | EmptySource:
+    wanted = sizes[split]
+    if not _reads_data():
+        if wanted is None:
+            raise ValueError(f"data_loader.sizes[{split}] must be a number when data is broadcast between ranks")
+        logger.info("rank %s gets its data by broadcast and builds no dataset", get_real_rank())
+        return EmptySource(config, columns, wanted - start_of(resume_position, None))
+    only = [size if i == split else None for i, size in enumerate(sizes)]
+    dataset = _build_one(config, paths, only, split)
+    if wanted is not None and len(dataset) < wanted:
+        raise ValueError(
+            f"data_loader.sizes[{split}] asks for {wanted} samples, but the data has {len(dataset)}; give data_path "
+            "weights to read it several times, or lower the number"
+        )
+    size = len(dataset) if wanted is None else wanted
+    if size == 0:
+        raise ValueError(
+            f"the {SPLITS[split]} data has no sample of {config.sequence_length} tokens; lower seq_length, give more "
+            f"data or raise data_loader.sizes[{split}]"
+        )
+    start = start_of(resume_position, DataPosition.of(dataset, 0))
+    if start >= size:
+        raise ValueError(f"{resume_position} stands at sample {start}, but there are only {size} samples to read")
+    logger.info("dataset of %d samples of %d tokens, reading from sample %d", size, config.sequence_length, start)
+    return SampleSource(dataset, columns, start, size)
+
+
+def _build_one(config: GPTDatasetConfig, paths: dict[str, Any], sizes: list[int | None], split: int) -> Dataset:
+    per_split = [paths[f"{name}_data_path"] if i == split else None for i, name in enumerate(SPLITS)]
+    if paths["data_path"] is None and per_split[split] is None:
+        raise ValueError(f"data_loader.config needs data_path or {SPLITS[split]}_data_path")
+    dataset = build_datasets(config, sizes, paths["data_path"], per_split, only=split)[split]
+    if dataset is None:
+        raise ValueError(f"data_loader.config.split {config.split!r} leaves nothing for {SPLITS[split]}")
+    return dataset
+
+
+def _reads_data() -> bool:
+    """Whether this rank reads files: dataset_broadcast_opt_level (parallel_speed_up.json) lets others go without."""
+    strategy = ms.get_auto_parallel_context("dataset_strategy")
+    if get_real_group_size() == 1 or not isinstance(strategy, list | tuple):
+        return True
+    return is_dataset_built_on_rank()
