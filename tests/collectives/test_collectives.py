@@ -5,7 +5,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from rank_processes import results, run_ranks
+from collectives.rank_processes import results, run_ranks
 
 from mindformers_ext.cpu_parallel import collectives
 

@@ -8,7 +8,7 @@ from mindformers_ext.cpu_parallel import launch
 from mindformers_ext.cpu_parallel.compare import Comparison, compare
 
 TESTS = Path(__file__).parent
-PYTHON_PATH = (str(TESTS.parents[1]), str(TESTS))
+PYTHON_PATH = (str(TESTS.parents[1]), str(TESTS.parent))
 STEPS = 5
 
 
@@ -16,7 +16,7 @@ STEPS = 5
 def single(tmp_path_factory) -> Path:
     """Folder of the single process's run."""
     folder = tmp_path_factory.mktemp("single")
-    launch.run_reference(launch.Builder("toy_transformer:build_single", {"steps": STEPS}, PYTHON_PATH), folder)
+    launch.run_reference(launch.Builder("collectives.toy_transformer:build_single", {"steps": STEPS}, PYTHON_PATH), folder)
     return folder
 
 
@@ -25,7 +25,7 @@ def run_layout(single: Path, folder: Path, **degrees) -> Comparison:
         (folder / name).symlink_to(single / name)
     stages = degrees.get("pp", 1)
     world_size = degrees.get("dp", 1) * degrees.get("mp", 1) * stages
-    launch.compile_ranks(launch.Builder("toy_transformer:build", degrees, PYTHON_PATH), world_size, folder)
+    launch.compile_ranks(launch.Builder("collectives.toy_transformer:build", degrees, PYTHON_PATH), world_size, folder)
     launch.run_ranks(folder, world_size, stages)
     return compare(single, folder, world_size, stages, degrees.get("micro", 1))
 
