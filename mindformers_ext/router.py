@@ -35,12 +35,9 @@ class TopkRouterV2(nn.Cell):
         shape = (self.num_experts, config.hidden_size)
         init = initializer(Normal(config.initializer_range), shape, getattr(mstype, config.param_init_type))
         self.weight = Parameter(init, name="weight")
-        zeros = initializer("zeros", (self.num_experts,), mstype.float32)
         if self.has_bias:
-            self.e_score_correction_bias = Parameter(
-                zeros, name="e_score_correction_bias", requires_grad=False, parallel_optimizer=False
-            )
-        self.expert_load = Parameter(zeros, name="expert_load", requires_grad=False, parallel_optimizer=False)
+            self.e_score_correction_bias = self._per_expert("e_score_correction_bias")
+        self.expert_load = self._per_expert("expert_load")  # tokens since the last update
 
         self.gate = ops.MatMul(transpose_b=True)
         self.score = ops.Sigmoid() if moe.use_gating_sigmoid else ops.Softmax()
@@ -51,6 +48,11 @@ class TopkRouterV2(nn.Cell):
         self.one_hot = ops.OneHot()
         self.one, self.zero = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
         self.minus_inf = Tensor(-np.inf, mstype.float32)
+
+    def _per_expert(self, name: str) -> Parameter:
+        """Router state (E,) float32, the same on every device; no gradient."""
+        zeros = initializer("zeros", (self.num_experts,), mstype.float32)
+        return Parameter(zeros, name=name, requires_grad=False, parallel_optimizer=False)
 
     def bias(self):
         """The selection bias (E,) float32; zeros for routers without one."""

@@ -254,7 +254,7 @@ class MixtureOfExperts(nn.Cell):
         self.balance = BalanceLoss(config)
         self.counts_unbiased = self.balance.active and self.gate.has_bias
         self.compute_dtype = getattr(mstype, config.compute_dtype)
-        self.local = run_locally(self._local, self._local_shapes, self._local_types)
+        self.local = run_locally(self._local, self._local_shapes, self._local_types, config)
         self.count_mul, self.count = ops.Mul(), ops.ReduceSum()
         self.add_load = ops.AssignAdd().recompute(False)  # a recomputed forward must not count again
         shard(self, "mixture_of_experts", config)
@@ -430,6 +430,8 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
             Tensor(np.zeros(4), mstype.float32), name="loss_parts", requires_grad=False, parallel_optimizer=False
         )
         self.add_loss_parts = ops.AssignAdd()
+        unit = np.eye(4, dtype=np.float32)
+        self.is_main, self.is_mtp, self.is_balance, self.is_count = (Tensor(row) for row in unit)
         if config.checkpoint_name_or_path:
             self.load_checkpoint(config)
 
@@ -465,7 +467,7 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
             return main
         mtp, mtp_balance = self.mtp_loss(hidden, labels, loss_mask, mask, token_mask, position_ids)
         balance = balance + mtp_balance
-        parts = ops.stack([ops.cast(part + main * 0, mstype.float32) for part in (main, mtp, balance, 1.0)])
+        parts = main * self.is_main + mtp * self.is_mtp + balance * self.is_balance + self.is_count
         self.add_loss_parts(self.loss_parts, ops.stop_gradient(parts))
         return main + mtp * self.mtp_factor() + balance
 

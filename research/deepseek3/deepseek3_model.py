@@ -7,7 +7,7 @@ from deepseek2_model import DecoderLayer, DeepseekV2ForCausalLM, Linear, RMSNorm
 from deepseek3_config import DeepseekV3Config
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import nn, ops
-from sharding import place, share_graph
+from sharding import place, shard, share_graph
 
 __all__ = ["DeepseekV3ForCausalLM"]
 
@@ -27,12 +27,29 @@ class MultiTokenPredictor(nn.Cell):
         self.layer = DecoderLayer(config, config.is_moe_layer(config.num_layers))
         self.shared_head_norm = RMSNorm(config, config.hidden_size, "token_norm")
         self.cat = ops.Concat(-1)
+        shard(self, "multi_token_predictor", config)
 
     def construct(self, hidden, embedding, mask, token_mask, batch, position_ids=None):
         """hidden (T, H), embedding (T, H) of the token after each -> (T, H) for the shared head, balance loss."""
         x = self.eh_proj(self.cat((self.enorm(embedding), self.hnorm(hidden))))
         x, balance = self.layer(x, mask, token_mask, batch, position_ids)
         return self.shared_head_norm(x), balance
+
+
+class ShiftLeft(nn.Cell):
+    """Each sequence one token on, `fill` at its end: (B, S) <- (B, S)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.rest, self.last = ops.StridedSlice(), ops.StridedSlice()
+        self.cat = ops.Concat(1)
+        shard(self, "shift_left", config)
+
+    def construct(self, x, fill):
+        batch, seq = x.shape
+        rest = self.rest(x, (0, 1), (batch, seq), (1, 1))
+        last = self.last(x, (0, seq - 1), (batch, seq), (1, 1))
+        return self.cat((rest, ops.full_like(last, fill)))
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)
@@ -49,6 +66,7 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         self.mtp = nn.CellList([MultiTokenPredictor(config) for _ in range(config.mtp_depth)])
+        self.shift_left = ShiftLeft(config)
         for predictor in self.mtp:
             predictor.pipeline_stage = config.pipeline_stage_of(config.num_layers)
             place(predictor.layer, config.num_layers, config)
@@ -63,7 +81,7 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
         for predictor in self.mtp:
             embedding = self.model.embed_tokens(ops.maximum(labels, 0).reshape((-1,)))
             hidden, extra = predictor(hidden, embedding, mask, token_mask, labels.shape[0], position_ids)
-            labels, loss_mask = shift_left(labels, self.ignore_token_id), shift_left(loss_mask, 0)
+            labels, loss_mask = self.shift_left(labels, self.ignore_token_id), self.shift_left(loss_mask, 0)
             loss = loss + self.token_loss(hidden, labels, loss_mask)
             balance = balance + extra
         return loss, balance
@@ -71,8 +89,3 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
     def decoder_layers(self) -> list[tuple[str, nn.Cell]]:
         """(name, layer) of every decoder layer, MTP's included, by depth."""
         return super().decoder_layers() + [(f"mtp.{i}", predictor.layer) for i, predictor in enumerate(self.mtp)]
-
-
-def shift_left(x, fill):
-    """Each sequence one token on, `fill` at its end: (B, S) <- (B, S)."""
-    return ops.concat((x[:, 1:], ops.full_like(x[:, :1], fill)), 1)

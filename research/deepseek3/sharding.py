@@ -10,6 +10,7 @@ or "None") per tensor axis. A name that the cell lacks, or an axis that the grid
 """
 
 import functools
+import math
 
 import mindspore as ms
 from mindformers.modules.transformer import OpParallelConfig
@@ -41,7 +42,7 @@ def heads(*last: str) -> tuple:
 def plans(config) -> dict[str, dict[str, tuple]]:
     """Every plan by name; see the file's head for how to read one."""
     tokens, width, flat = (token_axes(config), NONE), (ROWS, "mp"), (ALL, NONE)
-    scalar = ()
+    batch, scalar = ("dp", NONE), ()
     vocab = NONE if config.parallel_config.vocab_emb_dp else "mp"
     return {
         "token_norm": rms_norm_plan(tokens),
@@ -75,6 +76,8 @@ def plans(config) -> dict[str, dict[str, tuple]]:
         # feed-forward
         "feed_forward": {"silu": (width,), "gate_mul": (width, width)},
         "decoder_layer": {"add_attention": (tokens, tokens), "add_mlp": (tokens, tokens)},
+        "multi_token_predictor": {"cat": (tokens, tokens)},
+        "shift_left": {"rest": (batch,), "last": (batch,), "cat": (batch, batch)},
         "mixture_of_experts": {
             "count_mul": (flat, flat),
             "count": (flat,),
@@ -132,11 +135,11 @@ def shard(cell: nn.Cell, plan: str, config) -> None:
     if not is_sharded():
         return
     p = config.parallel_config
-    grid = Layout((p.data_parallel, p.context_parallel, p.model_parallel), ALL)
+    sizes = {"dp": p.data_parallel, "cp": p.context_parallel, "mp": p.model_parallel}
     for name, layouts in plans(config)[plan].items():
         if name in OPERATOR_CHOICES and not hasattr(cell, name):
             continue  # the fused and the basic cell of one role have different operators
-        apply(getattr(cell, name), grid, layouts)
+        apply(getattr(cell, name), sizes, layouts)
 
 
 def share_graph(init):
@@ -153,22 +156,52 @@ def share_graph(init):
     return build
 
 
-def apply(operator, grid: Layout, layouts: tuple) -> None:
+def apply(operator, sizes: dict[str, int], layouts: tuple) -> None:
     """Shard one operator; layouts after "->" are its outputs'."""
     cut = layouts.index("->") if "->" in layouts else len(layouts)
-    inputs = tuple(grid(*axes) if axes else grid() for axes in layouts[:cut])
-    outputs = tuple(grid(*axes) for axes in layouts[cut + 1 :])
+    plain = all(in_grid_order(axes, sizes) for axes in layouts if axes != "->")
+    grid = Layout(tuple(sizes.values()), tuple(sizes))
+
+    def split(axes):
+        if plain:
+            return tuple(ways(axis, sizes) for axis in axes)
+        return grid(*axes) if axes else grid()
+
+    inputs = tuple(split(axes) for axes in layouts[:cut])
+    outputs = tuple(split(axes) for axes in layouts[cut + 1 :])
     if outputs:
         operator.shard(in_strategy=inputs, out_strategy=outputs)
     else:
         operator.shard(in_strategy=inputs)
 
 
-def run_locally(function, shapes, types):
+def ways(axis, sizes: dict[str, int]) -> int:
+    """Devices one tensor axis is split over."""
+    names = axis if isinstance(axis, tuple) else (axis,)
+    return math.prod(sizes[name] for name in names if name != NONE)
+
+
+def in_grid_order(axes: tuple, sizes: dict[str, int]) -> bool:
+    """True when plain numbers say the same as the names.
+
+    Numbers lay devices out in the order of the tensor's axes; the grid may be in another (heads before sequence).
+    Few operators take names, so numbers are used wherever they mean the same.
+    """
+    names = [name for axis in axes for name in (axis if isinstance(axis, tuple) else (axis,))]
+    split = [ALL.index(name) for name in names if name != NONE and sizes[name] > 1]
+    return split == sorted(split)
+
+
+def run_locally(function, shapes, types, config):
     """`function` as every device runs it on its own part of the MoE's inputs; itself where nothing is split."""
     if not is_sharded():
         return function
+    p = config.parallel_config
+    devices = p.data_parallel * p.context_parallel * p.model_parallel
+    grid = Layout((devices // p.expert_parallel, p.expert_parallel), ("edp", "ep"))
+    inputs, outputs = experts_plan()
     morph = ops.Morph(function, shapes, types).add_prim_attr("self_define_shard", True)
+    morph.shard(in_strategy=tuple(grid(*x) for x in inputs), out_strategy=tuple(grid(*x) for x in outputs))
     return morph
 
 
