@@ -1,10 +1,61 @@
 """Build the C++ extensions; everything else is declared in pyproject.toml."""
 
+import importlib.util
+from pathlib import Path
+
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import Extension, setup
+
+
+def mindspore_folder() -> Path:
+    """Folder of the installed MindSpore, whose headers and core library the Custom operators are built against."""
+    spec = importlib.util.find_spec("mindspore")
+    if spec is None or spec.origin is None:
+        raise SystemExit(
+            "The C++ operators are compiled against MindSpore's own headers: install MindSpore first "
+            "(pip install mindspore==2.9.0), then this project with `pip install --no-build-isolation .`"
+        )
+    return Path(spec.origin).parent
+
+
+def custom_operator(name: str, sources: list[str], depends: list[str]) -> Extension:
+    """A shared library of MindSpore AOT Custom operators (loaded by path, not imported)."""
+    mindspore = mindspore_folder()
+    include = mindspore / "include"
+    return Extension(
+        name,
+        sources,
+        depends=depends,
+        include_dirs=[
+            str(include / folder)
+            for folder in (
+                "",
+                "mindspore",
+                "mindspore/core/include",
+                "mindspore/ccsrc",
+                "mindspore/ops/include",
+                "third_party",
+                "third_party/robin_hood_hashing",
+            )
+        ],
+        library_dirs=[str(mindspore / "lib")],
+        libraries=["mindspore_core"],
+        # MindSpore is built with the old string ABI and the hash table of its third_party folder.
+        define_macros=[("_GLIBCXX_USE_CXX11_ABI", "0"), ("ENABLE_FAST_HASH_TABLE", "1")],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-w"],
+        extra_link_args=[f"-Wl,-rpath,{mindspore / 'lib'}"],
+    )
+
+
+CPU_PARALLEL = "mindformers_ext/cpu_parallel"
 
 setup(
     ext_modules=[
+        custom_operator(
+            "mindformers_ext.cpu_parallel._collectives",
+            [f"{CPU_PARALLEL}/{name}.cc" for name in ("shared_job", "collectives", "collective_op")],
+            [f"{CPU_PARALLEL}/{name}.h" for name in ("shared_job", "reduce", "collectives")],
+        ),
         Pybind11Extension(
             "mindformers_ext.bin_dataset._index_builder",
             ["mindformers_ext/bin_dataset/index_builder.cc"],

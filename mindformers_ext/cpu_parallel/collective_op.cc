@@ -1,0 +1,104 @@
+// The collectives as a MindSpore AOT Custom operator: the function that lowering.py puts in the place of every
+// communication operator of a rank's graph. Extends MindSpore 2.9.0, whose CPU backend has AllReduce, AllGather and
+// Broadcast of the world group only; it can go when MindSpore runs sharded graphs on CPU itself.
+//
+// Inputs: the tensor, then any number of inputs that only order the operators. Output: the last tensor.
+// Attributes: collective, rank_list, reduce, split_dim, concat_dim, send_counts, recv_counts, root, peer, tag.
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "collectives.h"
+#include "mindspore/ccsrc/utils/custom_aot_extra.h"
+
+namespace mindspore {
+// The header declares Attr<T> over private virtual functions and leaves the specialisations to its user.
+template <>
+inline int64_t AotExtra::Attr<int64_t>(std::string name) const {
+  return const_cast<AotExtra *>(this)->GetAttrInt(std::move(name));
+}
+template <>
+inline std::string AotExtra::Attr<std::string>(std::string name) const {
+  return const_cast<AotExtra *>(this)->GetAttrStr(std::move(name));
+}
+template <>
+inline std::vector<int64_t> AotExtra::Attr<std::vector<int64_t>>(std::string name) const {
+  return const_cast<AotExtra *>(this)->GetAttrIntVec(std::move(name));
+}
+}  // namespace mindspore
+
+namespace cpu_parallel {
+namespace {
+
+struct Settings : mindspore::AotKernelData {
+  std::string collective;
+  Ranks ranks;
+  DType type;
+  Reduce reduce = kSum;
+  int split = 0, concat = 0, root = -1, peer = -1;
+  int64_t tag = 0;
+  std::vector<int64_t> send_counts, recv_counts;
+};
+
+int64_t Elements(int dimensions, const int64_t *shape) {
+  int64_t count = 1;
+  for (int i = 0; i < dimensions; ++i) count *= shape[i];
+  return count;
+}
+
+std::unique_ptr<Settings> Read(const char *type, mindspore::AotExtra *extra) {
+  auto settings = std::make_unique<Settings>();
+  const auto integer = [extra](const char *name, int64_t other) {
+    return extra->HasAttr(name) ? extra->Attr<int64_t>(name) : other;
+  };
+  const auto integers = [extra](const char *name) {
+    return extra->HasAttr(name) ? extra->Attr<std::vector<int64_t>>(name) : std::vector<int64_t>();
+  };
+  settings->collective = extra->Attr<std::string>("collective");
+  settings->type = ParseDType(type);
+  for (const int64_t rank : integers("rank_list")) settings->ranks.push_back(static_cast<int>(rank));
+  if (extra->HasAttr("reduce")) settings->reduce = ParseReduce(extra->Attr<std::string>("reduce"));
+  settings->split = static_cast<int>(integer("split_dim", 0));
+  settings->concat = static_cast<int>(integer("concat_dim", 0));
+  settings->root = static_cast<int>(integer("root", -1));
+  settings->peer = static_cast<int>(integer("peer", -1));
+  settings->tag = integer("tag", 0);
+  settings->send_counts = integers("send_counts");
+  settings->recv_counts = integers("recv_counts");
+  return settings;
+}
+
+void Run(const Settings &s, const void *in, const std::vector<int64_t> &shape, void *out, int64_t out_count) {
+  Job *job = CurrentJob();
+  const int64_t count = Elements(static_cast<int>(shape.size()), shape.data());
+  if (s.collective == "AllReduce") return AllReduce(job, s.ranks, s.type, s.reduce, in, out, count);
+  if (s.collective == "AllGather") return AllGather(job, s.ranks, s.type, in, out, count);
+  if (s.collective == "ReduceScatter") return ReduceScatter(job, s.ranks, s.type, s.reduce, in, out, out_count);
+  if (s.collective == "AlltoAll") return AllToAll(job, s.ranks, s.type, shape, s.split, s.concat, in, out);
+  if (s.collective == "AlltoAllV") return AllToAllV(job, s.ranks, s.type, s.send_counts, s.recv_counts, in, out);
+  if (s.collective == "Broadcast") return Broadcast(job, s.ranks, s.type, s.root, in, out, count);
+  if (s.collective == "Receive") return Receive(job, s.peer, s.tag, s.type, out, out_count);
+  if (s.collective == "Send") {
+    Send(job, s.peer, s.tag, s.type, in, count);
+    std::memset(out, 0, out_count * SizeOf(s.type));  // only orders the graph
+    return;
+  }
+  throw JobError("'" + s.collective + "' is not a collective of this library");
+}
+
+}  // namespace
+}  // namespace cpu_parallel
+
+extern "C" int CollectiveInit(int *, int64_t **, const char **dtypes, mindspore::AotExtra *extra) {
+  return cpu_parallel::Guarded([&] { extra->SetKernelData(cpu_parallel::Read(dtypes[0], extra).release()); });
+}
+
+extern "C" int Collective(int parameters, void **data, int *dimensions, int64_t **shapes, const char **, void *, void *extra) {
+  return cpu_parallel::Guarded([&] {
+    const auto *settings = static_cast<const cpu_parallel::Settings *>(static_cast<mindspore::AotExtra *>(extra)->KernelData());
+    const int out = parameters - 1;
+    cpu_parallel::Run(*settings, data[0], std::vector<int64_t>(shapes[0], shapes[0] + dimensions[0]), data[out],
+                      cpu_parallel::Elements(dimensions[out], shapes[out]));
+  });
+}

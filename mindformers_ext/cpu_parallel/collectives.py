@@ -1,0 +1,190 @@
+"""Collectives between the processes of one machine, over shared memory (the library built from collectives.cc).
+
+The same library runs inside MindSpore graphs as an AOT Custom operator; here it takes numpy arrays: for tests,
+benchmarks and the few exchanges that a run makes outside its graph. All failures raise CollectiveError with one
+sentence that names the rank, its peer and the operation.
+"""
+
+import ctypes
+import os
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+# Long enough for slow imports on a busy machine, short enough that a missing peer is reported within 30 s.
+JOIN_SECONDS = 20.0
+# A peer that is alive may compile or write a checkpoint; one that dies is noticed at once, whatever this says.
+WAIT_SECONDS = 600.0
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed, or another rank did."""
+
+
+def library_path() -> Path:
+    """Path of the shared library; raises ImportError when the project was installed without its extensions."""
+    path = Path(__file__).with_name("_collectives" + sysconfig.get_config_var("EXT_SUFFIX"))
+    if not path.exists():
+        raise ImportError(
+            f"{path} is missing: install MindSpore, then this project with "
+            "`pip install --no-build-isolation .` (or run `python setup.py build_ext --inplace`)"
+        )
+    return path
+
+
+_library: ctypes.CDLL | None = None
+
+
+def _lib() -> ctypes.CDLL:
+    global _library
+    if _library is None:
+        _library = ctypes.CDLL(str(library_path()))
+        _library.cpu_parallel_last_error.restype = ctypes.c_char_p
+    return _library
+
+
+def last_error() -> str:
+    """The sentence of this process's last failed collective, or an empty string."""
+    return _lib().cpu_parallel_last_error().decode(errors="replace")
+
+
+def _check(code: int) -> None:
+    if code != 0:
+        raise CollectiveError(last_error())
+
+
+def join(
+    job: str, rank: int, size: int, join_seconds: float = JOIN_SECONDS, wait_seconds: float | None = None
+) -> None:
+    """Join a job as one of `size` ranks; returns when all have joined.
+
+    Raises CollectiveError when a rank is missing after `join_seconds`. Later operations give up after `wait_seconds`
+    (default: the environment variable CPU_PARALLEL_WAIT_SECONDS, or 600), or at once when a peer has died.
+    """
+    if wait_seconds is None:
+        wait_seconds = float(os.environ.get("CPU_PARALLEL_WAIT_SECONDS", WAIT_SECONDS))
+    _check(
+        _lib().cpu_parallel_join(job.encode(), rank, size, ctypes.c_double(join_seconds), ctypes.c_double(wait_seconds))
+    )
+
+
+def leave() -> None:
+    """End this rank's part in the job normally; a peer that still waits for it gets an error."""
+    _lib().cpu_parallel_leave()
+
+
+def abort(message: str) -> None:
+    """Stop all other ranks with `message` (within 0.1 s when they wait in a collective)."""
+    _lib().cpu_parallel_abort(message.encode())
+
+
+def _ranks(ranks: Sequence[int]) -> tuple[ctypes.Array, int]:
+    return (ctypes.c_int * len(ranks))(*ranks), len(ranks)
+
+
+def _int64s(values: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _data(array: np.ndarray) -> ctypes.c_void_p:
+    if not array.flags.c_contiguous:
+        raise ValueError("collectives need contiguous arrays")
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def _type(array: np.ndarray, dtype: str | None) -> bytes:
+    return (dtype or array.dtype.name).encode()
+
+
+def all_reduce(array: np.ndarray, ranks: Sequence[int], reduce: str = "sum", dtype: str | None = None) -> np.ndarray:
+    """Reduce (sum, prod, max, min) over the ranks, in rank order: the same bits on every rank.
+
+    `dtype` names the element type when numpy has none for it (bfloat16 in a uint16 array).
+    """
+    out = np.empty_like(array)
+    members = _ranks(ranks)
+    _check(
+        _lib().cpu_parallel_all_reduce(
+            _type(array, dtype), reduce.encode(), *members, _data(array), _data(out), ctypes.c_int64(array.size)
+        )
+    )
+    return out
+
+
+def all_gather(array: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
+    """(n, *shape) <- (*shape): the arrays of all ranks."""
+    out = np.empty((len(ranks), *array.shape), array.dtype)
+    count = ctypes.c_int64(array.size)
+    _check(_lib().cpu_parallel_all_gather(_type(array, None), *_ranks(ranks), _data(array), _data(out), count))
+    return out
+
+
+def reduce_scatter(
+    array: np.ndarray, ranks: Sequence[int], reduce: str = "sum", dtype: str | None = None
+) -> np.ndarray:
+    """(s / n, ...) <- (s, ...): this rank's part of the reduction."""
+    if array.shape[0] % len(ranks):
+        raise ValueError(f"dimension 0 ({array.shape[0]}) must be a multiple of the {len(ranks)} ranks")
+    out = np.empty((array.shape[0] // len(ranks), *array.shape[1:]), array.dtype)
+    members = _ranks(ranks)
+    _check(
+        _lib().cpu_parallel_reduce_scatter(
+            _type(array, dtype), reduce.encode(), *members, _data(array), _data(out), ctypes.c_int64(out.size)
+        )
+    )
+    return out
+
+
+def all_to_all(array: np.ndarray, ranks: Sequence[int], split: int, concat: int) -> np.ndarray:
+    """Split dimension `split` into n parts, one for each rank; join what arrives along dimension `concat`."""
+    shape = list(array.shape)
+    shape[split] //= len(ranks)
+    shape[concat] *= len(ranks)
+    out = np.empty(shape, array.dtype)
+    members = _ranks(ranks)
+    _check(
+        _lib().cpu_parallel_all_to_all(
+            _type(array, None), *members, _int64s(array.shape), array.ndim, split, concat, _data(array), _data(out)
+        )
+    )
+    return out
+
+
+def all_to_all_v(
+    array: np.ndarray, ranks: Sequence[int], send_counts: Sequence[int], recv_counts: Sequence[int]
+) -> np.ndarray:
+    """Send send_counts[i] elements of the flat array to rank i, receive recv_counts[i] from it."""
+    out = np.empty(sum(recv_counts), array.dtype)
+    members = _ranks(ranks)
+    counts = _int64s(send_counts), _int64s(recv_counts)
+    _check(_lib().cpu_parallel_all_to_all_v(_type(array, None), *members, *counts, _data(array), _data(out)))
+    return out
+
+
+def broadcast(array: np.ndarray, ranks: Sequence[int], root: int) -> np.ndarray:
+    """The array of rank `root` (a global rank)."""
+    out = np.empty_like(array)
+    count = ctypes.c_int64(array.size)
+    _check(_lib().cpu_parallel_broadcast(_type(array, None), *_ranks(ranks), root, _data(array), _data(out), count))
+    return out
+
+
+def barrier(ranks: Sequence[int]) -> None:
+    """Wait until every rank has arrived."""
+    _check(_lib().cpu_parallel_barrier(*_ranks(ranks)))
+
+
+def send(array: np.ndarray, peer: int, tag: int = 0) -> None:
+    """Send an array; returns when it is buffered (two messages of one tag at most)."""
+    count = ctypes.c_int64(array.size)
+    _check(_lib().cpu_parallel_send(peer, ctypes.c_int64(tag), _type(array, None), _data(array), count))
+
+
+def receive(like: np.ndarray, peer: int, tag: int = 0) -> np.ndarray:
+    """Receive an array of the shape and type of `like`."""
+    out = np.empty_like(like)
+    count = ctypes.c_int64(out.size)
+    _check(_lib().cpu_parallel_receive(peer, ctypes.c_int64(tag), _type(out, None), _data(out), count))
+    return out

@@ -1,0 +1,141 @@
+"""Inline the functions of a MindIR model into its main graph.
+
+`lazy_inline` leaves each repeated cell as one function that every layer and micro-batch calls, and its backward pass
+as a closure that the forward call returns. The collectives of a rank have one fixed order only in one flat graph, so
+the calls are followed symbolically (closures and tuples of them are known while inlining) and copied out.
+"""
+
+from dataclasses import dataclass
+
+import mindspore.train.mind_ir_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Closure:
+    """A function with its first arguments bound."""
+
+    function: str
+    bound: tuple = ()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A tuple that holds at least one closure."""
+
+    elements: tuple
+
+
+def reference(node: pb.NodeProto) -> str:
+    """What a node applies: a primitive, a function or another node's output; "" for built-in kinds."""
+    return node.op_type.removeprefix("REF::") if node.op_type.startswith("REF::") else ""
+
+
+def inline_functions(model: pb.ModelProto) -> int:
+    """Flatten `model` in place; returns how many functions there were."""
+    count = len(model.functions)
+    if count:
+        nodes = [pb.NodeProto.FromString(node.SerializeToString()) for node in _Inliner(model).run()]
+        del model.graph.node[:], model.functions[:]
+        model.graph.node.extend(nodes)
+    return count
+
+
+class _Inliner:
+    def __init__(self, model: pb.ModelProto):
+        self.model = model
+        self.functions = {function.name: function for function in model.functions}
+        self.operators = {primitive.name: primitive.op_type for primitive in model.primitives}
+        self.constants: dict[str, pb.NodeProto] = {}
+        self.out: list[pb.NodeProto] = []
+        self.calls = 0
+        self.added = 0
+
+    def run(self) -> list[pb.NodeProto]:
+        for graph in [self.model.graph, *self.model.functions]:
+            for node in graph.node:
+                if node.op_type == "Constant":
+                    self.constants.setdefault(node.output[0], node)
+        result = self._emit(self.model.graph, {}, "")
+        if result != self.model.graph.output[0].name:
+            self.model.graph.output[0].name = self._tensor(result)
+        return [*self.constants.values(), *self.out]
+
+    def _emit(self, graph: pb.GraphProto, values: dict, prefix: str):
+        """Copy the nodes of one call of `graph`; returns the value of its output."""
+        for node in graph.node:
+            if node.op_type != "Constant":
+                values[node.output[0]] = self._node(node, values, prefix)
+        return self._value(graph.output[0].name, values)
+
+    def _value(self, name: str, values: dict):
+        if name in values:
+            return values[name]
+        return Closure(name) if name in self.functions else name
+
+    def _node(self, node: pb.NodeProto, values: dict, prefix: str):
+        inputs = tuple(self._value(name, values) for name in node.input)
+        applied = reference(node)
+        operator = self.operators.get(applied)
+        called = None if operator or not applied else self._value(applied, values)
+        if isinstance(called, Closure):
+            return self._call(called, inputs)
+        symbolic = any(not isinstance(value, str) for value in inputs)
+        if operator == "Partial":
+            return Closure(inputs[0].function, inputs[0].bound + inputs[1:])
+        if operator == "MakeTuple" and symbolic:
+            return Bundle(inputs)
+        if operator == "TupleGetItem" and isinstance(inputs[0], Bundle):
+            return inputs[0].elements[self._integer(node.input[1])]
+        if operator == "Depend" and not isinstance(inputs[0], str):
+            return inputs[0]  # a closure computes nothing itself; what it waits for is ordered by its own inputs
+        if operator == "Switch" and symbolic:
+            raise NotImplementedError(f"node '{node.name}' chooses between functions at run time; it cannot be inlined")
+        copy = pb.NodeProto()
+        copy.CopyFrom(node)
+        copy.name = copy.output[0] = prefix + node.output[0]
+        del copy.input[:]
+        copy.input.extend([self._tensor(value) for value in inputs])
+        self.out.append(copy)
+        return copy.output[0]
+
+    def _call(self, closure: Closure, arguments: tuple):
+        function = self.functions[closure.function]
+        arguments = closure.bound + arguments
+        if len(function.input) != len(arguments):
+            raise ValueError(f"'{function.name}' takes {len(function.input)} arguments, it is called with {len(arguments)}")
+        self.calls += 1
+        values = {parameter.name: value for parameter, value in zip(function.input, arguments, strict=True)}
+        return self._emit(function, values, f"call{self.calls}/")
+
+    def _tensor(self, value) -> str:
+        """The name of a plain value; a closure or bundle becomes a tuple of all tensors it holds (only to order nodes)."""
+        if isinstance(value, str):
+            return value
+        leaves = list(dict.fromkeys(self._leaves(value)))
+        if len(leaves) == 1:
+            return leaves[0]
+        self.added += 1
+        name = f"inlined_tuple{self.added}"
+        self.out.append(pb.NodeProto(name=name, input=leaves, output=[name], op_type=f"REF::{self._make_tuple()}"))
+        return name
+
+    def _leaves(self, value):
+        if isinstance(value, str):
+            yield value
+        else:
+            for element in value.elements if isinstance(value, Bundle) else value.bound:
+                yield from self._leaves(element)
+
+    def _make_tuple(self) -> str:
+        for name, operator in self.operators.items():
+            if operator == "MakeTuple":
+                return name
+        self.model.primitives.add(name="MakeTuple:inlined", op_type="MakeTuple", prim_type=pb.PrimitiveProto.PRIMITIVE)
+        self.operators["MakeTuple:inlined"] = "MakeTuple"
+        return "MakeTuple:inlined"
+
+    def _integer(self, name: str) -> int:
+        for attribute in self.constants[name].attribute:
+            if attribute.name == "value":
+                return attribute.ints[0] if attribute.ints else attribute.i
+        raise ValueError(f"constant '{name}' has no value")

@@ -1,0 +1,177 @@
+"""Lower the graph that an Ascend rank would run (MindIR) to one that MindSpore's CPU backend runs.
+
+Extends MindSpore 2.9.0, which cannot run semi-auto parallel graphs on CPU: functions are inlined, communication
+operators become the Custom operators of collective_op.cc (each takes the previous one's output as an extra input, so
+that their order never changes), and operators without a CPU kernel are rewritten by the functions in `REWRITES`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import mindspore.train.mind_ir_pb2 as pb
+
+from mindformers_ext.cpu_parallel.collectives import library_path
+from mindformers_ext.cpu_parallel.inlining import inline_functions, reference
+from mindformers_ext.dryrun.mindir import DTYPE_BYTES
+
+
+@dataclass(frozen=True)
+class Call:
+    """One collective of a rank's step, in its fixed place of the order."""
+
+    operation: str
+    ranks: tuple[int, ...]  # global ranks of the group; for Send and Receive (source, target)
+    detail: tuple  # what all members must agree on: reduction, dimensions, root; the tag of a message
+    dtype: str
+    elements: int  # of this rank's output (Send: of its input)
+    bytes: int
+    where: str  # the model's name for the operator
+
+    def __str__(self) -> str:
+        group = " -> ".join(map(str, self.ranks)) if self.operation in MESSAGES else list(self.ranks)
+        return f"{self.operation} {group} of {self.elements} {self.dtype} ({self.where})"
+
+
+@dataclass
+class Graph:
+    """A flat MindIR model while it is being lowered."""
+
+    model: pb.ModelProto
+    rank: int
+    world_size: int
+    primitives: dict[str, pb.PrimitiveProto]
+    previous: str | None = None  # output of the last collective
+
+    def primitive(self, node: pb.NodeProto) -> pb.PrimitiveProto | None:
+        return self.primitives.get(reference(node))
+
+    def use(self, node: pb.NodeProto, operator: str, **attributes) -> None:
+        """Make `node` apply a new primitive."""
+        name = f"{operator}:lowered{len(self.primitives)}"
+        primitive = self.model.primitives.add(name=name, op_type=operator, instance_name="op")
+        primitive.prim_type = pb.PrimitiveProto.PRIMITIVE
+        for key, value in attributes.items():
+            set_attribute(primitive, key, value)
+        self.primitives[name] = primitive
+        node.op_type = f"REF::{name}"
+
+
+MESSAGES = ("Send", "Receive")
+
+
+def lower(model: pb.ModelProto, rank: int, world_size: int) -> list[Call]:
+    """Rewrite `model` in place for CPU; returns the rank's collectives in the order in which they will run.
+
+    Raises ValueError with the operator's name when a communication operator is not known.
+    """
+    inline_functions(model)
+    graph = Graph(model, rank, world_size, {primitive.name: primitive for primitive in model.primitives})
+    calls = []
+    for node in list(model.graph.node):
+        primitive = graph.primitive(node)
+        rewrite = REWRITES.get(primitive.op_type) if primitive is not None else None
+        if rewrite is not None:
+            call = rewrite(graph, node, primitive)
+            if call is not None:
+                calls.append(call)
+    return calls
+
+
+def set_attribute(primitive: pb.PrimitiveProto, name: str, value) -> None:
+    """Add an attribute: bool, int, str, or a sequence of integers."""
+    attribute = primitive.attribute.add(name=name)
+    if isinstance(value, bool):
+        attribute.i, attribute.type = int(value), pb.AttributeProto.BOOL
+    elif isinstance(value, int):
+        attribute.i, attribute.type = value, pb.AttributeProto.INT64
+    elif isinstance(value, str):
+        attribute.s, attribute.type = value.encode(), pb.AttributeProto.STRING
+    else:
+        attribute.type = pb.AttributeProto.TUPLE
+        for item in value:
+            attribute.values.add(type=pb.AttributeProto.INT64).ints.append(item)
+
+
+def attributes_of(primitive: pb.PrimitiveProto) -> dict:
+    """The attributes of a primitive as plain values (integers, strings, lists of integers)."""
+    plain = {}
+    for attribute in primitive.attribute:
+        if attribute.type == pb.AttributeProto.STRING:
+            plain[attribute.name] = attribute.s.decode()
+        elif attribute.type in (pb.AttributeProto.TUPLE, pb.AttributeProto.LIST):
+            plain[attribute.name] = [value.ints[0] if value.ints else value.i for value in attribute.values]
+        else:
+            plain[attribute.name] = attribute.ints[0] if attribute.ints else attribute.i
+    return plain
+
+
+def output_tensor(node: pb.NodeProto) -> tuple[list[int], str]:
+    """Shape and type (MindIR's name) of a node's output."""
+    for attribute in node.attribute:
+        if attribute.name == "shape" and attribute.tensors:
+            tensor = attribute.tensors[0]
+            return list(tensor.dims), pb.TensorProto.DataType.Name(tensor.data_type)
+    raise ValueError(f"node '{node.name}' has no static shape; dynamic shapes cannot be lowered")
+
+
+def group_ranks(graph: Graph, primitive: pb.PrimitiveProto, attributes: dict) -> tuple[int, ...]:
+    """Global ranks of a communication operator's group."""
+    if "group_rank_ids" in attributes:
+        return tuple(attributes["group_rank_ids"])
+    if attributes.get("group") == "hccl_world_group":
+        return tuple(range(graph.world_size))
+    raise ValueError(f"'{primitive.op_type}' ({primitive.instance_name}) does not say which ranks its group has")
+
+
+def collective(*same: str) -> Callable:
+    """Rewriter of a group operation; `same` are its attributes by which the ranks must agree."""
+
+    def rewrite(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> Call:
+        attributes = attributes_of(primitive)
+        ranks = group_ranks(graph, primitive, attributes)
+        extra = {"reduce" if name == "op" else name: attributes[name] for name in same}
+        if "root_rank" in extra:
+            extra["root"] = ranks[extra.pop("root_rank")]
+        _place(graph, node, collective=primitive.op_type, rank_list=ranks, **extra)
+        return _call(node, primitive.op_type, ranks, tuple(extra.items()))
+
+    return rewrite
+
+
+def message(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> Call:
+    """Rewriter of Send and Receive."""
+    attributes = attributes_of(primitive)
+    sends = primitive.op_type == "Send"
+    peer = group_ranks(graph, primitive, attributes)[attributes["dest_rank" if sends else "src_rank"]]
+    tag = attributes["sr_tag"]
+    _place(graph, node, collective=primitive.op_type, peer=peer, tag=tag)
+    return _call(node, primitive.op_type, (graph.rank, peer) if sends else (peer, graph.rank), (tag,))
+
+
+def _place(graph: Graph, node: pb.NodeProto, **attributes) -> None:
+    """Make `node` our Custom operator and chain it behind the previous one."""
+    function = f"{library_path()}:Collective"
+    aot = {"imply_path": "", "func_type": "aot", "func_name": function, "uniq_name": f"Custom_{function}"}
+    graph.use(node, "Custom", **aot, multi_output=False, autodiff=False, **attributes)
+    if graph.previous is not None:
+        node.input.append(graph.previous)
+    graph.previous = node.output[0]
+
+
+def _call(node: pb.NodeProto, operation: str, ranks: tuple[int, ...], detail: tuple) -> Call:
+    shape, dtype = output_tensor(node)
+    elements = prod(shape)
+    return Call(operation, ranks, detail, dtype.lower(), elements, elements * DTYPE_BYTES[dtype], node.domain)
+
+
+# Every operator of a rank's graph that CPU MindSpore cannot run as it is, and how it is replaced.
+REWRITES: dict[str, Callable[[Graph, pb.NodeProto, pb.PrimitiveProto], Call | None]] = {
+    "AllReduce": collective("op"),
+    "AllGather": collective(),
+    "ReduceScatter": collective("op"),
+    "AlltoAll": collective("split_dim", "concat_dim"),
+    "Broadcast": collective("root_rank"),
+    "Send": message,
+    "Receive": message,
+}

@@ -1,0 +1,97 @@
+"""Cut full parameters into the shards of a rank, and put shards together again.
+
+A layout is one entry of `compiled.json` (mindformers_ext/dryrun/compile_rank.py): the device matrix of the ranks of a
+pipeline stage, slowest axis first, and for every tensor dimension the axis that splits it, counted from the last
+(-1: whole). A parameter stored smaller than its slice is cut once more along dimension 0 by optimizer parallelism.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where one rank's stored array lies in the full parameter: half-open ranges, one per dimension."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+    def cut(self, full: np.ndarray) -> np.ndarray:
+        return np.array(full[tuple(slice(a, b) for a, b in self.ranges)], order="C")  # a copy, 0-d stays 0-d
+
+    def put(self, full: np.ndarray, part: np.ndarray) -> None:
+        full[tuple(slice(a, b) for a, b in self.ranges)] = part
+
+
+def coordinates(index: int, device_matrix: Sequence[int]) -> tuple[int, ...]:
+    """Place of the stage's `index`-th device on every axis, slowest first."""
+    return tuple(int(c) for c in np.unravel_index(index, tuple(device_matrix)))
+
+
+def shard_of(name: str, full_shape: Sequence[int], stored_shape: Sequence[int], layout: Mapping, index: int) -> Shard:
+    """What the stage's `index`-th device stores of parameter `name`.
+
+    Raises ValueError when the stored shape does not follow from the layout.
+    """
+    matrix, tensor_map = layout["device_matrix"], layout["tensor_map"]
+    axes = [len(matrix) - 1 - axis if axis >= 0 else None for axis in tensor_map]
+
+    def position(device: int) -> tuple[int, ...]:
+        place = coordinates(device, matrix)
+        return tuple(0 if axis is None else place[axis] for axis in axes)
+
+    own = position(index)
+    parts = [1 if axis is None else matrix[axis] for axis in axes]
+    ranges = []
+    for size, part, place in zip(full_shape, parts, own, strict=True):
+        if size % part:
+            raise ValueError(f"parameter '{name}': {size} does not divide by {part} (layout {dict(layout)})")
+        ranges.append((size // part * place, size // part * (place + 1)))
+    if ranges and ranges[0][1] - ranges[0][0] != stored_shape[0]:
+        begin, end = ranges[0]
+        pieces = (end - begin) // stored_shape[0]
+        same_slice = [device for device in range(prod(matrix)) if position(device) == own]
+        begin += same_slice.index(index) % pieces * stored_shape[0]
+        ranges[0] = (begin, begin + stored_shape[0])
+    if tuple(b - a for a, b in ranges) != tuple(stored_shape):
+        raise ValueError(
+            f"parameter '{name}' is stored as {tuple(stored_shape)}, its layout cuts {tuple(full_shape)} to "
+            f"{tuple(b - a for a, b in ranges)} on device {index} of its stage"
+        )
+    return Shard(tuple(ranges))
+
+
+def layout_for(name: str, layouts: Mapping[str, Mapping]) -> Mapping | None:
+    """Layout of a parameter or of an optimizer state named after one (`adam_m.<weight>`, `accu_grads.<weight>`)."""
+    while name:
+        if name in layouts:
+            return layouts[name]
+        name = name.partition(".")[2]
+    return None
+
+
+def gather(
+    name: str, full_shape: Sequence[int], shards: Sequence[tuple[int, Shard, np.ndarray]]
+) -> tuple[np.ndarray, float]:
+    """The full parameter from (rank, shard, array) of all ranks that store a part of it.
+
+    Returns it and the largest absolute difference between replicas of the same part (0 when they are equal).
+    Raises ValueError when a part is missing.
+    """
+    full = np.zeros(full_shape, shards[0][2].dtype)
+    filled = np.zeros(full_shape, bool)
+    difference = 0.0
+    for rank, shard, part in shards:
+        if part.shape != tuple(b - a for a, b in shard.ranges):
+            raise ValueError(f"parameter '{name}': rank {rank} stores {part.shape}, not {shard.ranges}")
+        known = shard.cut(filled)
+        if known.any():
+            other = shard.cut(full)[known].astype(np.float64) - part[known].astype(np.float64)
+            difference = max(difference, float(np.abs(other).max()))
+        shard.put(full, part)
+        shard.put(filled, np.ones(part.shape, bool))
+    if not filled.all():
+        raise ValueError(f"parameter '{name}': {int((~filled).sum())} of {filled.size} elements are on no rank")
+    return full, difference

@@ -1,0 +1,46 @@
+"""Train a cell in one CPU process, and write down where it starts, what it is fed and where it ends.
+
+    python -m mindformers_ext.cpu_parallel.reference --builder package.module:function --arguments JSON --out DIR
+
+`function(**arguments)` returns `(cell, batches)`: the training cell as one process runs it, and the numpy inputs of
+every step. Into DIR go `initial.npz` and `final.npz` (all parameters before and after), `moments.npz` (see
+run_rank.train), `batches.npz`, and `single.json` with the outputs and seconds of every step.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from mindformers_ext.cpu_parallel import run_rank
+
+
+def call_builder(spec: str, arguments: dict):
+    """Call "package.module:function" with keyword arguments."""
+    module, function = spec.split(":")
+    return getattr(importlib.import_module(module), function)(**arguments)
+
+
+def main() -> int:
+    import mindspore as ms
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--builder", required=True)
+    parser.add_argument("--arguments", type=json.loads, default={})
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device("CPU")
+    cell, batches = call_builder(args.builder, args.arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    run_rank.save_parameters(args.out / "initial.npz", cell)
+    run_rank.write_batches(args.out, batches)
+    outputs, seconds = run_rank.train(cell, batches, args.out / "moments.npz")
+    run_rank.save_parameters(args.out / "final.npz", cell)
+    (args.out / "single.json").write_text(json.dumps({"outputs": outputs, "seconds": seconds}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

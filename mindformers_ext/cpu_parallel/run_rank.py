@@ -1,0 +1,156 @@
+"""Run one rank's lowered graph for some steps: the worker process that `launch.run_ranks` starts N times.
+
+Reads from the run folder: `initial.npz` (full parameters and optimizer states), `batches.npz` (the global batch of
+every step) and, per rank, `cpu.mindir` and `compiled.json`. Writes per rank `final.npz` (stored parameters after the last
+step), `moments.npz` (see `train`) and `result.json`; when it fails, `failure.json` with one sentence, after stopping the other ranks.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+from mindformers_ext.cpu_parallel import collectives
+from mindformers_ext.cpu_parallel.parameters import layout_for, shard_of
+
+# Gradient buffers of pipeline parallelism; the first step must find zeros in them.
+ACCUMULATORS = ("accu_grads.",)
+# Names of the optimizers' first moments: MindSpore's AdamWeightDecay, MindFormers' AdamW.
+FIRST_MOMENTS = ("adam_m.", "exp_avg.")
+UNSUPPORTED = re.compile(r"(?:Unsupported op|kernel) \[?'?(\w+)\]?'? (?:on|is not)", re.IGNORECASE)
+
+
+def rank_folder(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}"
+
+
+def read_batches(folder: Path) -> list[list[np.ndarray]]:
+    """Inputs of every step, in order."""
+    with np.load(folder / "batches.npz") as stored:
+        steps = 1 + max(int(name.split("_")[0]) for name in stored.files)
+        width = len(stored.files) // steps
+        return [[stored[f"{step}_{i}"] for i in range(width)] for step in range(steps)]
+
+
+def write_batches(folder: Path, batches: list) -> None:
+    np.savez(folder / "batches.npz", **{f"{s}_{i}": x for s, batch in enumerate(batches) for i, x in enumerate(batch)})
+
+
+def load_graph(path: Path):
+    """The lowered graph as a cell."""
+    import mindspore as ms
+    from mindspore import nn
+
+    return nn.GraphCell(ms.load(str(path)))
+
+
+def set_parameters(cell, initial, compiled: dict, index: int) -> None:
+    """Give every parameter of the graph this device's part of its full initial value."""
+    from mindspore import Tensor
+
+    for parameter in cell.get_parameters():
+        name = parameter.name
+        if name in initial:
+            full = initial[name]
+            layout = layout_for(name, compiled["layouts"])
+            if layout is not None and full.ndim == len(layout["tensor_map"]):
+                full = shard_of(name, full.shape, parameter.shape, layout, index).cut(full)
+            value = full
+        elif name.startswith(ACCUMULATORS):
+            value = np.zeros(parameter.shape)
+        else:
+            raise ValueError(f"parameter '{name}' {tuple(parameter.shape)} of the graph has no initial value")
+        if tuple(value.shape) != tuple(parameter.shape):
+            raise ValueError(f"parameter '{name}' is stored as {tuple(parameter.shape)}, its value is {value.shape}")
+        parameter.set_data(Tensor(value, parameter.dtype))
+
+
+def save_parameters(path: Path, cell, prefixes: tuple[str, ...] = ("",)) -> None:
+    """Write the parameters whose names start with one of `prefixes`."""
+    np.savez(path, **{p.name: p.asnumpy() for p in cell.get_parameters() if p.name.startswith(prefixes)})
+
+
+def train(cell, batches: list, first_moments: Path) -> tuple[list[list[float]], list[float]]:
+    """Run all steps; returns the scalar outputs and the seconds of every step.
+
+    After the first step the optimizer's first moments, which then are the gradients times (1 - beta1), are written
+    to `first_moments`.
+    """
+    from mindspore import Tensor
+
+    types = [Tensor(x).dtype for x in batches[0]]
+    outputs, seconds = [], []
+    for batch in batches:
+        start = time.perf_counter()
+        result = cell(*(Tensor(x, dtype) for x, dtype in zip(batch, types, strict=True)))
+        values = result if isinstance(result, tuple) else (result,)
+        outputs.append([float(v.asnumpy()) for v in values if v.size == 1])
+        seconds.append(time.perf_counter() - start)
+        if len(seconds) == 1:
+            save_parameters(first_moments, cell, FIRST_MOMENTS)
+    return outputs, seconds
+
+
+def run(folder: Path, rank: int, world_size: int, stages: int) -> None:
+    """All steps of one rank; the job is joined already."""
+    import mindspore as ms
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device("CPU")
+    own = rank_folder(folder, rank)
+    start = time.perf_counter()
+    cell = load_graph(own / "cpu.mindir")
+    compiled = json.loads((own / "compiled.json").read_text())
+    with np.load(folder / "initial.npz") as initial:
+        set_parameters(cell, initial, compiled, rank % (world_size // stages))
+    outputs, seconds = train(cell, read_batches(folder), own / "moments.npz")
+    save_parameters(own / "final.npz", cell)
+    total = time.perf_counter() - start
+    result = {"rank": rank, "outputs": outputs, "seconds": seconds, "total_seconds": total}
+    (own / "result.json").write_text(json.dumps(result))
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong, in one sentence: the collective's own, the operator that CPU lacks, or the exception."""
+    from_collective = collectives.last_error()
+    if from_collective:
+        return from_collective
+    text = str(error).strip()
+    missing = UNSUPPORTED.search(text)
+    if missing:
+        return (
+            f"CPU MindSpore has no kernel for operator '{missing.group(1)}': add its rewriting to REWRITES in "
+            f"mindformers_ext/cpu_parallel/lowering.py ({text.splitlines()[0]})"
+        )
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--world_size", type=int, required=True)
+    parser.add_argument("--stages", type=int, default=1)
+    parser.add_argument("--job", required=True, help="name of the job; the same for all ranks, unique on the machine")
+    args = parser.parse_args()
+    try:
+        collectives.join(args.job, args.rank, args.world_size)
+        run(args.folder, args.rank, args.world_size, args.stages)
+        collectives.leave()
+        return 0
+    except Exception as error:
+        message = sentence(error)
+        collectives.abort(message)
+        traceback.print_exc()
+        failure = {"rank": args.rank, "message": message, "time": time.time()}
+        (rank_folder(args.folder, args.rank) / "failure.json").write_text(json.dumps(failure))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
