@@ -303,7 +303,9 @@ class BalanceLoss(nn.Cell):
         moe = config.moe_config
         self.topk, self.num_experts, self.n_group = moe.num_experts_chosen, moe.expert_num, moe.n_group
         self.topk_group, self.z_factor = moe.topk_group, moe.z_loss_factor
-        self.factors = dict(zip(moe.aux_loss_types, moe.aux_loss_factors)) if config.return_extra_loss else {}
+        self.factors = (
+            dict(zip(moe.aux_loss_types, moe.aux_loss_factors, strict=True)) if config.return_extra_loss else {}
+        )
         self.active = bool(self.factors) or (self.z_factor > 0 and config.return_extra_loss)
         self.is_sigmoid = moe.use_gating_sigmoid
         self.sum_experts = ops.ReduceSum(keep_dims=True)
