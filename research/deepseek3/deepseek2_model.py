@@ -199,7 +199,7 @@ class MultiHeadLatentAttention(nn.Cell):
 def part(strided_slice, x, start, width):
     """x[..., start : start + width], as an operator that sharding.py can reach.
 
-    Not SplitWithSize: in MindSpore 2.9's CPU graphs its views give wrong gradients (tests/parity found it).
+    Not SplitWithSize, whose views give wrong gradients in MindSpore 2.9's PyNative mode on CPU.
     """
     rank = len(x.shape)
     begin = (0,) * (rank - 1) + (start,)
