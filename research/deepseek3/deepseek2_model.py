@@ -334,7 +334,7 @@ class BalanceLoss(nn.Cell):
             sent = self._per_sequence(hit * token_mask, batch) * (self.n_group / self.topk_group) / count
             loss = loss + self.factors["comm"] * (sent * self._by_group(probability, batch)).sum(-1).mean()
         if self.z_factor > 0:
-            z = ops.logsumexp(logits, -1, keep_dims=True)
+            z = ops.logsumexp(logits, -1, True)
             loss = loss + self.z_factor * (z * z * token_mask).sum() / token_mask.sum()
         return loss
 
