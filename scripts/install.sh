@@ -36,7 +36,15 @@ if [ -e "$STAMP" ] && { [ -z "$EXTRA" ] || [ -e "$STAMP-test" ]; }; then
   exit 0
 fi
 echo "Installing into $PREFIX ..."
-"$PYTHON" -m pip install --quiet --disable-pip-version-check "setuptools>=68,<82" wheel "pybind11>=2.12"
-"$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".$EXTRA"
+pip_install() { "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"; }
+pip_install "setuptools>=68,<82" wheel "pybind11>=2.12"
+# The C++ operators compile against MindSpore's headers, so the dependencies come first.
+pip_install --requirement <("$PYTHON" - "$EXTRA" <<'PY'
+import sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print(*project["dependencies"], *(project["optional-dependencies"]["test"] if sys.argv[1] else ()), sep="\n")
+PY
+)
+pip_install --no-build-isolation --no-deps --editable .
 touch "$STAMP"
 [ -z "$EXTRA" ] || touch "$STAMP-test"

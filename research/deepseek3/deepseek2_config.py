@@ -17,6 +17,28 @@ __all__ = ["ConfigError", "DeepseekV2Config", "MoeConfig", "YarnConfig"]
 # What MindFormers' Trainer adds to model_config for parts of MindFormers that this model does not use.
 TRAINER_KEYS = ("disable_lazy_inline", "dataset_config", "calculate_per_token_loss")
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
+POSITIVE = (
+    "batch_size",
+    "seq_length",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "vocab_size",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "multiple_of",
+)
+DTYPES = (
+    "compute_dtype",
+    "layernorm_compute_type",
+    "softmax_compute_type",
+    "rotary_dtype",
+    "router_dense_type",
+    "param_init_type",
+)
 
 
 class ConfigError(ValueError):
@@ -371,24 +393,10 @@ class DeepseekV2Config(PretrainedConfig):
         self.extend_method = str(self.extend_method)
 
     def _check_sizes(self) -> None:
-        for key in [
-            "batch_size",
-            "seq_length",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "vocab_size",
-            "kv_lora_rank",
-            "qk_rope_head_dim",
-            "qk_nope_head_dim",
-            "v_head_dim",
-            "intermediate_size",
-            "multiple_of",
-        ]:
+        for key in POSITIVE:
             value = getattr(self, key)
-            require(
-                isinstance(value, int) and value > 0, f"model_config.{key}", value, "must be a whole number above 0"
-            )
+            rule = "must be a whole number above 0"
+            require(isinstance(value, int) and value > 0, f"model_config.{key}", value, rule)
         require(
             self.n_kv_heads == self.num_heads,
             "model_config.n_kv_heads",
@@ -433,14 +441,7 @@ class DeepseekV2Config(PretrainedConfig):
             )
 
     def _check_dtypes(self) -> None:
-        for key in [
-            "compute_dtype",
-            "layernorm_compute_type",
-            "softmax_compute_type",
-            "rotary_dtype",
-            "router_dense_type",
-            "param_init_type",
-        ]:
+        for key in DTYPES:
             name = dtype_name(getattr(self, key))
             require(name in FLOAT_TYPES, f"model_config.{key}", name, f"must be one of {FLOAT_TYPES}")
             setattr(self, key, name)

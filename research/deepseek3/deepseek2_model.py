@@ -199,7 +199,7 @@ class MultiHeadLatentAttention(nn.Cell):
 def part(strided_slice, x, start, width):
     """x[..., start : start + width], as an operator that sharding.py can reach.
 
-    Not SplitWithSize: in MindSpore 2.9's CPU graphs its views give wrong gradients (tests/parity found it).
+    Not SplitWithSize, whose views give wrong gradients in MindSpore 2.9's PyNative mode on CPU.
     """
     rank = len(x.shape)
     begin = (0,) * (rank - 1) + (start,)
@@ -303,7 +303,9 @@ class BalanceLoss(nn.Cell):
         moe = config.moe_config
         self.topk, self.num_experts, self.n_group = moe.num_experts_chosen, moe.expert_num, moe.n_group
         self.topk_group, self.z_factor = moe.topk_group, moe.z_loss_factor
-        self.factors = dict(zip(moe.aux_loss_types, moe.aux_loss_factors)) if config.return_extra_loss else {}
+        self.factors = (
+            dict(zip(moe.aux_loss_types, moe.aux_loss_factors, strict=True)) if config.return_extra_loss else {}
+        )
         self.active = bool(self.factors) or (self.z_factor > 0 and config.return_extra_loss)
         self.is_sigmoid = moe.use_gating_sigmoid
         self.sum_experts = ops.ReduceSum(keep_dims=True)

@@ -61,8 +61,10 @@ def random_inputs(ids=None):
     weights = rng.uniform(0.1, 1, (TOKENS, TOPK))
     gate_up, down = rng.normal(0, 0.2, (EXPERTS, HIDDEN, 2 * WIDTH)), rng.normal(0, 0.2, (EXPERTS, WIDTH, HIDDEN))
     x = rng.normal(size=(TOKENS, HIDDEN))
-    return tuple(a.astype(np.float32) for a in (x, weights)) + (ids.astype(np.int32),) + tuple(
-        a.astype(np.float32) for a in (gate_up, down)
+    return (
+        tuple(a.astype(np.float32) for a in (x, weights))
+        + (ids.astype(np.int32),)
+        + tuple(a.astype(np.float32) for a in (gate_up, down))
     )
 
 
