@@ -138,7 +138,7 @@ def test_a_dynamic_loss_scale_falls_on_overflow_and_rises_after_its_window() -> 
     step = make_step(1.0, scale_sense=manager)
     ids, labels = (Tensor(part, ms.int32) for part in batch(0))
     scales = [float(step(ids, labels)[2].asnumpy().item()) for _ in range(4)]
-    assert scales == [1024, 1024, 2048, 2048] or scales == [1024, 2048, 2048, 4096]
+    assert scales == [1024, 2048, 2048, 4096]  # doubled after every second good step
     before = float(step.scale_sense.asnumpy().item())
     real_model(step).scale[0, 0] = np.inf
     assert bool(step(ids, labels)[1].asnumpy().item())
