@@ -23,7 +23,14 @@ from mindformers_ext.dryrun.parameters import (
     parameter_bytes,
 )
 from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, RunPlan, model_folder
-from mindformers_ext.dryrun.transfers import Transfer, capacity_rows, gradient_exchange, layer_forward, stage_boundary
+from mindformers_ext.dryrun.transfers import (
+    Transfer,
+    capacity_rows,
+    gradient_exchange,
+    layer_forward,
+    mtp_embedding,
+    stage_boundary,
+)
 
 FLOAT_BYTES = 4
 ADAM_STATES = 2  # first and second moment, float32
@@ -137,7 +144,7 @@ def _causes(plan: RunPlan, profile: DeviceProfile, stage: StageCost, pipeline: f
 
 
 def _stage_cost(plan: RunPlan, profile: DeviceProfile, stage: int, weights: list[Weight]) -> StageCost:
-    own = [w for w in weights if stage in w.stages]
+    own = [w for w in weights if w.stage == stage]
     layers = plan.layers_of(stage)
     recomputed = recomputed_layers(plan, stage)
     transfers = _step_transfers(plan, stage, layers, recomputed, own)
@@ -151,7 +158,7 @@ def _stage_cost(plan: RunPlan, profile: DeviceProfile, stage: int, weights: list
     return StageCost(
         stage=stage,
         layers=layers,
-        parameters=sum(w.size for w in own if w.stages[0] == stage),
+        parameters=sum(w.size for w in own),
         **_held_bytes(plan, own),
         activation_bytes=kept,
         working_bytes=working,
@@ -231,6 +238,10 @@ def _step_transfers(plan: RunPlan, stage: int, layers: list[int], recomputed: in
     for kind, neighbours in (("Send", (stage < plan.pp - 1, stage > 0)), ("Receive", (stage > 0, stage < plan.pp - 1))):
         if any(neighbours):
             totals[(edge.purpose, kind, edge.group_size, edge.span, edge.bytes)] += sum(neighbours) * micro
+    if plan.pp > 1 and plan.model.mtp_depth and stage in (0, plan.pp - 1):
+        t = mtp_embedding(plan)
+        for kind in ("Send", "Receive"):  # the embedding one way, its gradient the other
+            totals[(t.purpose, kind, t.group_size, t.span, t.bytes)] += t.calls * micro
     for t in gradient_exchange(plan, own):
         totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls
     return [Transfer(*key, calls) for key, calls in totals.items()]

@@ -17,7 +17,7 @@ class Weight:
 
     name: str
     shape: tuple[int, ...]
-    stages: tuple[int, ...]  # more than one where stages share it
+    stage: int  # the pipeline stage that holds it
     axis: int = 0
     ways: int = 1
     trainable: bool = True
@@ -37,19 +37,18 @@ def model_weights(plan: RunPlan) -> Iterator[Weight]:
     """Every weight of the model once, in the order of the layers."""
     model, last = plan.model, plan.pp - 1
     table = (model.vocab_size, model.hidden_size)
-    ends = (0, last) if model.mtp_depth and plan.pp > 1 else (0,)
-    yield Weight("model.embed_tokens.weight", table, ends, 0, 1 if plan.vocab_emb_dp else plan.mp)
+    yield Weight("model.embed_tokens.weight", table, 0, 0, 1 if plan.vocab_emb_dp else plan.mp)
     for stage in range(plan.pp):
         for layer in plan.layers_of(stage):
             if layer < model.num_layers:
                 yield from _layer(plan, f"model.layers.{layer}.", layer, stage)
-    yield Weight("model.norm.weight", (model.hidden_size,), (last,))
-    yield Weight("lm_head.weight", table, (last,), 0, plan.mp)
+    yield Weight("model.norm.weight", (model.hidden_size,), last)
+    yield Weight("lm_head.weight", table, last, 0, plan.mp)
     for depth in range(model.mtp_depth):
         prefix = f"mtp.{depth}."
         for name in ("enorm", "hnorm", "shared_head_norm"):
-            yield Weight(f"{prefix}{name}.weight", (model.hidden_size,), (last,))
-        yield Weight(f"{prefix}eh_proj.weight", (model.hidden_size, 2 * model.hidden_size), (last,))
+            yield Weight(f"{prefix}{name}.weight", (model.hidden_size,), last)
+        yield Weight(f"{prefix}eh_proj.weight", (model.hidden_size, 2 * model.hidden_size), last)
         yield from _layer(plan, f"{prefix}layer.", model.num_layers + depth, last)
 
 
@@ -93,7 +92,7 @@ def _layer(plan: RunPlan, prefix: str, layer: int, stage: int) -> Iterator[Weigh
     model = plan.model
 
     def weight(name: str, *shape: int, axis: int = 0, ways: int = 1, trainable: bool = True) -> Weight:
-        return Weight(prefix + name, shape, (stage,), axis, ways, trainable)
+        return Weight(prefix + name, shape, stage, axis, ways, trainable)
 
     hidden, heads, mp = model.hidden_size, model.num_heads, plan.mp
     query, latent = heads * model.qk_head_dim, model.kv_lora_rank

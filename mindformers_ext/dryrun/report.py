@@ -150,7 +150,7 @@ def check_parameters(plan: RunPlan, results: list[RankResult]) -> dict[str, Any]
         if result.status == COMPILED:
             seen |= {n: prod(result.compiled["layouts"][n]["full_shape"]) for n in result.compiled["weights"]}
             differences += weight_differences(plan, result, expected)
-    wanted = sum(w.size for w in expected.values() if stages & set(w.stages))
+    wanted = sum(w.size for w in expected.values() if w.stage in stages)
     if sum(seen.values()) != wanted:
         differences.append(f"the compiled stages hold {sum(seen.values())} values, the model has {wanted} there")
     return {"stages": sorted(stages), "values": sum(seen.values()), "expected": wanted, "differences": differences}
@@ -159,7 +159,7 @@ def check_parameters(plan: RunPlan, results: list[RankResult]) -> dict[str, Any]
 def weight_differences(plan: RunPlan, result: RankResult, expected: dict[str, Weight]) -> list[str]:
     """Sentences about weights of one rank that are missing, unknown, or stored with another shape than planned."""
     held = set(result.compiled["weights"])
-    planned = {name for name, weight in expected.items() if result.stage in weight.stages}
+    planned = {name for name, weight in expected.items() if weight.stage == result.stage}
     where = f"rank {result.rank} (stage {result.stage})"
     found = [f"{where} lacks {name}" for name in sorted(planned - held)]
     found += [f"{where} holds {name}, which is not planned there" for name in sorted(held - planned)]

@@ -107,6 +107,13 @@ def capacity_rows(plan: RunPlan) -> float:
     return tokens / group * capacity * moe.expert_num
 
 
+def mtp_embedding(plan: RunPlan) -> Transfer:
+    """What the first stage, which holds the embedding, sends to the last for multi-token prediction."""
+    model = plan.model
+    size = plan.batch_size * model.seq_length / plan.cp * model.hidden_size * DTYPE_BYTES[model.compute_dtype]
+    return Transfer("pipeline parallel", "Send", 2, plan.device_num, size, model.mtp_depth)
+
+
 def stage_boundary(plan: RunPlan) -> Transfer:
     """What a stage sends to the next for one micro-batch."""
     model = plan.model

@@ -67,7 +67,7 @@ def test_weights_are_split_as_the_layout_says():
     assert output.slice_shape == (7168, 128 * 128 // 4)
     norm = weights["model.layers.10.input_layernorm.weight"]
     assert optimizer_ways(norm, plan) == 1, "28 KiB is below the threshold of 64 KiB"
-    assert weights["lm_head.weight"].stages == (15,)
+    assert weights["lm_head.weight"].stage == 15
 
 
 def test_stages_sum_to_the_model():
