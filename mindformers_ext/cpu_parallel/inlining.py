@@ -132,7 +132,7 @@ class _Inliner:
                     self._keep(used)
 
     def _tensor(self, value) -> str:
-        """The name of a plain value; a closure or bundle becomes a tuple of all tensors it holds (only to order nodes)."""
+        """The name of a plain value; a closure or bundle becomes a tuple of its tensors, which only orders nodes."""
         if isinstance(value, str):
             return value
         leaves = list(dict.fromkeys(self._leaves(value)))

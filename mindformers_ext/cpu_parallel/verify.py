@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from mindformers_ext.cpu_parallel import launch
 from mindformers_ext.cpu_parallel.compare import Comparison, compare
@@ -90,9 +91,7 @@ def run_layout(problem: Problem, layout: Layout, single: Path, folder: Path) -> 
         collectives=max(sum(count for count, _ in total) for total in totals),
         bytes=max(sum(size for _, size in total) for total in totals),
         compile_seconds=compile_seconds,
-        step_seconds=max(
-            sorted(result["seconds"][1:] or result["seconds"])[len(result["seconds"]) // 2 - 1] for result in results
-        ),
+        step_seconds=max(median(result["seconds"][1:]) for result in results),
     )
 
 
@@ -104,17 +103,8 @@ def start_from(single: Path, folder: Path) -> None:
         (folder / name).symlink_to((single / name).resolve())
 
 
-COLUMNS = (
-    "layout",
-    "ranks",
-    "result",
-    "loss diff",
-    "grad norm diff",
-    "param diff",
-    "collectives",
-    "KB/step",
-    "s/step",
-    "compile s",
+COLUMNS = tuple(
+    ["layout", "ranks", "result", "loss", "grad_norm", "parameter", "collectives", "KB/step", "s/step", "compile_s"]
 )
 
 
@@ -144,8 +134,7 @@ def _notes(row: Row) -> Iterator[str]:
     if row.comparison is not None and not row.passed:
         found = row.comparison
         yield f"{row.layout.name} single: " + " ".join(f"{loss:.6f}" for loss in found.single_losses)
-        yield (
-            f"{row.layout.name}: loss differs most at {found.loss.name}; gradient norm {found.gradient_norm.value:.1e} "
-            f"at {found.gradient_norm.name}; parameter {found.parameter.value:.1e} at {found.parameter.name}; copies on "
-            f"different ranks by {found.replica.value:.1e} at {found.replica.name}"
-        )
+        places = {"loss": found.loss, "gradient norm": found.gradient_norm, "parameter": found.parameter}
+        worst = "; ".join(f"{what} {where.value:.1e} at {where.name}" for what, where in places.items())
+        copies = f"; copies of {found.replica.name} differ by {found.replica.value:.1e}" if found.replica.value else ""
+        yield f"{row.layout.name} differs most: {worst}{copies}"
