@@ -109,7 +109,9 @@ class _Inliner:
         function = self.functions[closure.function]
         arguments = closure.bound + arguments
         if len(function.input) != len(arguments):
-            raise ValueError(f"'{function.name}' takes {len(function.input)} arguments, it is called with {len(arguments)}")
+            raise ValueError(
+                f"'{function.name}' takes {len(function.input)} arguments, it is called with {len(arguments)}"
+            )
         self.calls += 1
         values = {parameter.name: value for parameter, value in zip(function.input, arguments, strict=True)}
         return self._emit(function, values, f"call{self.calls}/")
@@ -130,7 +132,7 @@ class _Inliner:
                     self._keep(used)
 
     def _tensor(self, value) -> str:
-        """The name of a plain value; a closure or bundle becomes a tuple of all tensors it holds (only to order nodes)."""
+        """The name of a plain value; a closure or bundle becomes a tuple of its tensors, which only orders nodes."""
         if isinstance(value, str):
             return value
         leaves = list(dict.fromkeys(self._leaves(value)))

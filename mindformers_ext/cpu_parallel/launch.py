@@ -121,8 +121,8 @@ def supervise(processes: list[subprocess.Popen], explain: Callable[[int, int], t
     """
     try:
         first_noticed = None
-        while any(process.poll() is None for process in processes):
-            if first_noticed is None and any(process.returncode for process in processes):
+        while None in (codes := [process.poll() for process in processes]):
+            if first_noticed is None and any(codes):
                 first_noticed = time.monotonic()
             if first_noticed is not None and time.monotonic() - first_noticed > GRACE_SECONDS:
                 break

@@ -60,7 +60,7 @@ def training_cell(parallel: dict, model: dict, moe: dict, one_step=MFTrainOneSte
 
 
 def build(parallel: dict, model: dict | None = None, moe: dict | None = None, shard_size: int = 0):
-    """Builder for the rank compiler; `shard_size` ranks share a weight under optimizer parallelism (-1: all, 0: off)."""
+    """Builder for the rank compiler; `shard_size` ranks share a weight (optimizer parallelism; -1: all, 0: off)."""
     ms.set_auto_parallel_context(
         parallel_mode="semi_auto_parallel",
         full_batch=True,
