@@ -42,7 +42,7 @@ def heads(*last: str) -> tuple:
 def plans(config) -> dict[str, dict[str, tuple]]:
     """Every plan by name; see the file's head for how to read one."""
     tokens, width, flat = (token_axes(config), NONE), (ROWS, "mp"), (ALL, NONE)
-    batch, scalar = ("dp", NONE), ()
+    batch = ("dp", NONE)
     vocab = NONE if config.parallel_config.vocab_emb_dp else "mp"
     return {
         "token_norm": rms_norm_plan(tokens),
@@ -64,13 +64,7 @@ def plans(config) -> dict[str, dict[str, tuple]]:
             "cat_query": (heads(), heads()),
             "cat_key": (heads(), heads()),
         },
-        "core_attention": {
-            "scale_query": (heads(), scalar),
-            "query_key": (heads(), ("dp", "mp", NONE, NONE)),
-            "add_mask": (heads(), (NONE, NONE, "cp", NONE)),
-            "softmax": (heads(),),
-            "weigh_value": (heads(), ("dp", "mp", NONE, NONE)),
-        },
+        "core_attention": attention_plan(),
         "query_rotary": rotary_plan(heads()),
         "key_rotary": rotary_plan(("dp", NONE, "cp", NONE)),
         # feed-forward
@@ -112,6 +106,22 @@ def rms_norm_plan(x: tuple) -> dict[str, tuple]:
     }
 
 
+def attention_plan() -> dict[str, tuple]:
+    """Operators of the basic and of the flash attention: each device's queries meet the keys of the whole sequence."""
+    whole = ("dp", "mp", NONE, NONE)
+    return {
+        "scale_query": (heads(), ()),
+        "query_key": (heads(), whole),
+        "add_mask": (heads(), (NONE, NONE, "cp", NONE)),
+        "softmax": (heads(),),
+        "weigh_value": (heads(), whole),
+        "causal": (heads(), whole, whole, (NONE, NONE)),
+        "masked": (heads(), whole, whole, ("dp", NONE, "cp", NONE)),
+        "pad_value": (whole, whole),
+        "cut_value": (heads(),),
+    }
+
+
 def rotary_plan(x: tuple) -> dict[str, tuple]:
     """Rotary operators on x (B, N, S, D) with tables (1, 1, S, D)."""
     table = (NONE, NONE, x[2], NONE)
@@ -130,7 +140,7 @@ def rotary_plan(x: tuple) -> dict[str, tuple]:
 # Operators that take layouts by name only as self-defined local programs, outputs included.
 TAKES_NUMBERS = ("StridedSlice", "Concat", "Transpose", "Tile")
 
-OPERATOR_CHOICES = {"norm", "rotary"} | set(rms_norm_plan(())) | set(rotary_plan((NONE,) * 4))
+OPERATOR_CHOICES = set(rms_norm_plan(())) | set(rotary_plan((NONE,) * 4)) | set(attention_plan())
 
 
 def shard(cell: nn.Cell, plan: str, config) -> None:
