@@ -97,7 +97,7 @@ class MoeConfig:
     norm_topk_prob: bool = False  # gates normalised to sum 1 before scaling
     routed_scaling_factor: float = 1.0  # gates multiplied by this, after normalising
     router_dense_type: str = "float32"  # dtype of the gate's matmul; scores are always float32
-    use_fused_ops_topkrouter: bool = False  # one fused router operator where the device has it
+    use_fused_ops_topkrouter: bool = False  # no operator of MindSpore 2.9 selects as DeepSeek does: basic ones run
     # balancing
     balance_via_topk_bias: bool = False  # the callback updates the selection bias each step
     topk_bias_update_rate: float = 0.0  # gamma of the update
