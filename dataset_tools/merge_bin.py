@@ -4,6 +4,7 @@ python dataset_tools/merge_bin.py --input part0_text_document part1_text_documen
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from mindformers_ext.bin_dataset import cli
+from mindformers_ext.bin_dataset import cli, pipeline
 from mindformers_ext.bin_dataset.indexed_dataset import (
     IndexedDataset,
     IndexedDatasetWriter,
@@ -40,6 +41,18 @@ def join(prefixes: list[str], output: str) -> None:
             writer.add_index(prefix)
 
 
+def sidecar(args: argparse.Namespace, whole: IndexedDataset) -> dict[str, object]:
+    """How the whole came to be: arguments, counts, and what the tools wrote beside the parts."""
+    beside = [Path(f"{prefix}.json") for prefix in args.input]
+    return {
+        "tool": "merge_bin.py",
+        "tool_version": pipeline.TOOL_VERSION,
+        "arguments": vars(args),
+        "counts": {"documents": whole.num_documents, "sequences": len(whole), "tokens": len(whole.tokens)},
+        "parts": [json.loads(path.read_text()) if path.is_file() else None for path in beside],
+    }
+
+
 def run(arguments: list[str] | None = None) -> None:
     """Parse the command line, merge and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -48,6 +61,7 @@ def run(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     merge(args.input, args.output_prefix)
     whole = IndexedDataset(args.output_prefix)
+    pipeline.write_json(f"{args.output_prefix}.json", sidecar(args, whole))
     print(
         f"merged {len(args.input)} datasets: {whole.num_documents} documents, {len(whole)} sequences, "
         f"{len(whole.tokens)} tokens in {args.output_prefix}.bin"

@@ -146,7 +146,7 @@ def _run_parts(job: Job, parts: list[list[Span]], identity: str, total: int) -> 
                 part = _run_part(job, spans, prefix, counts, bar)
                 if len(parts) > 1:
                     job.tokenizer.finish_checks()
-                    _write_json(f"{prefix}.json", {"identity": identity, "counts": asdict(part)})
+                    write_json(f"{prefix}.json", {"identity": identity, "counts": asdict(part)})
             else:
                 bar.update(part.input_bytes)
             counts.add(part)
@@ -290,10 +290,11 @@ def _write_summary(path: str, job: Job, identity: str, counts: Counts, seconds: 
         "counts": asdict(counts),
         "seconds": round(seconds, 3),
     }
-    _write_json(path, summary)
+    write_json(path, summary)
 
 
-def _write_json(path: str, content: dict[str, object]) -> None:
+def write_json(path: str, content: dict[str, object]) -> None:
+    """Write JSON under a temporary name, then rename."""
     Path(f"{path}.partial").write_text(json.dumps(content, indent=1, ensure_ascii=False))
     os.replace(f"{path}.partial", path)
 

@@ -1,7 +1,7 @@
 """Text to token ids for the data tools: `fastokens` where it can load the file, `tokenizers` as reference and fallback.
 
 Why fastokens (measured on 62 MB of docs and code and 320 MB of random words, DeepSeek's tokenizer.json, 2 cores):
-identical ids, 60 to 140 times faster than `tokenizers`, memory that stays below 500 MB, Apache-2.0, a company behind
+identical ids, tens of times faster than `tokenizers`, memory that stays below 500 MB, Apache-2.0, a company behind
 it. gigatoken grew past 2 GB on the random words, snaptokens announces its own archival and needs glibc 2.34, kitoken
 is 10 times slower, tokie and splintr-rs give other ids on some hard texts. All the same no fast library is trusted: a
 sample of the documents of every run is encoded by `tokenizers`, in another process, and one difference stops the run.

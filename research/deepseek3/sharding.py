@@ -199,6 +199,8 @@ def apply(operator, sizes: dict[str, int], layouts: tuple) -> None:
 
     inputs = tuple(split(axes) for axes in layouts[:cut])
     outputs = tuple(split(axes) for axes in layouts[cut + 1 :])
+    if operator.name == "Concat" and not plain:
+        inputs = (inputs,)  # names go in one tuple, as the tensors do; numbers do not
     if outputs:
         operator.shard(in_strategy=inputs, out_strategy=outputs)
     else:

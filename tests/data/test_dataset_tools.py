@@ -286,5 +286,7 @@ def test_merge_bin(corpus, tmp_path):
     merged = IndexedDataset(tmp_path / "all")
     expected = [sequence.tolist() for part in parts for sequence in IndexedDataset(part)]
     assert [sequence.tolist() for sequence in merged] == expected
+    beside = json.loads((tmp_path / "all.json").read_text())
+    assert beside["counts"]["sequences"] == len(merged) and len(beside["parts"]) == len(parts)
     done = run_tool("merge_bin", "--input", *parts, "--output-prefix", parts[0], check=False)
     assert done.returncode == 1 and "also an input" in done.stderr
