@@ -1,9 +1,12 @@
 """Entropy of the token frequencies of a Megatron .bin/.idx pair: the loss of a model that knows only how often each
 token occurs. A model that has learned anything about the text is below it.
 
-    python dataset_tools/unigram_entropy.py output/sample/sample_text_document
+    python dataset_tools/unigram_entropy.py output/sample/sample_text_document [output/metrics.jsonl]
+
+With a run's metrics the last main loss is compared; exit code 1 if it is not below the entropy.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -22,17 +25,23 @@ def unigram_entropy(tokens: np.ndarray) -> float:
 
 
 def main() -> int:
-    """Print the entropy of the pair named on the command line."""
-    if len(sys.argv) != 2:
-        print("error: give the prefix of one .bin/.idx pair", file=sys.stderr)
+    """Print the entropy of the pair named on the command line, and how a run compares."""
+    if len(sys.argv) not in (2, 3):
+        print("error: give the prefix of one .bin/.idx pair and, if you like, a metrics.jsonl", file=sys.stderr)
         return 2
     try:
         tokens = IndexedDataset(sys.argv[1]).tokens
+        lines = Path(sys.argv[2]).read_text(encoding="utf-8").splitlines() if len(sys.argv) == 3 else []
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"unigram entropy of the corpus: {unigram_entropy(tokens):.4f} nats per token, {len(tokens):,} tokens")
-    return 0
+    entropy = unigram_entropy(tokens)
+    print(f"unigram entropy of the corpus: {entropy:.4f} nats per token, {len(tokens):,} tokens")
+    if not lines:
+        return 0
+    loss = json.loads(lines[-1])["main_loss"]
+    print(f"the last main loss, {loss:.4f}, is {'below' if loss < entropy else 'NOT below'} it")
+    return int(loss >= entropy)
 
 
 if __name__ == "__main__":

@@ -138,63 +138,68 @@ def is_semi_auto(config: dict) -> bool:
     return bool(config.get("use_parallel")) and mode in (1, 2, "semi_auto_parallel", "auto_parallel")
 
 
+def need(holds: bool, config: dict, key: str, rule: str, path: str | Path) -> None:
+    """Raise ConfigError that names a key of the configuration, its value and the rule, unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{path}: {key} is {short(lookup(config, key))}, but {rule}")
+
+
 def check_degrees(config: dict, path: str | Path) -> None:
-    """Check the rules that join the parallel degrees with the model, the data and the device."""
-
-    def need(holds: bool, key: str, rule: str) -> None:
-        if not holds:
-            raise ConfigError(f"{path}: {key} is {short(lookup(config, key))}, but {rule}")
-
-    device = lookup(config, "context.device_target", "Ascend")
-    need(
-        not (is_semi_auto(config) and device == "CPU" and not os.getenv("MS_SIMULATION_LEVEL")),
-        "parallel.parallel_mode",
-        "on CPU only 0 (data parallel) runs; set it to 0 or context.device_target to Ascend",
-    )
+    """Check the rules that join the model, the data and the device; and the parallel degrees where they are used."""
     seq_length = lookup(config, "model.model_config.seq_length")
     for dataset in ("train_dataset", "eval_dataset"):
         key = f"{dataset}.data_loader.config.seq_length"
         if is_megatron(config, dataset) and seq_length is not None:
-            need(lookup(config, key) == seq_length, key, f"must equal model.model_config.seq_length {seq_length}")
+            same = lookup(config, key) == seq_length
+            need(same, config, key, f"must equal model.model_config.seq_length {seq_length}", path)
     if not is_semi_auto(config):
         return
-    degree = {
-        key: lookup(config, f"parallel_config.{key}", 1)
-        for key in ("data_parallel", "model_parallel", "context_parallel", "expert_parallel", "pipeline_stage")
-    }
-    tp, pp, ep = degree["model_parallel"], degree["pipeline_stage"], degree["expert_parallel"]
-    for key, divisor, by in (
-        ("model.model_config.num_heads", tp, "model_parallel"),
-        (
-            "model.model_config.vocab_size",
-            1 if lookup(config, "parallel_config.vocab_emb_dp") else tp,
-            "model_parallel",
-        ),
-        ("moe_config.expert_num", ep, "expert_parallel"),
-        ("model.model_config.seq_length", degree["context_parallel"], "context_parallel"),
+    on_cpu = lookup(config, "context.device_target", "Ascend") == "CPU"
+    rule = "on CPU only 0 (data parallel) runs; set it to 0 or context.device_target to Ascend"
+    need(not on_cpu or bool(os.getenv("MS_SIMULATION_LEVEL")), config, "parallel.parallel_mode", rule, path)
+    check_divisors(config, path)
+    check_stages(config, path)
+
+
+def degree(config: dict, name: str) -> int:
+    """A parallel degree, 1 when it is not given."""
+    return lookup(config, f"parallel_config.{name}", 1)
+
+
+def check_divisors(config: dict, path: str | Path) -> None:
+    """Check that heads, experts and sequences split evenly, and that the degrees make up the started processes."""
+    keeps_vocab = lookup(config, "parallel_config.vocab_emb_dp", True)
+    for key, by in (
+        ("model.model_config.num_heads", "model_parallel"),
+        *([] if keeps_vocab else [("model.model_config.vocab_size", "model_parallel")]),
+        ("moe_config.expert_num", "expert_parallel"),
+        ("model.model_config.seq_length", "context_parallel"),
     ):
-        value = lookup(config, key)
-        need(value is None or value % divisor == 0, key, f"must be divisible by parallel_config.{by} {divisor}")
-    inside = degree["data_parallel"] * tp * degree["context_parallel"]
-    need(
-        inside % ep == 0,
-        "parallel_config.expert_parallel",
-        f"must divide data_parallel x context_parallel x model_parallel = {inside}",
-    )
-    layers = lookup(config, "model.model_config.num_layers", pp)
-    need(pp <= layers, "parallel_config.pipeline_stage", f"must not exceed model.model_config.num_layers {layers}")
-    micro = lookup(config, "parallel_config.micro_batch_num", 1)
-    need(pp == 1 or micro >= pp, "parallel_config.micro_batch_num", f"must be at least pipeline_stage {pp}")
-    for key in ("recompute_config.recompute", "recompute_config.select_recompute"):
-        value = lookup(config, key)
-        need(not isinstance(value, list) or len(value) == pp, key, f"must have pipeline_stage {pp} items")
+        value, divisor = lookup(config, key), degree(config, by)
+        even = value is None or value % divisor == 0
+        need(even, config, key, f"must be divisible by parallel_config.{by} {divisor}", path)
+    dp = degree(config, "data_parallel")
+    inside = dp * degree(config, "model_parallel") * degree(config, "context_parallel")
+    rule = f"must divide data_parallel x context_parallel x model_parallel = {inside}"
+    need(inside % degree(config, "expert_parallel") == 0, config, "parallel_config.expert_parallel", rule, path)
     strategy = lookup(config, "parallel.dataset_strategy")
     if isinstance(strategy, list):
-        dp = degree["data_parallel"]
-        need(
-            all(item[0] == dp for item in strategy), "parallel.dataset_strategy", f"must start with data_parallel {dp}"
-        )
-    check_device_count(config, inside * pp, path)
+        same = all(item[0] == dp for item in strategy)
+        need(same, config, "parallel.dataset_strategy", f"must start with data_parallel {dp}", path)
+    check_device_count(config, inside * degree(config, "pipeline_stage"), path)
+
+
+def check_stages(config: dict, path: str | Path) -> None:
+    """Check what depends on the number of pipeline stages."""
+    pp = degree(config, "pipeline_stage")
+    layers = lookup(config, "model.model_config.num_layers", pp)
+    rule = f"must not exceed model.model_config.num_layers {layers}"
+    need(pp <= layers, config, "parallel_config.pipeline_stage", rule, path)
+    enough = pp == 1 or degree(config, "micro_batch_num") >= pp
+    need(enough, config, "parallel_config.micro_batch_num", f"must be at least pipeline_stage {pp}", path)
+    for key in ("recompute_config.recompute", "recompute_config.select_recompute"):
+        value = lookup(config, key)
+        need(not isinstance(value, list) or len(value) == pp, config, key, f"must have pipeline_stage {pp} items", path)
 
 
 def check_device_count(config: dict, devices: int, path: str | Path) -> None:

@@ -6,6 +6,8 @@ basic path computes the same numbers on any device, so what trains on CPU is wha
 Legend: T tokens, H hidden, F expert width, L experts of this device, R rows of tokens sorted by expert.
 """
 
+import os
+
 import mindspore as ms
 from mindspore import dtype as mstype
 from mindspore import nn, ops
@@ -13,8 +15,9 @@ from mindspore.ops.auto_generate import GroupedMatmul, RmsNorm, RotaryPositionEm
 
 
 def fused(flag: bool) -> bool:
-    """True when a fused operator is asked for and the device has it."""
-    return bool(flag) and ms.get_context("device_target") == "Ascend"
+    """True when a fused operator is asked for and the device that will run the graph has it."""
+    runs_on_cpu = os.environ.get("CPU_PARALLEL_COMPILE") == "1"  # a rank's graph that cpu_parallel lowers to CPU
+    return bool(flag) and ms.get_context("device_target") == "Ascend" and not runs_on_cpu
 
 
 class BasicRmsNorm(nn.Cell):

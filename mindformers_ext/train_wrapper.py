@@ -65,11 +65,6 @@ class DeviceAwareTrainOneStepCell(MFTrainOneStepCell):
             **kwargs,
         )
         self.on_cpu = get_context("device_target") == "CPU"
-        if accumulation_steps > 1 and not self.on_cpu:
-            raise ValueError(
-                f"runner_wrapper.accumulation_steps {accumulation_steps} is for CPU; on Ascend set "
-                "runner_config.gradient_accumulation_steps with parallel.parallel_mode 1."
-            )
         self.accumulation_steps = accumulation_steps
         self.grad_norm = ClipGradNorm(max_norm=float(max_grad_norm))
         self.loss_and_grads = ops.value_and_grad(ScaledLoss(network), grad_position=None, weights=self.weights)
@@ -80,7 +75,7 @@ class DeviceAwareTrainOneStepCell(MFTrainOneStepCell):
         One forward per micro-batch: upstream calls the network a second time for the loss, which in PyNative mode
         would count every expert load twice.
         """
-        if not self.on_cpu:
+        if not self.on_cpu and self.accumulation_steps == 1:
             return super().grads_for_legacy(scaling_sens, *inputs)
         loss, grads = self.loss_and_grads(scaling_sens, *self.micro_batch(0, inputs))
         for index in range(1, self.accumulation_steps):

@@ -49,4 +49,4 @@ else
   [ -e "$OUTPUT/summary.txt" ] || { echo "error: training did not finish; see $OUTPUT/train.log" >&2; exit 1; }
   cat "$OUTPUT/summary.txt"
 fi
-python dataset_tools/unigram_entropy.py "$SAMPLE/sample_text_document"
+python dataset_tools/unigram_entropy.py "$SAMPLE/sample_text_document" "$OUTPUT/metrics.jsonl"

@@ -16,15 +16,15 @@ namespace mindspore {
 // The header declares Attr<T> over private virtual functions and leaves the specialisations to its user.
 template <>
 inline int64_t AotExtra::Attr<int64_t>(std::string name) const {
-  return const_cast<AotExtra *>(this)->GetAttrInt(std::move(name));
+  return const_cast<AotExtra*>(this)->GetAttrInt(std::move(name));
 }
 template <>
 inline std::string AotExtra::Attr<std::string>(std::string name) const {
-  return const_cast<AotExtra *>(this)->GetAttrStr(std::move(name));
+  return const_cast<AotExtra*>(this)->GetAttrStr(std::move(name));
 }
 template <>
 inline std::vector<int64_t> AotExtra::Attr<std::vector<int64_t>>(std::string name) const {
-  return const_cast<AotExtra *>(this)->GetAttrIntVec(std::move(name));
+  return const_cast<AotExtra*>(this)->GetAttrIntVec(std::move(name));
 }
 }  // namespace mindspore
 
@@ -41,18 +41,18 @@ struct Settings : mindspore::AotKernelData {
   std::vector<int64_t> send_counts, recv_counts;
 };
 
-int64_t Elements(int dimensions, const int64_t *shape) {
+int64_t Elements(int dimensions, const int64_t* shape) {
   int64_t count = 1;
   for (int i = 0; i < dimensions; ++i) count *= shape[i];
   return count;
 }
 
-std::unique_ptr<Settings> Read(const char *type, mindspore::AotExtra *extra) {
+std::unique_ptr<Settings> Read(const char* type, mindspore::AotExtra* extra) {
   auto settings = std::make_unique<Settings>();
-  const auto integer = [extra](const char *name, int64_t other) {
+  const auto integer = [extra](const char* name, int64_t other) {
     return extra->HasAttr(name) ? extra->Attr<int64_t>(name) : other;
   };
-  const auto integers = [extra](const char *name) {
+  const auto integers = [extra](const char* name) {
     return extra->HasAttr(name) ? extra->Attr<std::vector<int64_t>>(name) : std::vector<int64_t>();
   };
   settings->collective = extra->Attr<std::string>("collective");
@@ -69,8 +69,8 @@ std::unique_ptr<Settings> Read(const char *type, mindspore::AotExtra *extra) {
   return settings;
 }
 
-void Run(const Settings &s, const void *in, const std::vector<int64_t> &shape, void *out, int64_t out_count) {
-  Job *job = CurrentJob();
+void Run(const Settings& s, const void* in, const std::vector<int64_t>& shape, void* out, int64_t out_count) {
+  Job* job = CurrentJob();
   const int64_t count = Elements(static_cast<int>(shape.size()), shape.data());
   if (s.collective == "AllReduce") return AllReduce(job, s.ranks, s.type, s.reduce, in, out, count);
   if (s.collective == "AllGather") return AllGather(job, s.ranks, s.type, in, out, count);
@@ -90,13 +90,15 @@ void Run(const Settings &s, const void *in, const std::vector<int64_t> &shape, v
 }  // namespace
 }  // namespace cpu_parallel
 
-extern "C" int CollectiveInit(int *, int64_t **, const char **dtypes, mindspore::AotExtra *extra) {
+extern "C" int CollectiveInit(int*, int64_t**, const char** dtypes, mindspore::AotExtra* extra) {
   return cpu_parallel::Guarded([&] { extra->SetKernelData(cpu_parallel::Read(dtypes[0], extra).release()); });
 }
 
-extern "C" int Collective(int parameters, void **data, int *dimensions, int64_t **shapes, const char **, void *, void *extra) {
+extern "C" int Collective(int parameters, void** data, int* dimensions, int64_t** shapes, const char**, void*,
+                          void* extra) {
   return cpu_parallel::Guarded([&] {
-    const auto *settings = static_cast<const cpu_parallel::Settings *>(static_cast<mindspore::AotExtra *>(extra)->KernelData());
+    const auto* settings =
+        static_cast<const cpu_parallel::Settings*>(static_cast<mindspore::AotExtra*>(extra)->KernelData());
     const int out = parameters - 1;
     cpu_parallel::Run(*settings, data[0], std::vector<int64_t>(shapes[0], shapes[0] + dimensions[0]), data[out],
                       cpu_parallel::Elements(dimensions[out], shapes[out]));

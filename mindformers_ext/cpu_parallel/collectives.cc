@@ -16,12 +16,12 @@ enum Op : int32_t { kAllReduce, kAllGather, kReduceScatter, kAllToAll, kAllToAll
 // Up to this size every rank reduces everything itself: one barrier instead of two.
 constexpr int64_t kSmallBytes = 16 << 10;
 
-const char *At(const void *base, int64_t offset) { return static_cast<const char *>(base) + offset; }
-char *At(void *base, int64_t offset) { return static_cast<char *>(base) + offset; }
+const char* At(const void* base, int64_t offset) { return static_cast<const char*>(base) + offset; }
+char* At(void* base, int64_t offset) { return static_cast<char*>(base) + offset; }
 
 // A tensor part that lies in `run` consecutive bytes every `stride` bytes, addressed as if it were contiguous.
 struct Strided {
-  char *base;
+  char* base;
   int64_t run, stride;
   template <class Copy>
   void Walk(int64_t begin, int64_t end, Copy copy) const {
@@ -32,11 +32,11 @@ struct Strided {
       at += length;
     }
   }
-  void Read(int64_t begin, int64_t end, char *out) const {
-    Walk(begin, end, [out](char *here, int64_t at, int64_t length) { std::memcpy(out + at, here, length); });
+  void Read(int64_t begin, int64_t end, char* out) const {
+    Walk(begin, end, [out](char* here, int64_t at, int64_t length) { std::memcpy(out + at, here, length); });
   }
-  void Write(int64_t begin, int64_t end, const char *in) const {
-    Walk(begin, end, [in](char *here, int64_t at, int64_t length) { std::memcpy(here, in + at, length); });
+  void Write(int64_t begin, int64_t end, const char* in) const {
+    Walk(begin, end, [in](char* here, int64_t at, int64_t length) { std::memcpy(here, in + at, length); });
   }
 };
 
@@ -47,21 +47,21 @@ std::pair<int64_t, int64_t> Share(int64_t count, int index, int size, int64_t el
   return {std::min(count, each * index), std::min(count, each * (index + 1))};
 }
 
-void AllReduceSmall(Group *group, DType type, Reduce how, const void *in, void *out, int64_t count) {
+void AllReduceSmall(Group* group, DType type, Reduce how, const void* in, void* out, int64_t count) {
   std::memcpy(group->Slot(group->index()), in, count * SizeOf(type));
   group->Barrier();
-  std::vector<const char *> parts;
+  std::vector<const char*> parts;
   for (int i = 0; i < group->size(); ++i) parts.push_back(group->Slot(i));
-  ReduceParts(type, how, parts, static_cast<char *>(out), count);
+  ReduceParts(type, how, parts, static_cast<char*>(out), count);
   group->NextSlot();
 }
 
 // One chunk: everybody copies in; after a barrier everybody reduces its share in its own slot; after another barrier
 // everybody copies all shares out. Copying the next chunk in belongs before the second barrier, which serves both.
-void AllReduceLarge(Group *group, DType type, Reduce how, const void *in, void *out, int64_t count) {
+void AllReduceLarge(Group* group, DType type, Reduce how, const void* in, void* out, int64_t count) {
   const int64_t element = static_cast<int64_t>(SizeOf(type));
   const int64_t chunk = static_cast<int64_t>(kSlotBytes) / element;
-  const auto copy_in = [&](char *slot, int64_t start) {
+  const auto copy_in = [&](char* slot, int64_t start) {
     const int64_t length = std::min(chunk, count - start);
     const auto [begin, end] = Share(length, group->index(), group->size(), element);
     std::memcpy(slot, At(in, start * element), begin * element);  // not the own share: it is reduced from `in`
@@ -72,11 +72,11 @@ void AllReduceLarge(Group *group, DType type, Reduce how, const void *in, void *
   for (int64_t start = 0; start < count; start += chunk) {
     const int64_t length = std::min(chunk, count - start);
     const auto [begin, end] = Share(length, group->index(), group->size(), element);
-    std::vector<const char *> parts;
+    std::vector<const char*> parts;
     for (int i = 0; i < group->size(); ++i) {
       parts.push_back(i == group->index() ? At(in, (start + begin) * element) : group->Slot(i) + begin * element);
     }
-    char *own = group->Slot(group->index());
+    char* own = group->Slot(group->index());
     ReduceParts(type, how, parts, own + begin * element, end - begin);
     if (start + chunk < count) copy_in(group->FollowingSlot(group->index()), start + chunk);
     group->Barrier();
@@ -90,8 +90,8 @@ void AllReduceLarge(Group *group, DType type, Reduce how, const void *in, void *
 
 // Exchanges one part with every member: part i of `source` (part_bytes[i] long) is read by member i into its target.
 // `longest` is the longest part of all members.
-void Exchange(Group *group, const std::vector<Strided> &source, const std::vector<int64_t> &send_bytes,
-              const std::vector<Strided> &target, const std::vector<int64_t> &recv_bytes, int64_t longest) {
+void Exchange(Group* group, const std::vector<Strided>& source, const std::vector<int64_t>& send_bytes,
+              const std::vector<Strided>& target, const std::vector<int64_t>& recv_bytes, int64_t longest) {
   const int64_t chunk = static_cast<int64_t>(kSlotBytes) / group->size() / 64 * 64;
   const int self = group->index();
   for (int64_t start = 0; start == 0 || start < longest; start += chunk) {
@@ -108,7 +108,7 @@ void Exchange(Group *group, const std::vector<Strided> &source, const std::vecto
   }
 }
 
-std::vector<Strided> Consecutive(char *base, const std::vector<int64_t> &bytes) {
+std::vector<Strided> Consecutive(char* base, const std::vector<int64_t>& bytes) {
   std::vector<Strided> parts;
   int64_t offset = 0;
   for (const int64_t length : bytes) {
@@ -118,12 +118,13 @@ std::vector<Strided> Consecutive(char *base, const std::vector<int64_t> &bytes) 
   return parts;
 }
 
-std::string Named(const char *name, DType type, int64_t count) {
-  static const char *const types[] = {"float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool"};
+std::string Named(const char* name, DType type, int64_t count) {
+  static const char* const types[] = {"float16", "bfloat16", "float32", "float64", "int8",
+                                      "uint8",   "int16",    "int32",   "int64",   "bool"};
   return std::string(name) + " of " + std::to_string(count) + " " + types[type];
 }
 
-int64_t Product(const std::vector<int64_t> &shape, size_t begin, size_t end) {
+int64_t Product(const std::vector<int64_t>& shape, size_t begin, size_t end) {
   int64_t product = 1;
   for (size_t i = begin; i < end; ++i) product *= shape[i];
   return product;
@@ -131,15 +132,15 @@ int64_t Product(const std::vector<int64_t> &shape, size_t begin, size_t end) {
 
 }  // namespace
 
-void AllReduce(Job *job, const Ranks &ranks, DType type, Reduce how, const void *in, void *out, int64_t count) {
-  Group *group = job->FindGroup(ranks);
+void AllReduce(Job* job, const Ranks& ranks, DType type, Reduce how, const void* in, void* out, int64_t count) {
+  Group* group = job->FindGroup(ranks);
   group->Begin({kAllReduce, type, how, 0, count}, Named("AllReduce", type, count));
   const bool small = count * static_cast<int64_t>(SizeOf(type)) <= kSmallBytes;
   (small ? AllReduceSmall : AllReduceLarge)(group, type, how, in, out, count);
 }
 
-void AllGather(Job *job, const Ranks &ranks, DType type, const void *in, void *out, int64_t count) {
-  Group *group = job->FindGroup(ranks);
+void AllGather(Job* job, const Ranks& ranks, DType type, const void* in, void* out, int64_t count) {
+  Group* group = job->FindGroup(ranks);
   group->Begin({kAllGather, type, 0, 0, count}, Named("AllGather", type, count));
   const int64_t bytes = count * static_cast<int64_t>(SizeOf(type));
   for (int64_t start = 0; start == 0 || start < bytes; start += static_cast<int64_t>(kSlotBytes)) {
@@ -153,8 +154,8 @@ void AllGather(Job *job, const Ranks &ranks, DType type, const void *in, void *o
   }
 }
 
-void ReduceScatter(Job *job, const Ranks &ranks, DType type, Reduce how, const void *in, void *out, int64_t count) {
-  Group *group = job->FindGroup(ranks);
+void ReduceScatter(Job* job, const Ranks& ranks, DType type, Reduce how, const void* in, void* out, int64_t count) {
+  Group* group = job->FindGroup(ranks);
   group->Begin({kReduceScatter, type, how, 0, count}, Named("ReduceScatter", type, count));
   const int64_t element = static_cast<int64_t>(SizeOf(type));
   const int64_t chunk = static_cast<int64_t>(kSlotBytes) / group->size() / 64 * 64 / element;
@@ -166,7 +167,7 @@ void ReduceScatter(Job *job, const Ranks &ranks, DType type, Reduce how, const v
       std::memcpy(group->Slot(self) + i * chunk * element, At(in, (i * count + start) * element), length * element);
     }
     group->Barrier();
-    std::vector<const char *> parts;
+    std::vector<const char*> parts;
     for (int i = 0; i < group->size(); ++i) {
       parts.push_back(i == self ? At(in, (self * count + start) * element) : group->Slot(i) + self * chunk * element);
     }
@@ -175,17 +176,18 @@ void ReduceScatter(Job *job, const Ranks &ranks, DType type, Reduce how, const v
   }
 }
 
-void AllToAll(Job *job, const Ranks &ranks, DType type, const std::vector<int64_t> &shape, int split, int concat,
-              const void *in, void *out) {
-  Group *group = job->FindGroup(ranks);
+void AllToAll(Job* job, const Ranks& ranks, DType type, const std::vector<int64_t>& shape, int split, int concat,
+              const void* in, void* out) {
+  Group* group = job->FindGroup(ranks);
   const int rank = static_cast<int>(shape.size());
   if (split < 0) split += rank;
   if (concat < 0) concat += rank;
   const int64_t count = Product(shape, 0, shape.size());
   const std::string what = Named("AlltoAll", type, count);
   if (split < 0 || split >= rank || concat < 0 || concat >= rank || shape[split] % group->size() != 0) {
-    throw JobError("rank " + std::to_string(job->rank()) + ": " + what + " cannot split dimension " + std::to_string(split) +
-                   " of " + std::to_string(rank) + " into " + std::to_string(group->size()) + " equal parts");
+    throw JobError("rank " + std::to_string(job->rank()) + ": " + what + " cannot split dimension " +
+                   std::to_string(split) + " of " + std::to_string(rank) + " into " + std::to_string(group->size()) +
+                   " equal parts");
   }
   group->Begin({kAllToAll, type, split, concat, count}, what);
   std::vector<int64_t> part = shape;
@@ -196,28 +198,30 @@ void AllToAll(Job *job, const Ranks &ranks, DType type, const std::vector<int64_
   const std::vector<int64_t> bytes(group->size(), count / group->size() * element);
   std::vector<Strided> source, target;
   for (int i = 0; i < group->size(); ++i) {
-    source.push_back({const_cast<char *>(At(in, i * run_in)), run_in, run_in * group->size()});
+    source.push_back({const_cast<char*>(At(in, i * run_in)), run_in, run_in * group->size()});
     target.push_back({At(out, i * run_out), run_out, run_out * group->size()});
   }
   Exchange(group, source, bytes, target, bytes, bytes[0]);
 }
 
-void AllToAllV(Job *job, const Ranks &ranks, DType type, const std::vector<int64_t> &send_counts,
-               const std::vector<int64_t> &recv_counts, const void *in, void *out) {
-  Group *group = job->FindGroup(ranks);
+void AllToAllV(Job* job, const Ranks& ranks, DType type, const std::vector<int64_t>& send_counts,
+               const std::vector<int64_t>& recv_counts, const void* in, void* out) {
+  Group* group = job->FindGroup(ranks);
   const size_t size = ranks.size();
   const std::string who = "rank " + std::to_string(job->rank()) + ": AlltoAllV ";
-  if (send_counts.size() != size || recv_counts.size() != size) throw JobError(who + "needs one count for each of the " + std::to_string(size) + " ranks");
-  group->Begin({kAllToAllV, type, 0, 0, 0}, Named("AlltoAllV", type, std::accumulate(send_counts.begin(), send_counts.end(), int64_t{0})));
+  if (send_counts.size() != size || recv_counts.size() != size)
+    throw JobError(who + "needs one count for each of the " + std::to_string(size) + " ranks");
+  group->Begin({kAllToAllV, type, 0, 0, 0},
+               Named("AlltoAllV", type, std::accumulate(send_counts.begin(), send_counts.end(), int64_t{0})));
   std::memcpy(group->Slot(group->index()), send_counts.data(), size * sizeof(int64_t));
   group->Barrier();
   int64_t longest = 0;
   for (size_t i = 0; i < size; ++i) {
-    const int64_t *counts = reinterpret_cast<const int64_t *>(group->Slot(static_cast<int>(i)));
+    const int64_t* counts = reinterpret_cast<const int64_t*>(group->Slot(static_cast<int>(i)));
     longest = std::max(longest, *std::max_element(counts, counts + size));
     if (counts[group->index()] == recv_counts[i]) continue;
-    throw JobError(who + "expects " + std::to_string(recv_counts[i]) + " elements from rank " + std::to_string(ranks[i]) +
-                   ", which sends " + std::to_string(counts[group->index()]));
+    throw JobError(who + "expects " + std::to_string(recv_counts[i]) + " elements from rank " +
+                   std::to_string(ranks[i]) + ", which sends " + std::to_string(counts[group->index()]));
   }
   group->NextSlot();
   const int64_t element = static_cast<int64_t>(SizeOf(type));
@@ -226,14 +230,16 @@ void AllToAllV(Job *job, const Ranks &ranks, DType type, const std::vector<int64
     send_bytes.push_back(send_counts[i] * element);
     recv_bytes.push_back(recv_counts[i] * element);
   }
-  Exchange(group, Consecutive(const_cast<char *>(At(in, 0)), send_bytes), send_bytes, Consecutive(At(out, 0), recv_bytes),
-           recv_bytes, longest * element);
+  Exchange(group, Consecutive(const_cast<char*>(At(in, 0)), send_bytes), send_bytes,
+           Consecutive(At(out, 0), recv_bytes), recv_bytes, longest * element);
 }
 
-void Broadcast(Job *job, const Ranks &ranks, DType type, int root, const void *in, void *out, int64_t count) {
-  Group *group = job->FindGroup(ranks);
+void Broadcast(Job* job, const Ranks& ranks, DType type, int root, const void* in, void* out, int64_t count) {
+  Group* group = job->FindGroup(ranks);
   const int owner = static_cast<int>(std::find(ranks.begin(), ranks.end(), root) - ranks.begin());
-  if (owner == group->size()) throw JobError("rank " + std::to_string(job->rank()) + ": Broadcast from rank " + std::to_string(root) + ", which is not in " + RankList(ranks));
+  if (owner == group->size())
+    throw JobError("rank " + std::to_string(job->rank()) + ": Broadcast from rank " + std::to_string(root) +
+                   ", which is not in " + RankList(ranks));
   group->Begin({kBroadcast, type, 0, root, count}, Named("Broadcast", type, count));
   const int64_t bytes = count * static_cast<int64_t>(SizeOf(type));
   for (int64_t start = 0; start == 0 || start < bytes; start += static_cast<int64_t>(kSlotBytes)) {
@@ -245,17 +251,18 @@ void Broadcast(Job *job, const Ranks &ranks, DType type, int root, const void *i
   }
 }
 
-void Barrier(Job *job, const Ranks &ranks) {
-  Group *group = job->FindGroup(ranks);
+void Barrier(Job* job, const Ranks& ranks) {
+  Group* group = job->FindGroup(ranks);
   group->Begin({kBarrier, 0, 0, 0, 0}, "Barrier");
   group->Barrier();
   group->NextSlot();
 }
 
-void Send(Job *job, int peer, int64_t tag, DType type, const void *in, int64_t count) {
+void Send(Job* job, int peer, int64_t tag, DType type, const void* in, int64_t count) {
   const uint64_t bytes = static_cast<uint64_t>(count) * SizeOf(type);
   const Mailbox box = job->FindMailbox(job->rank(), peer, tag, bytes);
-  const std::string what = Named("Send", type, count) + " to rank " + std::to_string(peer) + " (tag " + std::to_string(tag) + ")";
+  const std::string what =
+      Named("Send", type, count) + " to rank " + std::to_string(peer) + " (tag " + std::to_string(tag) + ")";
   job->SetDoing(what);
   const uint32_t written = box.block->written.value.load();
   for (uint32_t read; written - (read = box.block->read.value.load(std::memory_order_acquire)) >= kMailboxDepth;) {
@@ -265,10 +272,11 @@ void Send(Job *job, int peer, int64_t tag, DType type, const void *in, int64_t c
   Job::Publish(&box.block->written, written + 1);
 }
 
-void Receive(Job *job, int peer, int64_t tag, DType type, void *out, int64_t count) {
+void Receive(Job* job, int peer, int64_t tag, DType type, void* out, int64_t count) {
   const uint64_t bytes = static_cast<uint64_t>(count) * SizeOf(type);
   const Mailbox box = job->FindMailbox(peer, job->rank(), tag, bytes);
-  const std::string what = Named("Receive", type, count) + " from rank " + std::to_string(peer) + " (tag " + std::to_string(tag) + ")";
+  const std::string what =
+      Named("Receive", type, count) + " from rank " + std::to_string(peer) + " (tag " + std::to_string(tag) + ")";
   job->SetDoing(what);
   const uint32_t read = box.block->read.value.load();
   while (box.block->written.value.load(std::memory_order_acquire) == read) {
@@ -283,12 +291,12 @@ std::unique_ptr<Job> current_job;
 std::string last_error;
 }  // namespace
 
-Job *CurrentJob() {
+Job* CurrentJob() {
   if (current_job == nullptr) throw JobError("a collective ran before this process joined a job (collectives.join)");
   return current_job.get();
 }
 
-int RecordFailure(const char *message) {
+int RecordFailure(const char* message) {
   last_error = message;
   if (current_job != nullptr) current_job->Abort(last_error);
   return 1;
@@ -300,13 +308,13 @@ using cpu_parallel::CurrentJob;
 using cpu_parallel::Guarded;
 
 namespace {
-cpu_parallel::Ranks ToRanks(const int *ranks, int size) { return cpu_parallel::Ranks(ranks, ranks + size); }
-std::vector<int64_t> ToCounts(const int64_t *counts, int size) { return std::vector<int64_t>(counts, counts + size); }
+cpu_parallel::Ranks ToRanks(const int* ranks, int size) { return cpu_parallel::Ranks(ranks, ranks + size); }
+std::vector<int64_t> ToCounts(const int64_t* counts, int size) { return std::vector<int64_t>(counts, counts + size); }
 }  // namespace
 
 extern "C" {
 
-int cpu_parallel_join(const char *job, int rank, int size, double join_seconds, double wait_seconds) {
+int cpu_parallel_join(const char* job, int rank, int size, double join_seconds, double wait_seconds) {
   return Guarded([&] {
     if (cpu_parallel::current_job != nullptr) throw cpu_parallel::JobError("this process has already joined a job");
     cpu_parallel::current_job = std::make_unique<cpu_parallel::Job>(job, rank, size, join_seconds, wait_seconds);
@@ -318,47 +326,64 @@ void cpu_parallel_leave() {
   cpu_parallel::current_job.reset();
 }
 
-void cpu_parallel_abort(const char *message) {
+void cpu_parallel_abort(const char* message) {
   if (cpu_parallel::current_job != nullptr) cpu_parallel::current_job->Abort(message);
 }
 
-const char *cpu_parallel_last_error() { return cpu_parallel::last_error.c_str(); }
+const char* cpu_parallel_last_error() { return cpu_parallel::last_error.c_str(); }
 
-int cpu_parallel_all_reduce(const char *type, const char *how, const int *ranks, int size, const void *in, void *out, int64_t count) {
-  return Guarded([&] { AllReduce(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), cpu_parallel::ParseReduce(how), in, out, count); });
+int cpu_parallel_all_reduce(const char* type, const char* how, const int* ranks, int size, const void* in, void* out,
+                            int64_t count) {
+  return Guarded([&] {
+    AllReduce(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), cpu_parallel::ParseReduce(how), in,
+              out, count);
+  });
 }
 
-int cpu_parallel_all_gather(const char *type, const int *ranks, int size, const void *in, void *out, int64_t count) {
-  return Guarded([&] { AllGather(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), in, out, count); });
+int cpu_parallel_all_gather(const char* type, const int* ranks, int size, const void* in, void* out, int64_t count) {
+  return Guarded(
+      [&] { AllGather(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), in, out, count); });
 }
 
-int cpu_parallel_reduce_scatter(const char *type, const char *how, const int *ranks, int size, const void *in, void *out, int64_t count) {
-  return Guarded([&] { ReduceScatter(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), cpu_parallel::ParseReduce(how), in, out, count); });
+int cpu_parallel_reduce_scatter(const char* type, const char* how, const int* ranks, int size, const void* in,
+                                void* out, int64_t count) {
+  return Guarded([&] {
+    ReduceScatter(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), cpu_parallel::ParseReduce(how),
+                  in, out, count);
+  });
 }
 
-int cpu_parallel_all_to_all(const char *type, const int *ranks, int size, const int64_t *shape, int dimensions, int split, int concat,
-                            const void *in, void *out) {
-  return Guarded([&] { AllToAll(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), ToCounts(shape, dimensions), split, concat, in, out); });
+int cpu_parallel_all_to_all(const char* type, const int* ranks, int size, const int64_t* shape, int dimensions,
+                            int split, int concat, const void* in, void* out) {
+  return Guarded([&] {
+    AllToAll(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), ToCounts(shape, dimensions), split,
+             concat, in, out);
+  });
 }
 
-int cpu_parallel_all_to_all_v(const char *type, const int *ranks, int size, const int64_t *send_counts, const int64_t *recv_counts,
-                              const void *in, void *out) {
-  return Guarded([&] { AllToAllV(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), ToCounts(send_counts, size), ToCounts(recv_counts, size), in, out); });
+int cpu_parallel_all_to_all_v(const char* type, const int* ranks, int size, const int64_t* send_counts,
+                              const int64_t* recv_counts, const void* in, void* out) {
+  return Guarded([&] {
+    AllToAllV(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), ToCounts(send_counts, size),
+              ToCounts(recv_counts, size), in, out);
+  });
 }
 
-int cpu_parallel_broadcast(const char *type, const int *ranks, int size, int root, const void *in, void *out, int64_t count) {
-  return Guarded([&] { Broadcast(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), root, in, out, count); });
+int cpu_parallel_broadcast(const char* type, const int* ranks, int size, int root, const void* in, void* out,
+                           int64_t count) {
+  return Guarded(
+      [&] { Broadcast(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), root, in, out, count); });
 }
 
-int cpu_parallel_barrier(const int *ranks, int size) {
+int cpu_parallel_barrier(const int* ranks, int size) {
   return Guarded([&] { Barrier(CurrentJob(), ToRanks(ranks, size)); });
 }
 
-int cpu_parallel_send(int peer, int64_t tag, const char *type, const void *in, int64_t count) {
+int cpu_parallel_send(int peer, int64_t tag, const char* type, const void* in, int64_t count) {
   return Guarded([&] { Send(CurrentJob(), peer, tag, cpu_parallel::ParseDType(type), in, count); });
 }
 
-int cpu_parallel_receive(int peer, int64_t tag, const char *type, void *out, int64_t count) {
+int cpu_parallel_receive(int peer, int64_t tag, const char* type, void* out, int64_t count) {
   return Guarded([&] { Receive(CurrentJob(), peer, tag, cpu_parallel::ParseDType(type), out, count); });
 }
 

@@ -13,37 +13,37 @@ namespace cpu_parallel {
 using Ranks = std::vector<int>;
 
 // out[i] = reduction over the ranks of in[i]; in and out may be the same buffer.
-void AllReduce(Job *job, const Ranks &ranks, DType type, Reduce how, const void *in, void *out, int64_t count);
+void AllReduce(Job* job, const Ranks& ranks, DType type, Reduce how, const void* in, void* out, int64_t count);
 // out = the in (count elements) of every rank, one after the other.
-void AllGather(Job *job, const Ranks &ranks, DType type, const void *in, void *out, int64_t count);
+void AllGather(Job* job, const Ranks& ranks, DType type, const void* in, void* out, int64_t count);
 // in has ranks.size() parts of `count` elements; rank i gets the reduction of all i-th parts.
-void ReduceScatter(Job *job, const Ranks &ranks, DType type, Reduce how, const void *in, void *out, int64_t count);
+void ReduceScatter(Job* job, const Ranks& ranks, DType type, Reduce how, const void* in, void* out, int64_t count);
 // The i-th of n equal parts of dimension `split` goes to rank i; what arrives is joined, in rank order, along `concat`.
-void AllToAll(Job *job, const Ranks &ranks, DType type, const std::vector<int64_t> &shape, int split, int concat,
-              const void *in, void *out);
+void AllToAll(Job* job, const Ranks& ranks, DType type, const std::vector<int64_t>& shape, int split, int concat,
+              const void* in, void* out);
 // send_counts[i] elements, one part after the other, go to rank i; recv_counts[i] elements come from it.
-void AllToAllV(Job *job, const Ranks &ranks, DType type, const std::vector<int64_t> &send_counts,
-               const std::vector<int64_t> &recv_counts, const void *in, void *out);
+void AllToAllV(Job* job, const Ranks& ranks, DType type, const std::vector<int64_t>& send_counts,
+               const std::vector<int64_t>& recv_counts, const void* in, void* out);
 // out = the in of rank `root` (a global rank).
-void Broadcast(Job *job, const Ranks &ranks, DType type, int root, const void *in, void *out, int64_t count);
-void Barrier(Job *job, const Ranks &ranks);
+void Broadcast(Job* job, const Ranks& ranks, DType type, int root, const void* in, void* out, int64_t count);
+void Barrier(Job* job, const Ranks& ranks);
 // A message to a peer; the sender may be kMailboxDepth messages of one tag ahead of the receiver.
-void Send(Job *job, int peer, int64_t tag, DType type, const void *in, int64_t count);
-void Receive(Job *job, int peer, int64_t tag, DType type, void *out, int64_t count);
+void Send(Job* job, int peer, int64_t tag, DType type, const void* in, int64_t count);
+void Receive(Job* job, int peer, int64_t tag, DType type, void* out, int64_t count);
 
 // The job of this process; throws JobError before cpu_parallel_join.
-Job *CurrentJob();
+Job* CurrentJob();
 // Runs an operation; on an exception records the sentence, stops the other ranks and returns 1.
 template <class Operation>
 int Guarded(Operation operation);
-int RecordFailure(const char *message);
+int RecordFailure(const char* message);
 
 template <class Operation>
 int Guarded(Operation operation) {
   try {
     operation();
     return 0;
-  } catch (const std::exception &error) {
+  } catch (const std::exception& error) {
     return RecordFailure(error.what());
   }
 }

@@ -55,9 +55,7 @@ def _check(code: int) -> None:
         raise CollectiveError(last_error())
 
 
-def join(
-    job: str, rank: int, size: int, join_seconds: float = JOIN_SECONDS, wait_seconds: float | None = None
-) -> None:
+def join(job: str, rank: int, size: int, join_seconds: float = JOIN_SECONDS, wait_seconds: float | None = None) -> None:
     """Join a job as one of `size` ranks; returns when all have joined.
 
     Raises CollectiveError when a rank is missing after `join_seconds`. Later operations give up after `wait_seconds`

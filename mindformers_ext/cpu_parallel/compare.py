@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,9 @@ def relative(value: np.ndarray, reference: np.ndarray) -> float:
 def compare(single: Path, folder: Path, world_size: int, stages: int = 1, micro_batches: int = 1) -> Comparison:
     """Compare the ranks' results in `folder` with the single process's in `single`.
 
-    The loss is the first scalar output of a step; MindSpore's pipeline returns its sum over the micro-batches. Raises ValueError when a parameter of
-    the single process is on no rank, or ranks of the last stage disagree about the loss.
+    The loss is the first scalar output of a step; MindSpore's pipeline returns its sum over the micro-batches.
+    Raises ValueError when a parameter of the single process is on no rank, or ranks of the last stage disagree about
+    the loss.
     """
     reference = [out[0] for out in json.loads((single / "single.json").read_text())["outputs"]]
     losses = [loss / micro_batches for loss in last_stage_losses(folder, world_size, stages)]
@@ -63,14 +65,13 @@ def compare(single: Path, folder: Path, world_size: int, stages: int = 1, micro_
     worst_step = int(np.argmax(per_step))
     parameters, replicas = zip(*_differences(single, folder, "final.npz", world_size, stages, relative), strict=True)
     norms, _ = zip(*_differences(single, folder, "moments.npz", world_size, stages, _norm_difference), strict=True)
-    by_value = lambda difference: difference.value  # noqa: E731
     return Comparison(
         losses=losses,
         single_losses=reference,
         loss=Difference(per_step[worst_step], f"step {worst_step + 1}"),
-        gradient_norm=max(norms, key=by_value),
-        parameter=max(parameters, key=by_value),
-        replica=max(replicas, key=by_value),
+        gradient_norm=max(norms, key=attrgetter("value")),
+        parameter=max(parameters, key=attrgetter("value")),
+        replica=max(replicas, key=attrgetter("value")),
     )
 
 

@@ -27,7 +27,8 @@ def check(sequences: Sequence[Sequence[Call]]) -> None:
                 moved = True
     blocked = [rank for rank, calls in enumerate(sequences) if place[rank] < len(calls)]
     if blocked:
-        lines = [f"rank {r} waits in collective {place[r] + 1} of {len(sequences[r])}: {sequences[r][place[r]]}" for r in blocked]
+        waits = [f"rank {r} waits in collective {place[r] + 1} of {len(sequences[r])}: " for r in blocked]
+        lines = [wait + str(sequences[r][place[r]]) for r, wait in zip(blocked, waits, strict=True)]
         raise DeadlockError("the ranks would block each other:\n" + "\n".join(lines))
     left = [queue[0] for queue in sent.values() if queue]
     if left:
@@ -43,11 +44,16 @@ def _advance(sequences, place: list[int], sent: dict, rank: int) -> bool:
     if any(other is None or other.operation in MESSAGES or other.ranks != call.ranks for other in waiting):
         return False
     for peer, other in zip(call.ranks, waiting, strict=True):
-        if (other.operation, other.detail, other.dtype, other.elements) != (call.operation, call.detail, call.dtype, call.elements):
+        if _agreed(other) != _agreed(call):
             raise DeadlockError(f"rank {rank} runs {call} while rank {peer} runs {other}")
     for peer in call.ranks:
         place[peer] += 1
     return True
+
+
+def _agreed(call: Call) -> tuple:
+    """What all members of a group must have in common."""
+    return call.operation, call.detail, call.dtype, call.elements
 
 
 def _message(call: Call, place: list[int], sent: dict, rank: int) -> bool:

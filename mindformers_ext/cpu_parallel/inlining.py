@@ -2,7 +2,8 @@
 
 `lazy_inline` leaves each repeated cell as one function that every layer and micro-batch calls, and its backward pass
 as a closure that the forward call returns. The collectives of a rank have one fixed order only in one flat graph, so
-the calls are followed symbolically (closures and tuples of them are known while inlining) and copied out.
+the calls are followed symbolically (closures and tuples of them are known while inlining) and copied out. A function
+that is chosen at run time (the optimizer behind `if not overflow`) stays a function.
 """
 
 from dataclasses import dataclass
@@ -30,14 +31,16 @@ def reference(node: pb.NodeProto) -> str:
     return node.op_type.removeprefix("REF::") if node.op_type.startswith("REF::") else ""
 
 
-def inline_functions(model: pb.ModelProto) -> int:
-    """Flatten `model` in place; returns how many functions there were."""
-    count = len(model.functions)
-    if count:
-        nodes = [pb.NodeProto.FromString(node.SerializeToString()) for node in _Inliner(model).run()]
-        del model.graph.node[:], model.functions[:]
-        model.graph.node.extend(nodes)
-    return count
+def inline_functions(model: pb.ModelProto) -> None:
+    """Flatten `model` in place; only functions behind a Switch are left."""
+    if not model.functions:
+        return
+    inliner = _Inliner(model)
+    nodes = [pb.NodeProto.FromString(node.SerializeToString()) for node in inliner.run()]
+    kept = [pb.GraphProto.FromString(inliner.functions[name].SerializeToString()) for name in inliner.kept]
+    del model.graph.node[:], model.functions[:]
+    model.graph.node.extend(nodes)
+    model.functions.extend(kept)
 
 
 class _Inliner:
@@ -47,6 +50,7 @@ class _Inliner:
         self.operators = {primitive.name: primitive.op_type for primitive in model.primitives}
         self.constants: dict[str, pb.NodeProto] = {}
         self.out: list[pb.NodeProto] = []
+        self.kept: dict[str, None] = {}  # functions that stay, in order
         self.calls = 0
         self.added = 0
 
@@ -58,7 +62,8 @@ class _Inliner:
         result = self._emit(self.model.graph, {}, "")
         if result != self.model.graph.output[0].name:
             self.model.graph.output[0].name = self._tensor(result)
-        return [*self.constants.values(), *self.out]
+        used = {name for node in self.out for name in node.input}
+        return [node for name, node in self.constants.items() if name in used] + self.out
 
     def _emit(self, graph: pb.GraphProto, values: dict, prefix: str):
         """Copy the nodes of one call of `graph`; returns the value of its output."""
@@ -88,10 +93,12 @@ class _Inliner:
             return inputs[0].elements[self._integer(node.input[1])]
         if operator == "Depend" and not isinstance(inputs[0], str):
             return inputs[0]  # a closure computes nothing itself; what it waits for is ordered by its own inputs
-        if operator == "Switch" and symbolic:
-            raise NotImplementedError(f"node '{node.name}' chooses between functions at run time; it cannot be inlined")
+        if operator == "Switch":
+            inputs = tuple(self._function_value(i) if isinstance(i, Closure) else i for i in inputs)
         copy = pb.NodeProto()
         copy.CopyFrom(node)
+        if called is not None:
+            copy.op_type = f"REF::{called}"
         copy.name = copy.output[0] = prefix + node.output[0]
         del copy.input[:]
         copy.input.extend([self._tensor(value) for value in inputs])
@@ -102,22 +109,34 @@ class _Inliner:
         function = self.functions[closure.function]
         arguments = closure.bound + arguments
         if len(function.input) != len(arguments):
-            raise ValueError(f"'{function.name}' takes {len(function.input)} arguments, it is called with {len(arguments)}")
+            raise ValueError(
+                f"'{function.name}' takes {len(function.input)} arguments, it is called with {len(arguments)}"
+            )
         self.calls += 1
         values = {parameter.name: value for parameter, value in zip(function.input, arguments, strict=True)}
         return self._emit(function, values, f"call{self.calls}/")
 
+    def _function_value(self, closure: Closure) -> str:
+        """A node that holds `closure` at run time."""
+        self._keep(closure.function)
+        return self._add("Partial", [closure.function, *(self._tensor(value) for value in closure.bound)])
+
+    def _keep(self, name: str) -> None:
+        """Keep function `name` and all that it refers to."""
+        if name in self.kept:
+            return
+        self.kept[name] = None
+        for node in self.functions[name].node:
+            for used in [reference(node), *node.input]:
+                if used in self.functions:
+                    self._keep(used)
+
     def _tensor(self, value) -> str:
-        """The name of a plain value; a closure or bundle becomes a tuple of all tensors it holds (only to order nodes)."""
+        """The name of a plain value; a closure or bundle becomes a tuple of its tensors, which only orders nodes."""
         if isinstance(value, str):
             return value
         leaves = list(dict.fromkeys(self._leaves(value)))
-        if len(leaves) == 1:
-            return leaves[0]
-        self.added += 1
-        name = f"inlined_tuple{self.added}"
-        self.out.append(pb.NodeProto(name=name, input=leaves, output=[name], op_type=f"REF::{self._make_tuple()}"))
-        return name
+        return leaves[0] if len(leaves) == 1 else self._add("MakeTuple", leaves)
 
     def _leaves(self, value):
         if isinstance(value, str):
@@ -126,13 +145,16 @@ class _Inliner:
             for element in value.elements if isinstance(value, Bundle) else value.bound:
                 yield from self._leaves(element)
 
-    def _make_tuple(self) -> str:
-        for name, operator in self.operators.items():
-            if operator == "MakeTuple":
-                return name
-        self.model.primitives.add(name="MakeTuple:inlined", op_type="MakeTuple", prim_type=pb.PrimitiveProto.PRIMITIVE)
-        self.operators["MakeTuple:inlined"] = "MakeTuple"
-        return "MakeTuple:inlined"
+    def _add(self, operator: str, inputs: list[str]) -> str:
+        """Append a node; returns its output."""
+        primitive = f"{operator}:inlined"
+        if primitive not in self.operators:
+            self.model.primitives.add(name=primitive, op_type=operator, prim_type=pb.PrimitiveProto.PRIMITIVE)
+            self.operators[primitive] = operator
+        self.added += 1
+        name = f"{operator}:inlined{self.added}"
+        self.out.append(pb.NodeProto(name=name, input=inputs, output=[name], op_type=f"REF::{primitive}"))
+        return name
 
     def _integer(self, name: str) -> int:
         for attribute in self.constants[name].attribute:

@@ -71,6 +71,7 @@ def compile_ranks(builder: Builder, world_size: int, folder: Path, workers: int 
         own = rank_folder(folder, rank)
         own.mkdir(parents=True, exist_ok=True)
         environment = builder.environment(_quiet(ascend_environment(rank, world_size, COMPILE)))
+        environment["CPU_PARALLEL_COMPILE"] = "1"  # the model then uses operators that CPU has
         _run_child(builder.command("mindformers_ext.dryrun.compile_rank", own), environment, own / "compile.log")
 
     ascend_environment(0, world_size, COMPILE)  # builds the stand-in libraries once, before the threads ask for them
@@ -120,8 +121,8 @@ def supervise(processes: list[subprocess.Popen], explain: Callable[[int, int], t
     """
     try:
         first_noticed = None
-        while any(process.poll() is None for process in processes):
-            if first_noticed is None and any(process.returncode for process in processes):
+        while None in (codes := [process.poll() for process in processes]):
+            if first_noticed is None and any(codes):
                 first_noticed = time.monotonic()
             if first_noticed is not None and time.monotonic() - first_noticed > GRACE_SECONDS:
                 break

@@ -75,7 +75,21 @@ def lower(model: pb.ModelProto, rank: int, world_size: int) -> list[Call]:
             call = rewrite(graph, node, primitive)
             if call is not None:
                 calls.append(call)
+    for function in model.functions:
+        for node in function.node:
+            _rewrite_optional(graph, function, node)
     return calls
+
+
+def _rewrite_optional(graph: Graph, function: pb.GraphProto, node: pb.NodeProto) -> None:
+    """Rewrite a node of a function that may or may not run: it must not communicate."""
+    primitive = graph.primitive(node)
+    rewrite = REWRITES.get(primitive.op_type) if primitive is not None else None
+    if rewrite is not None and rewrite(graph, node, primitive) is not None:
+        raise ValueError(
+            f"'{primitive.op_type}' ({primitive.instance_name}) is in function '{function.name}', which runs only when "
+            "a value computed in the step says so: ranks that decide differently would wait for each other for ever"
+        )
 
 
 def set_attribute(primitive: pb.PrimitiveProto, name: str, value) -> None:
@@ -165,6 +179,11 @@ def _call(node: pb.NodeProto, operation: str, ranks: tuple[int, ...], detail: tu
     return Call(operation, ranks, detail, dtype.lower(), elements, elements * DTYPE_BYTES[dtype], node.domain)
 
 
+def passes_on(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> None:
+    """Rewriter of the NPU's float status register, which starts clear: CPU has none, so the status stays as it is."""
+    graph.use(node, "TensorMove")
+
+
 # Every operator of a rank's graph that CPU MindSpore cannot run as it is, and how it is replaced.
 REWRITES: dict[str, Callable[[Graph, pb.NodeProto, pb.PrimitiveProto], Call | None]] = {
     "AllReduce": collective("op"),
@@ -174,4 +193,6 @@ REWRITES: dict[str, Callable[[Graph, pb.NodeProto, pb.PrimitiveProto], Call | No
     "Broadcast": collective("root_rank"),
     "Send": message,
     "Receive": message,
+    "NPUGetFloatStatusV2": passes_on,
+    "NPUClearFloatStatusV2": passes_on,
 }

@@ -14,16 +14,17 @@ namespace cpu_parallel {
 enum DType : int32_t { kF16, kBF16, kF32, kF64, kI8, kU8, kI16, kI32, kI64, kBool };
 enum Reduce : int32_t { kSum, kProd, kMax, kMin };
 
-inline DType ParseDType(const std::string &name) {
-  static const char *const names[] = {"float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool"};
+inline DType ParseDType(const std::string& name) {
+  static const char* const names[] = {"float16", "bfloat16", "float32", "float64", "int8",
+                                      "uint8",   "int16",    "int32",   "int64",   "bool"};
   for (int32_t i = 0; i < 10; ++i) {
     if (name == names[i]) return static_cast<DType>(i);
   }
   throw std::invalid_argument("element type '" + name + "' is not supported by the CPU collectives");
 }
 
-inline Reduce ParseReduce(const std::string &name) {
-  static const char *const names[] = {"sum", "prod", "max", "min"};
+inline Reduce ParseReduce(const std::string& name) {
+  static const char* const names[] = {"sum", "prod", "max", "min"};
   for (int32_t i = 0; i < 4; ++i) {
     if (name == names[i]) return static_cast<Reduce>(i);
   }
@@ -72,15 +73,16 @@ struct Plain {
 };
 
 template <class T, class Acc, class Convert>
-__attribute__((always_inline)) inline void ReduceBlocks(Reduce how, const std::vector<const char *> &parts, char *out, int64_t count) {
+__attribute__((always_inline)) inline void ReduceBlocks(Reduce how, const std::vector<const char*>& parts, char* out,
+                                                        int64_t count) {
   constexpr int64_t kBlock = 512;  // the accumulator stays in the first-level cache
   Acc sum[kBlock];
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t length = count - start < kBlock ? count - start : kBlock;
-    const T *first = reinterpret_cast<const T *>(parts[0]) + start;
+    const T* first = reinterpret_cast<const T*>(parts[0]) + start;
     for (int64_t i = 0; i < length; ++i) sum[i] = Convert::Widen(first[i]);
     for (size_t part = 1; part < parts.size(); ++part) {
-      const T *next = reinterpret_cast<const T *>(parts[part]) + start;
+      const T* next = reinterpret_cast<const T*>(parts[part]) + start;
       switch (how) {
         case kSum:
           for (int64_t i = 0; i < length; ++i) sum[i] = sum[i] + Convert::Widen(next[i]);
@@ -102,14 +104,14 @@ __attribute__((always_inline)) inline void ReduceBlocks(Reduce how, const std::v
           break;
       }
     }
-    T *target = reinterpret_cast<T *>(out) + start;
+    T* target = reinterpret_cast<T*>(out) + start;
     for (int64_t i = 0; i < length; ++i) target[i] = Convert::Narrow(sum[i]);
   }
 }
 
-#define CPU_PARALLEL_REDUCE(NAME, T, ACC, CONVERT)                                                             \
-  CPU_PARALLEL_CLONES inline void NAME(Reduce how, const std::vector<const char *> &parts, char *out, int64_t count) { \
-    ReduceBlocks<T, ACC, CONVERT>(how, parts, out, count);                                                     \
+#define CPU_PARALLEL_REDUCE(NAME, T, ACC, CONVERT)                                                                    \
+  CPU_PARALLEL_CLONES inline void NAME(Reduce how, const std::vector<const char*>& parts, char* out, int64_t count) { \
+    ReduceBlocks<T, ACC, CONVERT>(how, parts, out, count);                                                            \
   }
 CPU_PARALLEL_REDUCE(ReduceF16, Float16, float, Float16)
 CPU_PARALLEL_REDUCE(ReduceBF16, BFloat16, float, BFloat16)
@@ -123,18 +125,28 @@ CPU_PARALLEL_REDUCE(ReduceI64, int64_t, int64_t, Plain<int64_t>)
 #undef CPU_PARALLEL_REDUCE
 
 // Reduces `count` elements of every part, in the order of the parts, into out (which may be one of the parts).
-inline void ReduceParts(DType type, Reduce how, const std::vector<const char *> &parts, char *out, int64_t count) {
+inline void ReduceParts(DType type, Reduce how, const std::vector<const char*>& parts, char* out, int64_t count) {
   switch (type) {
-    case kF16: return ReduceF16(how, parts, out, count);
-    case kBF16: return ReduceBF16(how, parts, out, count);
-    case kF32: return ReduceF32(how, parts, out, count);
-    case kF64: return ReduceF64(how, parts, out, count);
-    case kI8: return ReduceI8(how, parts, out, count);
-    case kU8: return ReduceU8(how, parts, out, count);
-    case kI16: return ReduceI16(how, parts, out, count);
-    case kI32: return ReduceI32(how, parts, out, count);
-    case kI64: return ReduceI64(how, parts, out, count);
-    case kBool: break;
+    case kF16:
+      return ReduceF16(how, parts, out, count);
+    case kBF16:
+      return ReduceBF16(how, parts, out, count);
+    case kF32:
+      return ReduceF32(how, parts, out, count);
+    case kF64:
+      return ReduceF64(how, parts, out, count);
+    case kI8:
+      return ReduceI8(how, parts, out, count);
+    case kU8:
+      return ReduceU8(how, parts, out, count);
+    case kI16:
+      return ReduceI16(how, parts, out, count);
+    case kI32:
+      return ReduceI32(how, parts, out, count);
+    case kI64:
+      return ReduceI64(how, parts, out, count);
+    case kBool:
+      break;
   }
   if (how != kMax && how != kMin) throw std::invalid_argument("bool can be reduced with max and min only");
   ReduceU8(how, parts, out, count);

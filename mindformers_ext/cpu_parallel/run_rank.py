@@ -1,8 +1,9 @@
 """Run one rank's lowered graph for some steps: the worker process that `launch.run_ranks` starts N times.
 
 Reads from the run folder: `initial.npz` (full parameters and optimizer states), `batches.npz` (the global batch of
-every step) and, per rank, `cpu.mindir` and `compiled.json`. Writes per rank `final.npz` (stored parameters after the last
-step), `moments.npz` (see `train`) and `result.json`; when it fails, `failure.json` with one sentence, after stopping the other ranks.
+every step) and, per rank, `cpu.mindir` and `compiled.json`. Writes per rank `final.npz` (stored parameters after the
+last step), `moments.npz` (see `train`) and `result.json`; when it fails, it stops the other ranks and writes
+`failure.json` with one sentence.
 """
 
 import argparse

@@ -32,16 +32,16 @@ std::string ErrnoText() { return std::strerror(errno); }
 // Holds the job's robust lock: a rank that dies inside leaves it to the next one.
 class Locked {
  public:
-  explicit Locked(pthread_mutex_t *mutex) : mutex_(mutex) {
+  explicit Locked(pthread_mutex_t* mutex) : mutex_(mutex) {
     if (pthread_mutex_lock(mutex_) == EOWNERDEAD) pthread_mutex_consistent(mutex_);
   }
   ~Locked() { pthread_mutex_unlock(mutex_); }
 
  private:
-  pthread_mutex_t *mutex_;
+  pthread_mutex_t* mutex_;
 };
 
-sockaddr_un Address(const std::string &job, socklen_t *length) {
+sockaddr_un Address(const std::string& job, socklen_t* length) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   const std::string name = "cpu_parallel." + std::to_string(getuid()) + "." + job;
@@ -59,7 +59,7 @@ void SendDescriptor(int socket, int descriptor, int32_t size) {
   message.msg_iovlen = 1;
   message.msg_control = control;
   message.msg_controllen = sizeof(control);
-  cmsghdr *header = CMSG_FIRSTHDR(&message);
+  cmsghdr* header = CMSG_FIRSTHDR(&message);
   header->cmsg_level = SOL_SOCKET;
   header->cmsg_type = SCM_RIGHTS;
   header->cmsg_len = CMSG_LEN(sizeof(int));
@@ -67,7 +67,7 @@ void SendDescriptor(int socket, int descriptor, int32_t size) {
   sendmsg(socket, &message, MSG_NOSIGNAL);  // a joiner that died meanwhile is noticed as missing
 }
 
-int ReceiveDescriptor(int socket, int32_t *size) {
+int ReceiveDescriptor(int socket, int32_t* size) {
   char control[CMSG_SPACE(sizeof(int))] = {};
   iovec data{size, sizeof(*size)};
   msghdr message{};
@@ -76,7 +76,7 @@ int ReceiveDescriptor(int socket, int32_t *size) {
   message.msg_control = control;
   message.msg_controllen = sizeof(control);
   if (recvmsg(socket, &message, MSG_CMSG_CLOEXEC) <= 0) return -1;
-  cmsghdr *header = CMSG_FIRSTHDR(&message);
+  cmsghdr* header = CMSG_FIRSTHDR(&message);
   if (header == nullptr || header->cmsg_type != SCM_RIGHTS) return -1;
   int descriptor = -1;
   std::memcpy(&descriptor, CMSG_DATA(header), sizeof(int));
@@ -84,7 +84,7 @@ int ReceiveDescriptor(int socket, int32_t *size) {
 }
 
 uint64_t AvailableMemory() {
-  std::FILE *file = std::fopen("/proc/meminfo", "r");
+  std::FILE* file = std::fopen("/proc/meminfo", "r");
   if (file == nullptr) return UINT64_MAX;
   char line[128];
   unsigned long long kilobytes = ULLONG_MAX / 1024;
@@ -117,13 +117,11 @@ struct JobBlock {
   MailboxBlock mailbox[kMaxMailboxes];
 };
 
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-void FutexWait(std::atomic<uint32_t> *word, uint32_t old, double seconds) {
+void FutexWait(std::atomic<uint32_t>* word, uint32_t old, double seconds) {
   const timespec limit{static_cast<time_t>(seconds), static_cast<long>((seconds - static_cast<long>(seconds)) * 1e9)};
-  syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAIT, old, &limit, nullptr, 0);
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAIT, old, &limit, nullptr, 0);
 }
 
 void SpinPause() {
@@ -136,20 +134,20 @@ void SpinPause() {
 
 void YieldCore() { sched_yield(); }
 
-std::string RankList(const std::vector<int> &ranks) {
+std::string RankList(const std::vector<int>& ranks) {
   std::string text = "[";
   for (size_t i = 0; i < ranks.size(); ++i) text += (i != 0 ? ", " : "") + std::to_string(ranks[i]);
   return text + "]";
 }
 
-void Job::Publish(Event *event, uint32_t value) {
+void Job::Publish(Event* event, uint32_t value) {
   event->value.store(value);
   if (event->sleepers.load() != 0) {
-    syscall(SYS_futex, reinterpret_cast<uint32_t *>(&event->value), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&event->value), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
   }
 }
 
-Job::Job(const std::string &name, int rank, int size, double join_seconds, double wait_seconds)
+Job::Job(const std::string& name, int rank, int size, double join_seconds, double wait_seconds)
     : rank_(rank), size_(size), wait_seconds_(wait_seconds) {
   if (size < 1 || size > kMaxRanks || rank < 0 || rank >= size) {
     throw JobError("rank " + std::to_string(rank) + " of " + std::to_string(size) + ": a job has 1 to " +
@@ -159,28 +157,28 @@ Job::Job(const std::string &name, int rank, int size, double join_seconds, doubl
   spins_ = static_cast<int>(std::thread::hardware_concurrency()) >= size ? 20000 : 50;
   try {
     rank == 0 ? Create(name, join_seconds) : Attach(name, join_seconds);
-  } catch (const JobError &error) {
+  } catch (const JobError& error) {
     if (block_ != nullptr && block_->ranks[rank].pid.load() == getpid()) Abort(error.what());
     throw;
   }
 }
 
 Job::~Job() {
-  for (auto &entry : groups_) delete entry.second;
+  for (auto& entry : groups_) delete entry.second;
   if (block_ != nullptr) munmap(block_, RoundUp(sizeof(JobBlock), kPage));
   if (fd_ >= 0) close(fd_);
 }
 
-void Job::Fail(const std::string &message) const { throw JobError("rank " + std::to_string(rank_) + ": " + message); }
+void Job::Fail(const std::string& message) const { throw JobError("rank " + std::to_string(rank_) + ": " + message); }
 
-void Job::Create(const std::string &name, double seconds) {
+void Job::Create(const std::string& name, double seconds) {
   const double deadline = Now() + seconds;
   socklen_t length = 0;
   const sockaddr_un address = Address(name, &length);
   const int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
   if (listener < 0) Fail("cannot open a unix socket: " + ErrnoText());
   try {
-    if (bind(listener, reinterpret_cast<const sockaddr *>(&address), length) != 0) {
+    if (bind(listener, reinterpret_cast<const sockaddr*>(&address), length) != 0) {
       Fail("job '" + name + "' is already starting on this machine (" + ErrnoText() +
            "): wait for it, end it, or choose another job name");
     }
@@ -189,7 +187,8 @@ void Job::Create(const std::string &name, double seconds) {
     const uint64_t bytes = RoundUp(sizeof(JobBlock), kPage);
     const int error = fd_ < 0 ? errno : posix_fallocate(fd_, 0, static_cast<off_t>(bytes));
     if (error != 0) {
-      Fail("shared memory is full: " + std::to_string(bytes) + " bytes for job '" + name + "': " + std::strerror(error));
+      Fail("shared memory is full: " + std::to_string(bytes) + " bytes for job '" + name +
+           "': " + std::strerror(error));
     }
     Map();
     pthread_mutexattr_t attribute;
@@ -229,32 +228,35 @@ void Job::WaitForAll(int listener, double deadline) {
       if (block_->ranks[i].state.load() == kAbsent) missing.push_back(i);
     }
     if (missing.empty()) continue;
-    const std::string message = "ranks " + RankList(missing) + " of " + std::to_string(size_) + " did not join the job in time";
+    const std::string message =
+        "ranks " + RankList(missing) + " of " + std::to_string(size_) + " did not join the job in time";
     Abort(message);
     Fail(message);
   }
 }
 
-void Job::Attach(const std::string &name, double seconds) {
+void Job::Attach(const std::string& name, double seconds) {
   const double deadline = Now() + seconds;
   socklen_t length = 0;
   const sockaddr_un address = Address(name, &length);
   int32_t job_size = 0;
   while (fd_ < 0) {
     const int peer = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    if (peer >= 0 && connect(peer, reinterpret_cast<const sockaddr *>(&address), length) == 0) {
+    if (peer >= 0 && connect(peer, reinterpret_cast<const sockaddr*>(&address), length) == 0) {
       fd_ = ReceiveDescriptor(peer, &job_size);
     }
     if (peer >= 0) close(peer);
     if (fd_ >= 0) break;
-    if (Now() > deadline) Fail("rank 0 did not open job '" + name + "' in " + std::to_string(static_cast<int>(seconds)) + " s");
+    if (Now() > deadline)
+      Fail("rank 0 did not open job '" + name + "' in " + std::to_string(static_cast<int>(seconds)) + " s");
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
   if (job_size != size_) {
-    Fail("job '" + name + "' has " + std::to_string(job_size) + " ranks, this process expects " + std::to_string(size_));
+    Fail("job '" + name + "' has " + std::to_string(job_size) + " ranks, this process expects " +
+         std::to_string(size_));
   }
   Map();
-  RankBlock &self = block_->ranks[rank_];
+  RankBlock& self = block_->ranks[rank_];
   int32_t absent = kAbsent;
   if (!self.state.compare_exchange_strong(absent, kJoined)) {
     Fail("process " + std::to_string(self.pid.load()) + " is already this rank of job '" + name + "'");
@@ -266,16 +268,17 @@ void Job::Attach(const std::string &name, double seconds) {
     FutexWait(&block_->joined.value, seen, 0.05);
     const std::string failure = FirstFailure();
     if (!failure.empty()) Fail("stopped while the ranks were joining because " + failure);
-    if (!Alive(0)) Fail("rank 0 (process " + std::to_string(block_->ranks[0].pid.load()) + ") died while the ranks were joining");
+    if (!Alive(0))
+      Fail("rank 0 (process " + std::to_string(block_->ranks[0].pid.load()) + ") died while the ranks were joining");
     if (Now() > deadline + 5) Fail("the other ranks did not join job '" + name + "' in time");
   }
 }
 
 void Job::Map() {
-  void *memory = mmap(nullptr, RoundUp(sizeof(JobBlock), kPage), PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
+  void* memory = mmap(nullptr, RoundUp(sizeof(JobBlock), kPage), PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
   if (memory == MAP_FAILED) Fail("cannot map the shared memory: " + ErrnoText());
-  block_ = static_cast<JobBlock *>(memory);
-  struct flock lock {};
+  block_ = static_cast<JobBlock*>(memory);
+  struct flock lock{};
   lock.l_type = F_WRLCK;
   lock.l_whence = SEEK_SET;
   lock.l_start = rank_;
@@ -285,7 +288,7 @@ void Job::Map() {
 
 bool Job::Alive(int rank) const {
   if (rank == rank_) return true;
-  struct flock lock {};
+  struct flock lock{};
   lock.l_type = F_WRLCK;
   lock.l_whence = SEEK_SET;
   lock.l_start = rank;
@@ -294,12 +297,12 @@ bool Job::Alive(int rank) const {
 }
 
 std::string Job::Describe(int rank) const {
-  const RankBlock &peer = block_->ranks[rank];
-  return "rank " + std::to_string(rank) + " (process " + std::to_string(peer.pid.load()) + ", last in: " +
-         (peer.doing[0] != 0 ? peer.doing : "no collective yet") + ")";
+  const RankBlock& peer = block_->ranks[rank];
+  return "rank " + std::to_string(rank) + " (process " + std::to_string(peer.pid.load()) +
+         ", last in: " + (peer.doing[0] != 0 ? peer.doing : "no collective yet") + ")";
 }
 
-void Job::CheckPeers(const std::vector<int> &late, const std::string &what, double waited) const {
+void Job::CheckPeers(const std::vector<int>& late, const std::string& what, double waited) const {
   const std::string failure = FirstFailure();
   if (!failure.empty()) Fail("stopped in " + what + " because " + failure);
   for (int peer : late) {
@@ -312,14 +315,14 @@ void Job::CheckPeers(const std::vector<int> &late, const std::string &what, doub
   Fail("waited " + std::to_string(static_cast<int>(waited)) + " s in " + what + " for " + names);
 }
 
-void Job::SetDoing(const std::string &what) {
-  char *doing = block_->ranks[rank_].doing;
+void Job::SetDoing(const std::string& what) {
+  char* doing = block_->ranks[rank_].doing;
   const size_t length = std::min(what.size(), sizeof(RankBlock::doing) - 1);
   std::memcpy(doing, what.data(), length);
   doing[length] = 0;
 }
 
-void Job::Abort(const std::string &message) {
+void Job::Abort(const std::string& message) {
   int32_t nobody = -1;
   if (!block_->failed_rank.compare_exchange_strong(nobody, rank_)) return;
   std::snprintf(block_->failure, sizeof(block_->failure), "%s", message.c_str());
@@ -336,16 +339,16 @@ std::string Job::FirstFailure() const {
 
 void Job::Leave() { block_->ranks[rank_].state.store(kLeft); }
 
-char *Job::MapData(uint64_t offset, uint64_t bytes) {
-  void *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, static_cast<off_t>(offset));
+char* Job::MapData(uint64_t offset, uint64_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, static_cast<off_t>(offset));
   if (memory == MAP_FAILED) Fail("cannot map " + std::to_string(bytes) + " bytes of shared memory: " + ErrnoText());
-  return static_cast<char *>(memory);
+  return static_cast<char*>(memory);
 }
 
-char *Job::Allocate(uint64_t bytes, const std::string &what, uint64_t *offset) {
+char* Job::Allocate(uint64_t bytes, const std::string& what, uint64_t* offset) {
   const uint64_t available = AvailableMemory();
-  const int error = bytes > available ? ENOSPC
-                                      : posix_fallocate(fd_, static_cast<off_t>(block_->used), static_cast<off_t>(bytes));
+  const int error =
+      bytes > available ? ENOSPC : posix_fallocate(fd_, static_cast<off_t>(block_->used), static_cast<off_t>(bytes));
   if (error != 0) {
     Fail("shared memory is full: " + what + " needs " + std::to_string(bytes >> 10) + " KiB more (" +
          std::to_string(block_->used >> 10) + " KiB in use, " + std::to_string(available >> 10) +
@@ -356,28 +359,31 @@ char *Job::Allocate(uint64_t bytes, const std::string &what, uint64_t *offset) {
   return MapData(*offset, bytes);
 }
 
-Group *Job::FindGroup(const std::vector<int> &ranks) {
-  for (auto &entry : groups_) {
+Group* Job::FindGroup(const std::vector<int>& ranks) {
+  for (auto& entry : groups_) {
     if (entry.first == ranks) return entry.second;
   }
   int index = -1;
   for (size_t i = 0; i < ranks.size(); ++i) {
-    if (ranks[i] < 0 || ranks[i] >= size_) Fail("group " + RankList(ranks) + " has a rank outside the job of " + std::to_string(size_));
+    if (ranks[i] < 0 || ranks[i] >= size_)
+      Fail("group " + RankList(ranks) + " has a rank outside the job of " + std::to_string(size_));
     if (ranks[i] == rank_) index = static_cast<int>(i);
   }
   if (index < 0) Fail("this rank is not a member of group " + RankList(ranks));
   const Locked guard(&block_->lock);
   const uint64_t bytes = kSlots * ranks.size() * kSlotBytes;
-  GroupBlock *found = nullptr;
-  char *data = nullptr;
+  GroupBlock* found = nullptr;
+  char* data = nullptr;
   for (int i = 0; i < block_->groups && found == nullptr; ++i) {
-    GroupBlock &candidate = block_->group[i];
-    if (candidate.size == static_cast<int>(ranks.size()) && std::equal(ranks.begin(), ranks.end(), candidate.ranks)) found = &candidate;
+    GroupBlock& candidate = block_->group[i];
+    if (candidate.size == static_cast<int>(ranks.size()) && std::equal(ranks.begin(), ranks.end(), candidate.ranks))
+      found = &candidate;
   }
   if (found != nullptr) {
     data = MapData(found->data_offset, bytes);
   } else {
-    if (block_->groups == kMaxGroups) Fail("more than " + std::to_string(kMaxGroups) + " communication groups in one job");
+    if (block_->groups == kMaxGroups)
+      Fail("more than " + std::to_string(kMaxGroups) + " communication groups in one job");
     found = &block_->group[block_->groups];
     data = Allocate(bytes, "group " + RankList(ranks), &found->data_offset);
     found->size = static_cast<int>(ranks.size());
@@ -390,28 +396,33 @@ Group *Job::FindGroup(const std::vector<int> &ranks) {
 
 Mailbox Job::FindMailbox(int source, int target, int64_t tag, uint64_t bytes) {
   const std::vector<int64_t> key{source, target, tag};
-  const std::string name = "messages from rank " + std::to_string(source) + " to rank " + std::to_string(target) + " (tag " + std::to_string(tag) + ")";
+  const std::string name = "messages from rank " + std::to_string(source) + " to rank " + std::to_string(target) +
+                           " (tag " + std::to_string(tag) + ")";
   const uint64_t slot_bytes = RoundUp(std::max<uint64_t>(bytes, 1), 64);
-  for (auto &entry : mailboxes_) {
+  for (auto& entry : mailboxes_) {
     if (entry.first != key) continue;
     if (entry.second.block->slot_bytes == slot_bytes) return entry.second;
-    Fail(name + " have " + std::to_string(bytes) + " bytes here and about " + std::to_string(entry.second.block->slot_bytes) + " before");
+    Fail(name + " have " + std::to_string(bytes) + " bytes here and about " +
+         std::to_string(entry.second.block->slot_bytes) + " before");
   }
-  if (source < 0 || source >= size_ || target < 0 || target >= size_ || source == target) Fail(name + " are impossible in a job of " + std::to_string(size_));
+  if (source < 0 || source >= size_ || target < 0 || target >= size_ || source == target)
+    Fail(name + " are impossible in a job of " + std::to_string(size_));
   const Locked guard(&block_->lock);
   const uint64_t total = RoundUp(slot_bytes * kMailboxDepth, kPage);
   Mailbox found{nullptr, nullptr};
   for (int i = 0; i < block_->mailboxes && found.block == nullptr; ++i) {
-    MailboxBlock &candidate = block_->mailbox[i];
+    MailboxBlock& candidate = block_->mailbox[i];
     if (candidate.source == source && candidate.target == target && candidate.tag == tag) found.block = &candidate;
   }
   if (found.block != nullptr) {
     if (found.block->slot_bytes != slot_bytes) {
-      Fail(name + " have " + std::to_string(bytes) + " bytes here and about " + std::to_string(found.block->slot_bytes) + " on the other side");
+      Fail(name + " have " + std::to_string(bytes) + " bytes here and about " +
+           std::to_string(found.block->slot_bytes) + " on the other side");
     }
     found.data = MapData(found.block->data_offset, total);
   } else {
-    if (block_->mailboxes == kMaxMailboxes) Fail("more than " + std::to_string(kMaxMailboxes) + " Send/Receive pairs in one job");
+    if (block_->mailboxes == kMaxMailboxes)
+      Fail("more than " + std::to_string(kMaxMailboxes) + " Send/Receive pairs in one job");
     found.block = &block_->mailbox[block_->mailboxes];
     found.data = Allocate(total, name, &found.block->data_offset);
     found.block->source = source;
@@ -424,7 +435,7 @@ Mailbox Job::FindMailbox(int source, int target, int64_t tag, uint64_t bytes) {
   return found;
 }
 
-void Group::Begin(const Signature &asked, const std::string &what) {
+void Group::Begin(const Signature& asked, const std::string& what) {
   ++number_;
   what_ = what + " (operation " + std::to_string(number_) + " of group " +
           RankList(std::vector<int>(block_->ranks, block_->ranks + block_->size)) + ")";
@@ -454,7 +465,7 @@ void Group::Barrier() {
 }
 
 void Group::CompareSignatures() const {
-  const Signature *asked = block_->asked[number_ % 2];
+  const Signature* asked = block_->asked[number_ % 2];
   for (int i = 0; i < block_->size; ++i) {
     if (asked[i] == asked[index_]) continue;
     throw JobError("rank " + std::to_string(job_->rank()) + ": the ranks disagree: here " + what_ + ", on rank " +

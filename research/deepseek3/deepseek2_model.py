@@ -199,7 +199,7 @@ class MultiHeadLatentAttention(nn.Cell):
 def part(strided_slice, x, start, width):
     """x[..., start : start + width], as an operator that sharding.py can reach.
 
-    Not SplitWithSize: in MindSpore 2.9's CPU graphs its views give wrong gradients (tests/parity found it).
+    Not SplitWithSize, whose views give wrong gradients in MindSpore 2.9's PyNative mode on CPU.
     """
     rank = len(x.shape)
     begin = (0,) * (rank - 1) + (start,)
@@ -334,7 +334,7 @@ class BalanceLoss(nn.Cell):
             sent = self._per_sequence(hit * token_mask, batch) * (self.n_group / self.topk_group) / count
             loss = loss + self.factors["comm"] * (sent * self._by_group(probability, batch)).sum(-1).mean()
         if self.z_factor > 0:
-            z = ops.logsumexp(logits, -1, keep_dims=True)
+            z = ops.logsumexp(logits, -1, True)
             loss = loss + self.z_factor * (z * z * token_mask).sum() / token_mask.sum()
         return loss
 

@@ -58,8 +58,8 @@ def plans(config) -> dict[str, dict[str, tuple]]:
             "compressed_kv": (tokens,),
             "k_pe": (tokens,),
             **dict.fromkeys(("q_nope", "q_pe", "k_nope", "value"), (heads(),)),
-            "to_heads": (("dp", "cp", "mp", NONE),),
-            "from_heads": (heads(),),
+            "to_heads": (("dp", "cp", "mp", NONE), "->", heads()),
+            "from_heads": (heads(), "->", ("dp", "cp", "mp", NONE)),
             "share_key": (heads(),),
             "cat_query": (heads(), heads()),
             "cat_key": (heads(), heads()),
@@ -127,6 +127,9 @@ def rotary_plan(x: tuple) -> dict[str, tuple]:
     }
 
 
+# Operators that take layouts by name only as self-defined local programs, outputs included.
+TAKES_NUMBERS = ("StridedSlice", "Concat", "Transpose", "Tile")
+
 OPERATOR_CHOICES = {"norm", "rotary"} | set(rms_norm_plan(())) | set(rotary_plan((NONE,) * 4))
 
 
@@ -169,6 +172,15 @@ def apply(operator, sizes: dict[str, int], layouts: tuple) -> None:
     cut = layouts.index("->") if "->" in layouts else len(layouts)
     plain = all(in_grid_order(axes, sizes) for axes in layouts if axes != "->")
     grid = Layout(tuple(sizes.values()), tuple(sizes))
+    if operator.name == "Tile" and not plain:
+        layouts = (("dp", NONE, "cp", NONE),)  # repeats a local key for all heads; the compiler cuts them next
+    if operator.name in TAKES_NUMBERS:
+        if plain:
+            layouts = layouts[:cut]
+        else:
+            operator.add_prim_attr("self_define_shard", True)
+            layouts = layouts if "->" in layouts else (*layouts, "->", layouts[0])
+            cut = layouts.index("->")
 
     def split(axes):
         if plain:

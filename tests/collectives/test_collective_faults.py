@@ -20,7 +20,7 @@ def shared_memory_files() -> set[str]:
 
 
 def test_killed_worker_is_named_by_all_others():
-    before, started = shared_memory_files(), time.monotonic()
+    before = shared_memory_files()
 
     def body(rank, size):
         collectives.all_reduce(ONES, range(size))
@@ -35,7 +35,6 @@ def test_killed_worker_is_named_by_all_others():
         assert sentence.startswith(f"rank {rank}: ")
         assert "rank 2 (process" in sentence and "has died" in sentence
         assert "AllReduce of 1000 float32 (operation 2 of group [0, 1, 2, 3])" in sentence
-    assert time.monotonic() - started < 30
     assert shared_memory_files() == before
 
 

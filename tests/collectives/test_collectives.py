@@ -89,7 +89,9 @@ def test_sizes_around_and_above_a_slot(size):
     assert sum(results(run_ranks(size, body)), []) == []
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64"]
+)
 def test_types_and_reductions(dtype):
     """Every type and reduction, three processes: half types are accumulated in float32 and rounded once."""
     storage = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)

@@ -10,11 +10,33 @@ import numpy as np
 from mindspore import Parameter, Tensor, lazy_inline, nn, ops
 from mindspore.nn.wrap.cell_wrapper import _TrainGradAccuStepCell, _VirtualDatasetCell
 
+from mindformers_ext.cpu_parallel.verify import Layout
+
+
+def layout(name: str, **degrees) -> Layout:
+    """A named layout of the toy."""
+    sizes = [degrees.get(axis, 1) for axis in ("dp", "mp", "pp")]
+    return Layout(name, degrees, int(np.prod(sizes)), sizes[2], degrees.get("micro", 1))
+
+
+LAYOUTS = [
+    layout("mp2", mp=2),
+    layout("dp2-mp2-optimizer", dp=2, mp=2, shard_optimizer=True),
+    layout("pp2", pp=2, micro=2),
+    layout("dp2", dp=2),
+    layout("dp4-optimizer", dp=4, shard_optimizer=True),
+    layout("dp4-optimizer2", dp=4, shard_optimizer=True, shard_size=2),
+    layout("mp4", mp=4),
+    layout("pp2-mp2-optimizer", pp=2, micro=4, mp=2, shard_optimizer=True),
+    layout("pp2-dp2-optimizer", pp=2, micro=4, dp=2, shard_optimizer=True),
+    layout("pp2-dp2-mp2", pp=2, dp=2, mp=2, micro=2),
+]
+
 BATCH, SEQUENCE, HIDDEN, HEADS, FFN, VOCAB, LAYERS = 8, 16, 32, 4, 64, 48, 2
 
 
 @dataclass(frozen=True)
-class Layout:
+class Degrees:
     """Degrees of the toy; `micro` micro-batches per step when pp > 1."""
 
     dp: int = 1
@@ -44,7 +66,7 @@ class Norm(nn.Cell):
 class Block(nn.Cell):
     """x (T, H) -> (T, H): attention with heads on mp, then a feed-forward layer with its width on mp."""
 
-    def __init__(self, rng, layout: Layout):
+    def __init__(self, rng, layout: Degrees):
         super().__init__()
         dp, mp = layout.dp, layout.mp
         self.query, self.key, self.value = (parameter(rng, HIDDEN, HIDDEN) for _ in range(3))
@@ -115,7 +137,7 @@ class Loss(nn.Cell):
 class Net(nn.Cell):
     """tokens, labels (b, S) int32 -> mean cross entropy."""
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Degrees):
         super().__init__()
         rng = np.random.default_rng(7)
         self.embedding = Embedding(rng, layout.dp)
@@ -136,7 +158,7 @@ class PipelineNet(Net):
     """The net as the pipeline scheduler needs it: one function that every micro-batch calls."""
 
     @lazy_inline
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Degrees):
         super().__init__(layout)
 
 
@@ -146,7 +168,7 @@ def data(step: int) -> tuple[Tensor, Tensor]:
     return Tensor(tokens, ms.int32), Tensor((tokens * 5 + 1) % VOCAB, ms.int32)
 
 
-def training_cell(layout: Layout):
+def training_cell(layout: Degrees):
     """Forward, backward and AdamW of the toy under the parallel context that is set."""
     pipelined = layout.pp > 1
     net = (PipelineNet if pipelined else Net)(layout)
@@ -162,7 +184,7 @@ def training_cell(layout: Layout):
 
 def build(**degrees):
     """Builder for the rank compiler: the training cell and its inputs."""
-    layout = Layout(**degrees)
+    layout = Degrees(**degrees)
     ms.set_auto_parallel_context(
         parallel_mode="semi_auto_parallel",
         full_batch=True,
@@ -177,5 +199,5 @@ def build(**degrees):
 
 def build_single(steps: int = 4):
     """Builder for the single process: the training cell and the numpy inputs of every step."""
-    cell = training_cell(Layout())
+    cell = training_cell(Degrees())
     return cell, [tuple(x.asnumpy() for x in data(step)) for step in range(steps)]

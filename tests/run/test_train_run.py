@@ -78,6 +78,19 @@ def test_resumed_run_equals_the_straight_one(trained: Path, toy_folder: Path) ->
         np.testing.assert_array_equal(last[name], value, err_msg=name)
 
 
+def test_accumulated_micro_batches_equal_one_batch(trained: Path, toy_folder: Path) -> None:
+    arguments = "--output_dir accumulated --batch_size 2 --gradient_accumulation_steps 2"
+    result = run_mindformer(toy_folder, *arguments.split())
+    assert result.returncode == 0, result.stderr[-3000:]
+    accumulated = read_metrics(toy_folder / "accumulated")
+    assert len(accumulated) == 8
+    for record, whole in zip(accumulated, read_metrics(trained), strict=False):
+        for key in ("loss", "main_loss", "grad_norm"):
+            assert record[key] == pytest.approx(whole[key], rel=2e-6)
+        assert record["expert_load"] == whole["expert_load"]
+        assert (record["mtp_loss"], record["lr"]) == (0.5, whole["lr"])
+
+
 def test_two_data_parallel_processes_equal_one_with_the_double_batch(trained: Path, toy_folder: Path) -> None:
     command = (
         f"run_mindformer.py --config {TOY}/train_toy.yaml --register_path {TOY} --output_dir parallel "

@@ -131,3 +131,15 @@ def test_schedule_refuses_what_is_out_of_order(change: dict) -> None:
     values = {"learning_rate": 1e-3, "lr_end": 1e-4, "warmup_steps": 1, "stable_steps": 1, "decay_steps": 1}
     with pytest.raises(ValueError, match="lr_schedule"):
         WarmupStableCosineStepsLR(**(values | change))
+
+
+def test_a_dynamic_loss_scale_falls_on_overflow_and_rises_after_its_window() -> None:
+    manager = ms.nn.DynamicLossScaleUpdateCell(loss_scale_value=1024, scale_factor=2, scale_window=2)
+    step = make_step(1.0, scale_sense=manager)
+    ids, labels = (Tensor(part, ms.int32) for part in batch(0))
+    scales = [float(step(ids, labels)[2].asnumpy().item()) for _ in range(4)]
+    assert scales == [1024, 2048, 2048, 4096]  # doubled after every second good step
+    before = float(step.scale_sense.asnumpy().item())
+    real_model(step).scale[0, 0] = np.inf
+    assert bool(step(ids, labels)[1].asnumpy().item())
+    assert float(step.scale_sense.asnumpy().item()) == before / 2

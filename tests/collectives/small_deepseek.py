@@ -1,0 +1,79 @@
+"""A two-layer DeepSeek-V3 (one dense, one MoE layer) for the parallel runs, trained as the project trains: MindFormers'
+AdamW and train-one-step cells with gradient clipping. One builder for the ranks, one for the single process."""
+
+import mindspore as ms
+import numpy as np
+from deepseek3_model import DeepseekV3ForCausalLM
+from helpers.small_models import v3_config
+from mindformers.core.lr import ConstantWarmUpLR
+from mindformers.core.optim import AdamW
+from mindformers.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
+from mindspore import Tensor, nn, ops
+from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
+
+BATCH = 4
+SIZES = dict(
+    seq_length=16, hidden_size=32, num_heads=4, intermediate_size=64, kv_lora_rank=16, q_lora_rank=16, vocab_size=64
+)
+MOE = dict(expert_num=8, num_experts_chosen=2, moe_intermediate_size=16)
+
+
+class SingleStep(MFTrainOneStepCell):
+    """The step of the single process: CPU has no overflow register to read, and this training has no overflow."""
+
+    def get_overflow_status(self, status, compute_output):
+        return ops.logical_not(ops.isfinite(compute_output[0]).all())
+
+
+def data(step: int) -> tuple[np.ndarray, np.ndarray]:
+    """input_ids and labels (B, S) int32 of one step; a few labels are ignored."""
+    rng = np.random.default_rng((3, step))
+    ids = rng.integers(2, SIZES["vocab_size"], (BATCH, SIZES["seq_length"])).astype(np.int32)
+    labels = ((ids * 5 + 1) % SIZES["vocab_size"]).astype(np.int32)
+    labels[:, :2] = -100
+    return ids, labels
+
+
+def training_cell(parallel: dict, model: dict, moe: dict, one_step=MFTrainOneStepCell):
+    """The training cell under the parallel context that is set."""
+    config = v3_config({**MOE, **moe}, **{**SIZES, **model}, batch_size=BATCH, parallel_config=dict(parallel))
+    ms.set_seed(1)
+    net = DeepseekV3ForCausalLM(config)
+    stages = parallel.get("pipeline_stage", 1)
+    inner = nn.PipelineCell(net, parallel["micro_batch_num"]) if stages > 1 else net
+    weights = net.trainable_params()
+    groups = [
+        {"params": [w for w in weights if w.ndim > 1], "weight_decay": 0.1},
+        {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0},
+    ]
+    schedule = ConstantWarmUpLR(learning_rate=1e-2, warmup_steps=2, total_steps=100)
+    optimizer = AdamW(groups, learning_rate=schedule, betas=(0.9, 0.95), eps=1e-8)
+    inner = _VirtualDatasetCell(inner)
+    if stages > 1:
+        step = MFPipelineWithLossScaleCell(
+            inner, optimizer, scale_sense=1.0, micro_batch_num=parallel["micro_batch_num"], use_clip_grad=True
+        )
+    else:
+        step = one_step(inner, optimizer, scale_sense=1.0, use_clip_grad=True)
+    step.set_train()
+    return step
+
+
+def build(parallel: dict, model: dict | None = None, moe: dict | None = None, shard_size: int = 0):
+    """Builder for the rank compiler; `shard_size` ranks share a weight (optimizer parallelism; -1: all, 0: off)."""
+    ms.set_auto_parallel_context(
+        parallel_mode="semi_auto_parallel",
+        full_batch=True,
+        enable_alltoall=True,
+        pipeline_stages=parallel.get("pipeline_stage", 1),
+        search_mode="sharding_propagation",
+        gradients_mean=False,
+        enable_parallel_optimizer=shard_size != 0,
+        parallel_optimizer_config={"parallel_optimizer_threshold": 0, "optimizer_weight_shard_size": shard_size or -1},
+    )
+    return training_cell(parallel, model or {}, moe or {}), tuple(Tensor(x) for x in data(0))
+
+
+def build_single(model: dict | None = None, moe: dict | None = None, steps: int = 5):
+    """Builder for the single process."""
+    return training_cell({}, model or {}, moe or {}, SingleStep), [data(step) for step in range(steps)]
