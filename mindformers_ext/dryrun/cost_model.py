@@ -26,8 +26,9 @@ from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, RunPlan, model_folder
 from mindformers_ext.dryrun.transfers import (
     Transfer,
     capacity_rows,
+    embedding_step,
     gradient_exchange,
-    layer_forward,
+    layer_step,
     mtp_embedding,
     stage_boundary,
 )
@@ -231,9 +232,10 @@ def _step_transfers(plan: RunPlan, stage: int, layers: list[int], recomputed: in
     micro = plan.micro_batches
     totals: dict[tuple, float] = defaultdict(float)
     for i, layer in enumerate(layers):
-        passes = 2 + (i < recomputed)  # the backward pass mirrors the forward one
-        for t in layer_forward(plan, layer):
-            totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls * passes * micro
+        for t in layer_step(plan, layer, i < recomputed):
+            totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls * micro
+    for t in embedding_step(plan) if stage == 0 else []:
+        totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls * micro
     edge = stage_boundary(plan)
     for kind, neighbours in (("Send", (stage < plan.pp - 1, stage > 0)), ("Receive", (stage > 0, stage < plan.pp - 1))):
         if any(neighbours):
@@ -244,7 +246,7 @@ def _step_transfers(plan: RunPlan, stage: int, layers: list[int], recomputed: in
             totals[(t.purpose, kind, t.group_size, t.span, t.bytes)] += t.calls * micro
     for t in gradient_exchange(plan, own):
         totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls
-    return [Transfer(*key, calls) for key, calls in totals.items()]
+    return [Transfer(*key, calls) for key, calls in totals.items() if calls]
 
 
 def _activations(plan: RunPlan, stage: int, layers: list[int], recomputed: int) -> tuple[float, float]:

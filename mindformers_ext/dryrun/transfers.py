@@ -6,13 +6,14 @@ inserts is read from its graph (`mindir.collectives`); the tests compare the two
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.parameters import Weight, gathered_bytes, optimizer_ways, parameter_bytes
 from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, RunPlan
 
 ID_BYTES = 4
+MIRRORED = {"AllGather": "ReduceScatter", "ReduceScatter": "AllGather"}  # a collective's own gradient
 FLOAT_BYTES = 4
 
 
@@ -51,8 +52,30 @@ def wire_factor(kind: str, group_size: int) -> float:
 
 
 def layer_forward(plan: RunPlan, layer: int) -> list[Transfer]:
-    """Collectives of one layer's forward pass for one micro-batch; the backward pass mirrors them one by one."""
+    """Collectives of one layer's forward pass for one micro-batch, in order within each purpose."""
     return [*_tensor_parallel(plan, layer), *_expert_parallel(plan, layer)]
+
+
+def layer_step(plan: RunPlan, layer: int, recomputed: bool) -> list[Transfer]:
+    """Collectives of one layer for one micro-batch: forward, backward, and forward again when it is recomputed.
+
+    The backward pass mirrors the forward one; recomputation leaves out what only makes the layer's output.
+    """
+    forward = layer_forward(plan, layer)
+    found = forward + [replace(t, kind=MIRRORED.get(t.kind, t.kind)) for t in forward]
+    if recomputed:
+        last = {t.purpose: t for t in forward}
+        found += [replace(t, calls=t.calls - (t is last[t.purpose])) for t in forward]
+    return found
+
+
+def embedding_step(plan: RunPlan) -> list[Transfer]:
+    """Sums over the parts of a vocabulary split on mp, float32: forward and backward, for the model and MTP."""
+    model = plan.model
+    if plan.mp == 1 or plan.vocab_emb_dp:
+        return []
+    size = plan.batch_size * model.seq_length / plan.cp * model.hidden_size * FLOAT_BYTES
+    return [Transfer("tensor parallel", "AllReduce", plan.mp, plan.mp, size, 2 * (1 + model.mtp_depth))]
 
 
 def _tensor_parallel(plan: RunPlan, layer: int) -> Iterator[Transfer]:

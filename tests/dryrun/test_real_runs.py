@@ -46,20 +46,14 @@ def dry_run(out: Path, config: Path, *arguments: str, overrides: dict[str, str] 
     return report
 
 
-def sent(record: dict, kind: str, size: int) -> float:
-    """Bytes a rank sends in a step with collectives of this kind and group size."""
-    rows = (c for c in record["collectives"] if c["kind"] == kind and c["group_size"] == size)
-    return sum(c["sent_bytes"] for c in rows)
-
-
-def test_one_billion_on_eight_ranks(tmp_path):
-    report = dry_run(tmp_path, ONE_BILLION, "--ranks", "all", "--jobs", "2")
-    assert len(report["ranks"]) == 8
+@pytest.mark.parametrize("ranks", ["per-stage", pytest.param("all", marks=pytest.mark.slow)])
+def test_one_billion_on_eight_devices(tmp_path, ranks):
+    report = dry_run(tmp_path, ONE_BILLION, "--ranks", ranks, "--jobs", "2")
+    assert {r["stage"] for r in report["ranks"]} == {0, 1}
     assert report["parameter_check"]["differences"] == []
     assert report["parameter_check"]["stages"] == [0, 1]
-    first, last = report["ranks"][0], report["ranks"][4]
+    first = report["ranks"][0]
     assert {c["group_size"] for c in first["collectives"] if c["kind"] == "Send"} == {2}
-    assert sent(last, "ReduceScatter", 2) > 0, "model and expert parallel groups have two ranks"
     assert not any(c["across_nodes"] for r in report["ranks"] for c in r["collectives"]), "eight ranks are one node"
 
 
