@@ -13,7 +13,11 @@ from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
 
 from mindformers_ext.cpu_parallel.verify import Layout
 
-LAYOUTS = [Layout("dp2", {"parallel": {"data_parallel": 2}}, world_size=2)]
+LAYOUTS = [
+    Layout("dp2", {"parallel": {"data_parallel": 2}}, world_size=2),
+    Layout("mp2", {"parallel": {"model_parallel": 2}}, world_size=2),
+    Layout("ep2", {"parallel": {"data_parallel": 2, "expert_parallel": 2}}, world_size=2),
+]
 
 BATCH = 4
 SIZES = dict(
