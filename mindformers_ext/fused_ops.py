@@ -9,9 +9,21 @@ Legend: T tokens, H hidden, F expert width, L experts of this device, R rows of 
 import os
 
 import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore import nn, ops
-from mindspore.ops.auto_generate import GroupedMatmul, RmsNorm, RotaryPositionEmbedding, SiLU, Swiglu
+from mindspore.ops.auto_generate import (
+    GroupedMatmul,
+    MoeTokenPermute,
+    MoeTokenUnpermute,
+    RmsNorm,
+    RotaryPositionEmbedding,
+    SiLU,
+    Swiglu,
+)
+from mindspore.ops.operations.nn_ops import FlashAttentionScore
+
+MASKED = -3.0e38  # added to a float32 score that may not be attended
 
 
 def fused(flag: bool) -> bool:
@@ -43,6 +55,48 @@ class FusedRmsNorm(nn.Cell):
 
     def construct(self, x, weight):
         return self.norm(x, weight)[0]
+
+
+class BasicAttention(nn.Cell):
+    """softmax(query key^T * scale + mask) value, with the S x S scores in memory; softmax in softmax_compute_type."""
+
+    def __init__(self, config, scale: float):
+        super().__init__()
+        self.scale, self.softmax_type = scale, getattr(mstype, config.softmax_compute_type)
+        self.scale_query = ops.Mul()
+        self.query_key = ops.BatchMatMul(transpose_b=True)
+        self.add_mask = ops.Add()
+        self.softmax = ops.Softmax(-1)
+        self.weigh_value = ops.BatchMatMul()
+
+    def construct(self, query, key, value, mask):
+        scores = self.query_key(self.scale_query(query, self.scale), key)  # (B, N, S, S)
+        scores = self.add_mask(ops.cast(scores, self.softmax_type), mask)
+        return self.weigh_value(ops.cast(self.softmax(scores), value.dtype), value)
+
+
+class FlashAttention(nn.Cell):
+    """Ascend's FlashAttentionScore; values are padded to the width of keys, which the operator wants equal."""
+
+    def __init__(self, config, scale: float):
+        super().__init__()
+        self.padding, self.value_dim = config.qk_head_dim - config.v_head_dim, config.v_head_dim
+        common = dict(head_num=config.num_heads, scale_value=scale, input_layout="BNSD")
+        self.causal = FlashAttentionScore(sparse_mode=2, **common)  # its mask is always the 2048 x 2048 triangle
+        self.masked = FlashAttentionScore(sparse_mode=0, **common)
+        self.triangle = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
+        self.pad_value, self.cut_value = ops.Concat(-1), ops.StridedSlice()
+
+    def construct(self, query, key, value, mask):
+        if self.padding > 0:
+            value = self.pad_value((value, ops.zeros(value.shape[:-1] + (self.padding,), value.dtype)))
+        if mask is None:
+            context = self.causal(query, key, value, None, None, None, self.triangle, None)[3]
+        else:
+            context = self.masked(query, key, value, None, None, None, mask, None)[3]
+        if self.padding > 0:
+            context = self.cut_value(context, (0, 0, 0, 0), context.shape[:-1] + (self.value_dim,), (1, 1, 1, 1))
+        return context
 
 
 class BasicRotary(nn.Cell):
@@ -78,6 +132,41 @@ class FusedRotary(nn.Cell):
         return self.rotary(x, cos, sin, 1)
 
 
+class BasicPermute(nn.Cell):
+    """Sort tokens by expert, and mix what the experts made of them back into token order."""
+
+    def __init__(self):
+        super().__init__()
+        self.sort = ops.Sort()
+
+    def permute(self, x, ids, rows: int):
+        """Rows (rows, H) by expert, from x (T, H) and ids (T, K), and the row (T*K,) of each choice."""
+        _, order = self.sort(ops.cast(ids.reshape((-1,)), mstype.float32))  # (T*K,)
+        _, place = self.sort(ops.cast(order, mstype.float32))
+        return ops.gather(x, order[:rows] // ids.shape[1], 0), place
+
+    def unpermute(self, y, place, gates):
+        """(T, H) <- rows y (rows, H) weighed with gates (T, K); rows that were cut off carry gate 0."""
+        chosen = ops.gather(y, ops.minimum(place, y.shape[0] - 1), 0).reshape(gates.shape + (y.shape[1],))
+        return (chosen * ops.cast(gates, y.dtype).expand_dims(-1)).sum(1)
+
+
+class FusedPermute(nn.Cell):
+    """Ascend's MoeTokenPermute and MoeTokenUnpermute."""
+
+    def __init__(self):
+        super().__init__()
+        self.permute_tokens, self.unpermute_tokens = MoeTokenPermute(), MoeTokenUnpermute()
+
+    def permute(self, x, ids, rows: int):
+        """As BasicPermute's; rows is all of T*K."""
+        return self.permute_tokens(x, ids, rows, False)
+
+    def unpermute(self, y, place, gates):
+        """As BasicPermute's."""
+        return self.unpermute_tokens(y, place, ops.cast(gates, y.dtype), False, None)
+
+
 class BlockedSwiGlu(nn.Cell):
     """SwiGLU of each row's own expert without a grouped matmul.
 
@@ -90,33 +179,28 @@ class BlockedSwiGlu(nn.Cell):
         self.gate_up_mul, self.down_mul = ops.BatchMatMul(), ops.BatchMatMul()
         self.halve = ops.Split(-1, 2)
         self.silu = SiLU()
-        self.cumsum = ops.CumSum()
 
-    def construct(self, x, expert_of_row, counts, gate_up, down):
+    def construct(self, x, counts, gate_up, down):
         rows, hidden = x.shape
         experts = counts.shape[0]
         block = block_rows(rows, experts)
         blocks = rows // block + experts
         padded = (counts + block - 1) // block * block
-        padded_end, end = self._ends(padded), self._ends(counts)
-        expert = ops.minimum(expert_of_row, experts - 1)
-        shift = ops.gather(padded_end - padded - end + counts, expert, 0)
-        place = ops.cast(ops.arange(rows), mstype.int32) + shift
-        spare = blocks * block  # rows of no expert of this device end here
-        place = ops.select(expert_of_row < experts, place, ops.full_like(place, spare))
+        padded_end, end = ends(padded), ends(counts)
+        row = ops.cast(ops.arange(rows), mstype.int32)
+        expert = owner_of(row, end)  # (R,), L for rows that no expert here takes
+        shift = ops.gather(padded_end - padded - end + counts, ops.minimum(expert, experts - 1), 0)
+        spare = blocks * block  # where rows without expert go
+        place = ops.select(expert < experts, row + shift, ops.full_like(row, spare))
         source = ops.full((spare + 1,), rows, dtype=mstype.int32)
-        source = ops.tensor_scatter_elements(source, place, ops.cast(ops.arange(rows), mstype.int32), 0)[:-1]
+        source = ops.tensor_scatter_elements(source, place, row, 0)[:-1]
         zero_row = ops.zeros((1, hidden), x.dtype)
         blocked = ops.gather(ops.concat((x, zero_row), 0), source, 0).reshape((blocks, block, hidden))
-        starts = ops.cast(ops.arange(blocks), mstype.int32) * block
-        owner = ops.cast(starts.expand_dims(1) >= padded_end.expand_dims(0), mstype.int32).sum(1)
+        owner = owner_of(ops.cast(ops.arange(blocks), mstype.int32) * block, padded_end)
         owner = ops.minimum(owner, experts - 1)
         gate, up = self.halve(self.gate_up_mul(blocked, ops.gather(gate_up, owner, 0)))
         y = self.down_mul(self.silu(gate) * up, ops.gather(down, owner, 0)).reshape((-1, hidden))
         return ops.gather(ops.concat((y, zero_row), 0), place, 0)
-
-    def _ends(self, counts):
-        return ops.cast(self.cumsum(ops.cast(counts, mstype.float32), 0), mstype.int32)
 
 
 class GroupedSwiGlu(nn.Cell):
@@ -126,15 +210,25 @@ class GroupedSwiGlu(nn.Cell):
         super().__init__()
         self.gate_up_mul, self.down_mul = GroupedMatmul(3, 0), GroupedMatmul(3, 0)
         self.swiglu = Swiglu()
-        self.cumsum = ops.CumSum()
 
-    def construct(self, x, expert_of_row, counts, gate_up, down):
-        group_list = ops.cast(self.cumsum(ops.cast(counts, mstype.float32), 0), mstype.int64)
+    def construct(self, x, counts, gate_up, down):
+        end = ends(counts)
+        group_list = ops.cast(end, mstype.int64)
         y = self.gate_up_mul([x], [gate_up], None, None, None, None, None, group_list)[0]
         y = self.down_mul([self.swiglu(y, -1)], [down], None, None, None, None, None, group_list)[0]
         # the operator leaves rows after the last group untouched: make them zero, whatever the memory held
-        mine = (expert_of_row < counts.shape[0]).expand_dims(-1)
+        mine = ops.cast(ops.arange(x.shape[0]), mstype.int32).expand_dims(-1) < end[-1]
         return ops.select(ops.broadcast_to(mine, y.shape), y, ops.zeros_like(y))
+
+
+def ends(counts):
+    """Where each group of rows ends: cumulative counts (L,) int32, exact below 2^24 rows."""
+    return ops.cast(ops.cumsum(ops.cast(counts, mstype.float32), 0), mstype.int32)
+
+
+def owner_of(rows, end):
+    """Index of the group a row lies in: (R,) int32, L after the last group."""
+    return ops.cast(rows.expand_dims(1) >= end.expand_dims(0), mstype.int32).sum(1)
 
 
 def block_rows(rows: int, experts: int) -> int:
@@ -150,6 +244,29 @@ def rms_norm(config) -> nn.Cell:
     return FusedRmsNorm(config.rms_norm_eps) if fused(config.use_fused_rms_norm) else BasicRmsNorm(config.rms_norm_eps)
 
 
+def core_attention(config, scale: float) -> nn.Cell:
+    """Cell (query, key (B, N, S, Dqk), value (B, N, S, Dv), mask of `score_mask`) -> (B, N, S, Dv)."""
+    return FlashAttention(config, scale) if fused(config.use_flash_attention) else BasicAttention(config, scale)
+
+
+def score_mask(config):
+    """Function (sequence length, attention_mask) -> the mask that `core_attention` takes; 1 may not be attended."""
+    return flash_mask if fused(config.use_flash_attention) else additive_mask
+
+
+def flash_mask(seq: int, attention_mask=None):
+    """None for causal attention, which the operator knows itself; else uint8."""
+    return None if attention_mask is None else ops.cast(attention_mask, mstype.uint8)
+
+
+def additive_mask(seq: int, attention_mask=None):
+    """(1 or B, 1, S, S) float32: MASKED where a key may not be attended."""
+    if attention_mask is None:
+        place = ops.arange(seq)
+        attention_mask = place.reshape((1, 1, 1, seq)) > place.reshape((1, 1, seq, 1))
+    return ops.cast(attention_mask, mstype.float32) * MASKED
+
+
 def rotary(config) -> nn.Cell:
     """Cell (x (B, N, S, D), cos, sin (., 1, S, D)) -> x's shape; dtype rotary_dtype."""
     if fused(config.use_fused_rope):
@@ -157,9 +274,15 @@ def rotary(config) -> nn.Cell:
     return BasicRotary()
 
 
-def grouped_swiglu(config) -> nn.Cell:
-    """Cell (x (R, H) sorted by expert, expert_of_row (R,), counts (L,), gate_up (L, H, 2F), down (L, F, H)) -> (R, H).
+def token_permute(config, local_experts: int) -> nn.Cell:
+    """Cell with `permute` and `unpermute` of tokens to rows sorted by expert."""
+    fits = local_experts >= config.moe_config.num_experts_chosen  # the fused operator keeps all T*K rows
+    return FusedPermute() if fused(config.moe_config.use_fused_ops_permute) and fits else BasicPermute()
 
-    `expert_of_row` is L for rows that belong to no expert here; they come last and give zero.
+
+def grouped_swiglu(config) -> nn.Cell:
+    """Cell (x (R, H) sorted by expert, counts (L,) int32, gate_up (L, H, 2F), down (L, F, H)) -> (R, H).
+
+    Rows after the last expert's come out as zero.
     """
     return GroupedSwiGlu() if fused(config.moe_config.use_gmm) else BlockedSwiGlu()

@@ -16,7 +16,7 @@ from mindspore import dtype as mstype
 from mindspore.communication import create_group
 from mindspore.ops.auto_generate import SiLU
 
-from mindformers_ext.fused_ops import grouped_swiglu
+from mindformers_ext.fused_ops import grouped_swiglu, token_permute
 
 
 class ExpertGroup:
@@ -59,8 +59,8 @@ class DroplessDispatch(nn.Cell):
         self.ep, self.topk = group.size, moe.num_experts_chosen
         self.local_experts = moe.expert_num // self.ep
         self.first_expert = group.rank * self.local_experts
+        self.permute = token_permute(config, self.local_experts)
         self.experts = grouped_swiglu(config)
-        self.sort = ops.Sort()
         self.one_hot = ops.OneHot()
         self.one, self.zero = Tensor(1, mstype.int32), Tensor(0, mstype.int32)
         if self.ep > 1:
@@ -89,20 +89,14 @@ class DroplessDispatch(nn.Cell):
         return self.sum_parts(y) if self.ep > 1 else y
 
     def _local_experts(self, x, topk_weights, topk_ids, gate_up, down):
-        tokens, hidden = x.shape
-        local_ids = topk_ids.reshape((-1,)) - self.first_expert  # (T*K,)
+        local_ids = topk_ids - self.first_expert  # (T, K)
         mine = ops.logical_and(local_ids >= 0, local_ids < self.local_experts)
         local_ids = ops.select(mine, local_ids, ops.full_like(local_ids, self.local_experts))  # others sort last
-        _, order = self.sort(ops.cast(local_ids, mstype.float32))
-        _, place = self.sort(ops.cast(order, mstype.float32))  # where the sort put each choice
-        rows = tokens * min(self.topk, self.local_experts)  # most rows that can choose this device's experts
-        order, place = order[:rows], ops.minimum(place, rows - 1)
-        counts = self.one_hot(local_ids, self.local_experts, self.one, self.zero).sum(0)  # (L,)
-        sorted_x = ops.gather(x, order // self.topk, 0)  # (rows, H) <- (T, H)
-        sorted_y = self.experts(sorted_x, ops.gather(local_ids, order, 0), counts, gate_up, down)
-        y = ops.gather(sorted_y, place, 0).reshape((tokens, self.topk, hidden))
-        gates = topk_weights * ops.cast(mine.reshape((tokens, self.topk)), mstype.float32)
-        return (y * ops.cast(gates, y.dtype).expand_dims(-1)).sum(1)
+        rows = x.shape[0] * min(self.topk, self.local_experts)  # most rows that can choose this device's experts
+        counts = self.one_hot(local_ids.reshape((-1,)), self.local_experts, self.one, self.zero).sum(0)  # (L,)
+        sorted_x, place = self.permute.permute(x, local_ids, rows)  # (rows, H) <- (T, H)
+        sorted_y = self.experts(sorted_x, counts, gate_up, down)
+        return self.permute.unpermute(sorted_y, place, topk_weights * ops.cast(mine, mstype.float32))
 
 
 class CapacityDispatch(nn.Cell):

@@ -125,6 +125,9 @@ def _build_split(
     if weights is None:
         parts = _build_parts(config, split, prefixes, share, [None] * len(prefixes))
         lengths = [len(part) for part in parts]
+        if 0 in lengths:
+            empty = prefixes[lengths.index(0)]
+            raise ValueError(f"the {split} split of {empty} has no sample of {config.sequence_length} tokens")
         return BlendedDataset(parts, lengths, None if size is None else min(size, sum(lengths)), config)
     if size is None:
         raise ValueError(f"weights in data_path need a number of samples for {split} in sizes")

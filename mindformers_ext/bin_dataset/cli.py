@@ -15,8 +15,11 @@ from mindformers_ext.bin_dataset.tokenizer import TextTokenizer
 DTYPE_NAMES = sorted(str(dtype) for dtype in CODES if dtype.kind in "iu")
 
 
-def text_parser(description: str, dtype: str) -> argparse.ArgumentParser:
-    """A parser with the arguments of every tool that turns text into tokens; ``dtype`` is the default one."""
+def text_parser(description: str, dtype: str, marks: bool = True) -> argparse.ArgumentParser:
+    """A parser with the arguments of every tool that turns text into tokens; ``dtype`` is the default one.
+
+    ``marks``: whether eod and bos tokens can be asked for.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--input", nargs="+", required=True, help="input files or glob patterns")
     parser.add_argument("--output-prefix", required=True, help="P, for P_text_document.bin and .idx")
@@ -29,10 +32,11 @@ def text_parser(description: str, dtype: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", "--worker", type=int, default=os.cpu_count(), help="threads (default: all cores)")
     parser.add_argument("--partitions", type=int, default=0, help="resumable parts (default: one per 4 GiB of input)")
-    parser.add_argument("--append-eod", action="store_true", help="end every document with the eod token")
-    parser.add_argument("--eod-token", help="name of that token (default: eos_token of tokenizer_config.json)")
-    parser.add_argument("--add-bos", action="store_true", help="begin every document with the bos token")
-    parser.add_argument("--bos-token", help="name of that token")
+    if marks:
+        parser.add_argument("--append-eod", action="store_true", help="end every document with the eod token")
+        parser.add_argument("--eod-token", help="name of that token (default: eos_token of tokenizer_config.json)")
+        parser.add_argument("--add-bos", action="store_true", help="begin every document with the bos token")
+        parser.add_argument("--bos-token", help="name of that token")
     parser.add_argument("--dtype", choices=["auto", *DTYPE_NAMES], default=dtype, help="auto: uint16 below 65500 ids")
     parser.add_argument("--vocab-size", type=int, help="stop at token ids that a model of this vocab_size lacks")
     parser.add_argument("--skip-bad-lines", action="store_true", help="count and skip lines that cannot be read")
@@ -59,8 +63,8 @@ def text_job(tool: str, args: argparse.Namespace, tokenizer: TextTokenizer, **mo
         prefix=args.output_prefix,
         tokenizer=tokenizer,
         dtype=dtype,
-        eod=tokenizer.eod_id(args.eod_token) if args.append_eod else None,
-        bos=tokenizer.bos_id(args.bos_token) if args.add_bos else None,
+        eod=tokenizer.eod_id(args.eod_token) if getattr(args, "append_eod", False) else None,
+        bos=tokenizer.bos_id(args.bos_token) if getattr(args, "add_bos", False) else None,
         vocab_size=args.vocab_size,
         partitions=args.partitions,
         skip_bad_lines=args.skip_bad_lines,
@@ -73,7 +77,10 @@ def text_job(tool: str, args: argparse.Namespace, tokenizer: TextTokenizer, **mo
 def run_and_report(job: Job) -> None:
     """Run a job and print its summary."""
     started = time.monotonic()
-    counts = run(job)
+    try:
+        counts = run(job)
+    finally:
+        job.tokenizer.close()
     print(summary(job, counts, time.monotonic() - started))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ext.bin_dataset import index_cache
-from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, idx_path
+from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, idx_path, loss_mask_prefix
 
 try:
     from mindformers_ext.bin_dataset import _index_builder
@@ -55,13 +55,18 @@ class GPTDatasetConfig:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if not 0 <= self.random_seed < 2**32:
             raise ValueError(f"random_seed must be in [0, 2**32), got {self.random_seed}")
-        if self.eod == NO_TOKEN and (
+        if self.eod == NO_TOKEN and self.needs_eod:
+            raise ValueError("eod is not set: reset_*, eod_mask_loss and create_compressed_eod_mask need its token id")
+
+    @property
+    def needs_eod(self) -> bool:
+        """Whether any column depends on where documents end."""
+        return (
             self.reset_position_ids
             or self.reset_attention_mask
             or self.eod_mask_loss
             or self.create_compressed_eod_mask
-        ):
-            raise ValueError("eod is not set: reset_*, eod_mask_loss and create_compressed_eod_mask need its token id")
+        )
 
     @property
     def extra(self) -> int:
@@ -174,14 +179,14 @@ class GPTDataset:
 
     def tokens(self, indices: np.ndarray) -> np.ndarray:
         """Raw tokens (B, W) of many samples, int32 (int64 for int64 files). Raises IndexError out of range."""
-        return self._read(self.indexed, self._places(indices), self.config.pad_id)
+        return self._read(self.indexed, self._places(indices), self.config.pad_id)[0]
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Columns of many samples: input_ids, labels, loss_mask, position_ids (B, S), and the masks asked for."""
         places = self._places(indices)
-        text = self._read(self.indexed, places, self.config.pad_id)
-        mask = None if self.loss_mask is None else self._read(self.loss_mask, places, 0)
-        return sample_columns(text, self.config, mask)
+        text, padded = self._read(self.indexed, places, self.config.pad_id)
+        mask = None if self.loss_mask is None else self._read(self.loss_mask, places, 0)[0]
+        return sample_columns(text, self.config, mask, padded)
 
     def _places(self, indices: np.ndarray) -> np.ndarray:
         """(B, 4) int64: first document, offset in it, last document, end offset in it."""
@@ -192,10 +197,11 @@ class GPTDataset:
         rows = self.shuffle_index[indices].astype(np.int64)
         return np.concatenate((self.sample_index[rows], self.sample_index[rows + 1]), axis=1, dtype=np.int64)
 
-    def _read(self, source: IndexedDataset, places: np.ndarray, pad: int) -> np.ndarray:
+    def _read(self, source: IndexedDataset, places: np.ndarray, pad: int) -> tuple[np.ndarray, bool]:
+        """Tokens (B, W), short samples filled with ``pad``, and whether any token is ``pad``."""
         width = self.config.sequence_length + self.config.extra
         out = np.empty((len(places), width), np.int64 if source.dtype == np.int64 else np.int32)
-        _index_builder.read_samples(
+        padded = _index_builder.read_samples(
             tokens=source.tokens,
             pointers=source.sequence_pointers,
             lengths=source.sequence_lengths,
@@ -206,14 +212,16 @@ class GPTDataset:
             out=out,
             threads=max(1, min(usable_cores(), len(places), out.nbytes // BYTES_PER_THREAD)),
         )
-        return out
+        return out, padded
 
 
-def sample_columns(text: np.ndarray, config: GPTDatasetConfig, mask: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def sample_columns(
+    text: np.ndarray, config: GPTDatasetConfig, mask: np.ndarray | None = None, padded: bool = True
+) -> dict[str, np.ndarray]:
     """Model inputs from raw tokens ``text`` (B, W); ``mask`` (B, W) is 1 on tokens to be learnt.
 
-    loss_mask is float32, the rest has the dtype of ``text`` or int32. Columns that are the same for every sample are
-    read-only views of one row.
+    ``padded``: whether padding may be among the tokens. loss_mask is float32, the rest has the dtype of ``text`` or
+    int32. Columns that are the same for every sample are read-only views of one row.
     """
     size = config.sequence_length
     if config.add_extra_token_to_sequence:
@@ -222,8 +230,11 @@ def sample_columns(text: np.ndarray, config: GPTDatasetConfig, mask: np.ndarray 
     else:
         tokens, labels = text, _shift_left(text, config.pad_id)
         learn = None if mask is None else _shift_left(mask, 0)
-    is_eod = tokens == config.eod if config.eod != NO_TOKEN else None
-    loss_mask = _loss_mask(labels, is_eod, learn, config)
+    is_eod = tokens == config.eod if config.needs_eod else None
+    if padded or learn is not None or config.eod_mask_loss or not config.add_extra_token_to_sequence:
+        loss_mask = _loss_mask(labels, is_eod, learn, config)
+    else:
+        loss_mask = np.broadcast_to(np.ones(size, np.float32), labels.shape)
     starts = None
     if config.reset_position_ids or config.reset_attention_mask:
         starts = _document_starts(is_eod)
@@ -238,8 +249,10 @@ def sample_columns(text: np.ndarray, config: GPTDatasetConfig, mask: np.ndarray 
     if config.create_compressed_eod_mask:
         columns["actual_seq_len"] = _actual_seq_len(is_eod, config.eod_pad_length)
     # Padding is no id of the embedding; its loss is masked above. labels may be a view of text.
-    text[text == config.pad_id] = 0
-    labels[labels == config.pad_id] = 0
+    if padded:
+        text[text == config.pad_id] = 0
+    if padded or not config.add_extra_token_to_sequence:
+        labels[labels == config.pad_id] = 0
     return {"input_ids": tokens, **columns}
 
 
@@ -287,11 +300,6 @@ def _actual_seq_len(is_eod: np.ndarray, length: int) -> np.ndarray:
     slots = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     ends[rows, slots] = columns + 1
     return ends
-
-
-def loss_mask_prefix(prefix: str | Path) -> str:
-    """Where the loss mask of a dataset lies: a second pair, 1 on tokens to be learnt, same lengths as the tokens."""
-    return f"{prefix}_loss_mask"
 
 
 def _open_loss_mask(indexed: IndexedDataset) -> IndexedDataset | None:

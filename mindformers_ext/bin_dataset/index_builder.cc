@@ -298,18 +298,20 @@ struct SampleSource {
   int64_t documents_count;
 };
 
-// Copies the tokens of one sample; false when the index points outside the files.
+enum class Sample { kPlain, kPadded, kOutside };
+
+// Copies the tokens of one sample and says whether a `pad` is among them, or the index points outside the files.
 template <typename In, typename Out>
-bool ReadSample(const SampleSource& source, const int64_t* begin, const int64_t* end, int64_t extra, int64_t width,
+Sample ReadSample(const SampleSource& source, const int64_t* begin, const int64_t* end, int64_t extra, int64_t width,
                 Out pad, Out* out) {
   if (begin[0] < 0 || begin[0] > end[0] || end[0] >= source.documents_count) {
-    return false;
+    return Sample::kOutside;
   }
   int64_t filled = 0;
   for (int64_t i = begin[0]; i <= end[0]; ++i) {
     const int64_t sequence = source.documents[i];
     if (sequence < 0 || sequence >= source.sequences) {
-      return false;
+      return Sample::kOutside;
     }
     const int64_t from = i == begin[0] ? begin[1] : 0;
     const int64_t to = i == end[0] ? end[1] + extra : source.lengths[sequence];
@@ -317,7 +319,7 @@ bool ReadSample(const SampleSource& source, const int64_t* begin, const int64_t*
     const int64_t start = source.pointers[sequence] + from * static_cast<int64_t>(sizeof(In));
     if (from < 0 || count < 0 || filled + count > width || to > source.lengths[sequence] || start < 0 ||
         start + count * static_cast<int64_t>(sizeof(In)) > source.bytes) {
-      return false;
+      return Sample::kOutside;
     }
     if constexpr (std::is_same_v<In, Out>) {
       std::memcpy(out + filled, source.tokens + start, count * sizeof(In));
@@ -328,12 +330,17 @@ bool ReadSample(const SampleSource& source, const int64_t* begin, const int64_t*
     filled += count;
   }
   std::fill(out + filled, out + width, pad);
-  return true;
+  bool padded = false;
+  for (int64_t i = 0; i < width; ++i) {
+    padded |= out[i] == pad;
+  }
+  return padded ? Sample::kPadded : Sample::kPlain;
 }
 
-// Tokens of many samples: (B, width) <- places (B, 4) = (first document, offset, last document, offset).
+// Tokens of many samples: (B, width) <- places (B, 4) = (first document, offset, last document, offset). Returns
+// whether any token is `pad`.
 template <typename In, typename Out>
-void ReadSamples(const Array<In>& tokens, const Array<int64_t>& pointers, const Array<int32_t>& lengths,
+bool ReadSamples(const Array<In>& tokens, const Array<int64_t>& pointers, const Array<int32_t>& lengths,
                  const Array<int32_t>& documents, const Array<int64_t>& places, int64_t extra, int64_t pad,
                  Array<Out> out, int threads) {
   const int64_t rows = places.shape(0);
@@ -352,15 +359,19 @@ void ReadSamples(const Array<In>& tokens, const Array<int64_t>& pointers, const 
   const int64_t* place = places.data();
   Out* out_data = out.mutable_data();
   std::vector<int64_t> failed(threads, -1);
+  std::vector<char> padded(threads, 0);
   {
     py::gil_scoped_release release;
     Parallel(rows, threads, [&](int64_t begin, int64_t end, int part) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t* p = place + 4 * row;
-        if (!ReadSample<In, Out>(source, p, p + 2, extra, width, static_cast<Out>(pad), out_data + row * width)) {
+        const Sample sample =
+            ReadSample<In, Out>(source, p, p + 2, extra, width, static_cast<Out>(pad), out_data + row * width);
+        if (sample == Sample::kOutside) {
           failed[part] = row;
           return;
         }
+        padded[part] |= sample == Sample::kPadded;
       }
     });
   }
@@ -369,6 +380,7 @@ void ReadSamples(const Array<In>& tokens, const Array<int64_t>& pointers, const 
       throw py::index_error("sample " + std::to_string(row) + " of the batch points outside the token file");
     }
   }
+  return std::find(padded.begin(), padded.end(), 1) != padded.end();
 }
 
 template <typename In, typename Out>

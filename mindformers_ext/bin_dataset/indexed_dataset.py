@@ -45,6 +45,11 @@ def idx_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def loss_mask_prefix(prefix: str | Path) -> str:
+    """Where the loss mask of a dataset lies: a second pair, 1 on tokens to be learnt, same lengths as the tokens."""
+    return f"{prefix}_loss_mask"
+
+
 def smallest_dtype(vocab_size: int | None) -> type[np.number]:
     """The dtype Megatron's preprocessing picks: uint16 below 65,500 ids, int32 otherwise or when unknown."""
     return np.uint16 if vocab_size is not None and vocab_size < 65500 else np.int32

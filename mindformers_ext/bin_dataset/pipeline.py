@@ -25,6 +25,7 @@ from mindformers_ext.bin_dataset.indexed_dataset import (
     IndexedDatasetWriter,
     bin_path,
     idx_path,
+    loss_mask_prefix,
 )
 from mindformers_ext.bin_dataset.shapes import AsIs, Shape, Shaped
 from mindformers_ext.bin_dataset.text_sources import (
@@ -93,6 +94,11 @@ class Job:
         """Prefix of the pair that holds one key's tokens."""
         return f"{self.prefix}_{key}_document"
 
+    def outputs(self, prefix: str) -> list[str]:
+        """Prefixes of all pairs that a part (or the whole) with this prefix writes."""
+        tokens = [f"{prefix}_{key}_document" for key in self.keys]
+        return tokens + [loss_mask_prefix(name) for name in tokens] if self.shape().has_mask else tokens
+
     def identity(self, partitions: int) -> str:
         """Hash that two runs share if they write the same bytes."""
         stats = [(os.path.abspath(path), os.stat(path)) for path in self.inputs]
@@ -145,20 +151,26 @@ def _run_parts(job: Job, parts: list[list[Span]], identity: str, total: int) -> 
                 bar.update(part.input_bytes)
             counts.add(part)
     if len(parts) > 1:
-        for key in job.keys:
-            with IndexedDatasetWriter(job.output(key), job.dtype) as writer:
-                for number in range(len(parts)):
-                    writer.add_index(f"{_part_prefix(job, number)}_{key}_document")
+        _merge([job.outputs(_part_prefix(job, number)) for number in range(len(parts))], job.outputs(job.prefix))
     return counts
+
+
+def _merge(parts: list[list[str]], outputs: list[str]) -> None:
+    for output, sources in zip(outputs, zip(*parts, strict=True), strict=True):
+        with IndexedDatasetWriter(output, IndexedDataset(sources[0]).dtype) as writer:
+            for source in sources:
+                writer.add_index(source)
 
 
 def _run_part(job: Job, spans: list[Span], prefix: str, before: Counts, bar: tqdm) -> Counts:
     counts = Counts()
     shapes = {key: job.shape() for key in job.keys}
     with ExitStack() as stack:
-        writers = {
-            key: stack.enter_context(IndexedDatasetWriter(f"{prefix}_{key}_document", job.dtype)) for key in job.keys
-        }
+        writers = [
+            stack.enter_context(IndexedDatasetWriter(name, np.uint8 if number >= len(job.keys) else job.dtype))
+            for number, name in enumerate(job.outputs(prefix))
+        ]
+        writers = {key: writers[number :: len(job.keys)] for number, key in enumerate(job.keys)}
         shown = 0
         for batch in _prefetch(batch for span in spans for batch in job.read(span, job.keys, job.skip_bad_lines)):
             for key in job.keys:
@@ -181,8 +193,9 @@ def _run_part(job: Job, spans: list[Span], prefix: str, before: Counts, bar: tqd
     return counts
 
 
-def _write(writer: IndexedDatasetWriter, shaped: Shaped, counts: Counts) -> None:
-    writer.add_batch(shaped.tokens, shaped.lengths, shaped.per_document)
+def _write(writers: list[IndexedDatasetWriter], shaped: Shaped, counts: Counts) -> None:
+    for writer, values in zip(writers, (shaped.tokens, shaped.mask), strict=False):
+        writer.add_batch(values, shaped.lengths, shaped.per_document)
     counts.sequences += len(shaped.lengths)
     counts.tokens += len(shaped.tokens)
 
@@ -254,8 +267,8 @@ def finished_counts(prefix: str, job: Job, identity: str) -> Counts | None:
         summary = json.loads(Path(name).read_text())
         if summary["identity"] != identity:
             return None
-        for key in job.keys:
-            IndexedDataset(f"{prefix}_{key}_document")
+        for name in job.outputs(prefix):
+            IndexedDataset(name)
         return Counts(**summary["counts"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError, CorruptDatasetError):
         return None
@@ -292,6 +305,6 @@ def _part_prefix(job: Job, number: int) -> str:
 def _remove_part(job: Job, number: int) -> None:
     prefix = _part_prefix(job, number)
     Path(f"{prefix}.json").unlink(missing_ok=True)
-    for key in job.keys:
+    for name in job.outputs(prefix):
         for path in (idx_path, bin_path):
-            path(f"{prefix}_{key}_document").unlink(missing_ok=True)
+            path(name).unlink(missing_ok=True)

@@ -85,7 +85,15 @@ def _cuts(total: int, partitions: int) -> list[int]:
 
 
 def _is_cuttable(path: str) -> bool:
-    return Path(path).suffix not in (".gz", ".zst", ".parquet")
+    return Path(path).suffix not in (".gz", ".zst", ".parquet") and not is_json_array(path)
+
+
+def is_json_array(path: str) -> bool:
+    """Whether a .json file is one array rather than an object a line."""
+    if not path.endswith(".json"):
+        return False
+    with open(path, "rb") as file:
+        return file.read(4096).lstrip()[:1] == b"["
 
 
 def _align(path: str, offset: int, size: int, starts_document: Callable[[bytes], bool]) -> int:
@@ -111,7 +119,7 @@ def read_json_lines(span: Span, keys: Sequence[str], skip_bad: bool = False) -> 
     decoder = msgspec.json.Decoder(msgspec.defstruct("Row", fields))
     names = [name for name, _, _ in fields]
     lines_before = 0
-    for block, advance in _blocks(span):
+    for block, advance in blocks(span):
         bad: list[str] = []
         try:
             rows = decoder.decode_lines(block)
@@ -202,6 +210,16 @@ def read_text_lines(span: Span, keys: Sequence[str], skip_bad: bool = False) -> 
         yield Batch({keys[0]: [line for line in lines if line.strip()]}, advance, bad)
 
 
+def is_text_file(path: str) -> bool:
+    """Whether a file is plain text rather than JSON or parquet."""
+    return Path(path.removesuffix(".gz").removesuffix(".zst")).suffix not in (".json", ".jsonl", ".parquet")
+
+
+def read_any_text(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
+    """Documents of plain text (a line each), JSONL or parquet, chosen by the file's name."""
+    return (read_text_lines if is_text_file(span.path) else read_documents)(span, keys, skip_bad)
+
+
 def read_wikitext(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
     """WikiText-2/103 (`wiki.*.tokens`): each section's text, without headings and tokenizer marks, is a document."""
     section: list[str] = []
@@ -244,7 +262,7 @@ _JOINED = [
         (r" *\n *", "\n"),
         (r" N ", " 1 "),
         (r" 's", "'s"),
-        (r" ([:;.!?,])$", r"\1"),
+        (r"(?m) ([:;.!?,])$", r"\1"),
     )
 ]
 
@@ -258,7 +276,7 @@ def clean_wikitext(text: str) -> str:
 
 def _text_blocks(span: Span, skip_bad: bool) -> Iterator[tuple[list[str], int, list[str]]]:
     lines_before = 0
-    for block, advance in _blocks(span):
+    for block, advance in blocks(span):
         bad: list[str] = []
         try:
             lines = block.decode("utf-8").split("\n")
@@ -280,7 +298,7 @@ def _valid_lines(block: bytes, path: str, lines_before: int, bad: list[str]) -> 
             bad.append(f"{path}:{lines_before + number + 1}: invalid UTF-8")
 
 
-def _blocks(span: Span) -> Iterator[tuple[bytes, int]]:
+def blocks(span: Span) -> Iterator[tuple[bytes, int]]:
     """Whole lines of a span, about BLOCK bytes at once, with the bytes of the file they took."""
     with open(span.path, "rb") as raw:
         stream = _decompressed(raw, span)

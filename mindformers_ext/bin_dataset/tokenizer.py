@@ -7,9 +7,11 @@ is 10 times slower, tokie and splintr-rs give other ids on some hard texts. All 
 sample of the documents of every run is encoded by `tokenizers`, in another process, and one difference stops the run.
 """
 
+import ctypes
 import hashlib
 import json
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cached_property
@@ -20,6 +22,7 @@ import numpy as np
 # Chosen without looking at the text: the first documents of every batch, and then one in this many.
 CHECKED_FIRST = 8
 CHECKED_EVERY = 500
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 EOD_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<eod>", "[EOD]")
 BOS_NAMES = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 PAD_NAMES = ("<｜▁pad▁｜>", "<pad>", "[PAD]", "<|pad|>")
@@ -55,7 +58,7 @@ class TextTokenizer:
         except ImportError:
             return False
         # Started before the slow load so that both tokenizers load at the same time, on two cores.
-        self._reference = ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+        self._reference = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), _die_with_parent)
         self._reference.submit(_reference_encode, str(self.path), [])
         try:
             tokenizer = Tokenizer.from_file(str(self.path))
@@ -132,8 +135,18 @@ class TextTokenizer:
     def close(self) -> None:
         """End the reference's process."""
         if self._reference is not None:
-            self._reference.shutdown(wait=False, cancel_futures=True)
+            self._reference.shutdown(cancel_futures=True)
             self._reference = None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens included."""
+        if self.path.suffix == ".model":
+            from sentencepiece import SentencePieceProcessor
+
+            return SentencePieceProcessor(model_file=str(self.path)).decode(list(map(int, ids)))
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.path)).decode(list(map(int, ids)), skip_special_tokens=False)
 
     @cached_property
     def sha256(self) -> str:
@@ -201,6 +214,11 @@ def _flatten(ids: list[list[int]]) -> Encoded:
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     flat = np.fromiter((token for text in ids for token in text), np.uint32, int(lengths.sum()))
     return flat, lengths
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end the reference's process when ours is killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 _LOADED: dict[str, object] = {}  # The reference process keeps its tokenizer between calls.

@@ -126,14 +126,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arguments", default="{}", type=json.loads, help="keyword arguments of the builder, JSON")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for stale in RESULTS:
-        (options.out / stale).unlink(missing_ok=True)
     return guarded(options.out, lambda: _compile_built(options))
 
 
 def guarded(out: Path, work) -> int:
     """Run `work()`; an exception becomes `failure.json` in `out`, its traceback the log, and the exit code 1."""
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in RESULTS:
+        (out / stale).unlink(missing_ok=True)
     try:
         work()
     except Exception as error:

@@ -43,11 +43,6 @@ class Collective:
     bytes: int | None  # of the whole tensor (gathered, or to be scattered); None where the shape is dynamic
     count: int
 
-    def to_json(self, ranks_per_node: int) -> dict[str, Any]:
-        """This record for the report; `across_nodes` says whether the group leaves a node of `ranks_per_node`."""
-        nodes = {rank // ranks_per_node for rank in self.ranks}
-        return asdict(self) | {"group_size": len(self.ranks), "across_nodes": len(nodes) > 1}
-
 
 @dataclass(frozen=True)
 class Closure:

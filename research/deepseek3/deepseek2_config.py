@@ -14,21 +14,45 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 __all__ = ["ConfigError", "DeepseekV2Config", "MoeConfig", "YarnConfig"]
 
+# What MindFormers' Trainer adds to model_config for parts of MindFormers that this model does not use.
+TRAINER_KEYS = ("disable_lazy_inline", "dataset_config", "calculate_per_token_loss")
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
+POSITIVE = (
+    "batch_size",
+    "seq_length",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "vocab_size",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "multiple_of",
+)
+DTYPES = (
+    "compute_dtype",
+    "layernorm_compute_type",
+    "softmax_compute_type",
+    "rotary_dtype",
+    "router_dense_type",
+    "param_init_type",
+)
 
 
 class ConfigError(ValueError):
     """A value in the YAML that cannot work; the message names section, key and value, and says what to do."""
 
 
-def reject_unknown(section: str, given: Any, known: Any) -> None:
+def reject_unknown(section: str, given: dict, known: Any) -> None:
     """Raise ConfigError for the first key of `given` that is not in `known`, with the nearest legal key."""
     known = list(known)
-    for key in given:
+    for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; legal keys: {', '.join(sorted(known))}"
-            raise ConfigError(f"{section}.{key}: unknown key{hint}")
+            raise ConfigError(f"{section}.{key}: unknown key with value {value!r}{hint}")
 
 
 def require(holds: bool, key: str, value: Any, rule: str) -> None:
@@ -73,7 +97,7 @@ class MoeConfig:
     norm_topk_prob: bool = False  # gates normalised to sum 1 before scaling
     routed_scaling_factor: float = 1.0  # gates multiplied by this, after normalising
     router_dense_type: str = "float32"  # dtype of the gate's matmul; scores are always float32
-    use_fused_ops_topkrouter: bool = False  # one fused router operator where the device has it
+    use_fused_ops_topkrouter: bool = False  # no operator of MindSpore 2.9 selects as DeepSeek does: basic ones run
     # balancing
     balance_via_topk_bias: bool = False  # the callback updates the selection bias each step
     topk_bias_update_rate: float = 0.0  # gamma of the update
@@ -292,8 +316,10 @@ class DeepseekV2Config(PretrainedConfig):
 
     def __init__(self, **given: Any):
         base = {k: given.pop(k) for k in ("parallel_config", "moe_config", "pet_config") if k in given}
+        for key in TRAINER_KEYS:
+            given.pop(key, None)
         known = {f.name: f.default for f in dataclasses.fields(self)}
-        reject_unknown("model_config", (k for k in given if k not in ("type", "auto_register")), known)
+        reject_unknown("model_config", {k: v for k, v in given.items() if k not in ("type", "auto_register")}, known)
         super().__init__(pet_config=base.get("pet_config"))
         for key, default in known.items():
             setattr(self, key, given.get(key, default))
@@ -367,24 +393,10 @@ class DeepseekV2Config(PretrainedConfig):
         self.extend_method = str(self.extend_method)
 
     def _check_sizes(self) -> None:
-        for key in [
-            "batch_size",
-            "seq_length",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "vocab_size",
-            "kv_lora_rank",
-            "qk_rope_head_dim",
-            "qk_nope_head_dim",
-            "v_head_dim",
-            "intermediate_size",
-            "multiple_of",
-        ]:
+        for key in POSITIVE:
             value = getattr(self, key)
-            require(
-                isinstance(value, int) and value > 0, f"model_config.{key}", value, "must be a whole number above 0"
-            )
+            rule = "must be a whole number above 0"
+            require(isinstance(value, int) and value > 0, f"model_config.{key}", value, rule)
         require(
             self.n_kv_heads == self.num_heads,
             "model_config.n_kv_heads",
@@ -429,14 +441,7 @@ class DeepseekV2Config(PretrainedConfig):
             )
 
     def _check_dtypes(self) -> None:
-        for key in [
-            "compute_dtype",
-            "layernorm_compute_type",
-            "softmax_compute_type",
-            "rotary_dtype",
-            "router_dense_type",
-            "param_init_type",
-        ]:
+        for key in DTYPES:
             name = dtype_name(getattr(self, key))
             require(name in FLOAT_TYPES, f"model_config.{key}", name, f"must be one of {FLOAT_TYPES}")
             setattr(self, key, name)

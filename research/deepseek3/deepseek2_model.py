@@ -19,13 +19,11 @@ from mindspore.common.initializer import Normal, initializer
 from mindspore.ops.auto_generate import SiLU
 from sharding import expert_group, loss_axes, place, run_locally, shard, share_graph
 
-from mindformers_ext.fused_ops import rms_norm, rotary
+from mindformers_ext.fused_ops import core_attention, rms_norm, rotary, score_mask
 from mindformers_ext.moe_dispatch import CapacityDispatch, DroplessDispatch
 from mindformers_ext.router import TopkRouterV2
 
 __all__ = ["DeepseekV2ForCausalLM", "DeepseekV2Model"]
-
-MASKED = -3.0e38  # added to a float32 score that may not be attended
 
 
 def weight(config, *shape: int) -> Parameter:
@@ -122,26 +120,6 @@ class RotaryEmbedding(nn.Cell):
         return ops.cast(self.rotary(ops.cast(x, self.rotary_dtype), cos, sin), x.dtype)
 
 
-class CoreAttention(nn.Cell):
-    """Softmax attention of every head: queries (B, N, S, Dqk), keys (B, N, S, Dqk), values (B, N, S, Dv)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.scale = softmax_scale(config)
-        self.softmax_type = getattr(mstype, config.softmax_compute_type)
-        self.scale_query = ops.Mul()
-        self.query_key = ops.BatchMatMul(transpose_b=True)
-        self.add_mask = ops.Add()
-        self.softmax = ops.Softmax(-1)
-        self.weigh_value = ops.BatchMatMul()
-        shard(self, "core_attention", config)
-
-    def construct(self, query, key, value, mask):
-        scores = self.query_key(self.scale_query(query, self.scale), key)  # (B, N, S, S)
-        scores = self.add_mask(ops.cast(scores, self.softmax_type), mask)
-        return self.weigh_value(ops.cast(self.softmax(scores), value.dtype), value)
-
-
 class MultiHeadLatentAttention(nn.Cell):
     """MLA (arXiv 2405.04434, section 2.1): keys and values from one low-rank latent, positions in a shared key."""
 
@@ -163,7 +141,8 @@ class MultiHeadLatentAttention(nn.Cell):
         self.o_proj = Linear(config, heads * self.value_dim, hidden, "row_parallel")
         self.query_rotary = RotaryEmbedding(config, "query_rotary")
         self.key_rotary = RotaryEmbedding(config, "key_rotary")
-        self.core_attention = CoreAttention(config)
+        self.core_attention = core_attention(config, softmax_scale(config))
+        shard(self.core_attention, "core_attention", config)
         self.q_nope, self.q_pe, self.k_nope, self.value = (ops.StridedSlice() for _ in range(4))
         self.compressed_kv, self.k_pe = ops.StridedSlice(), ops.StridedSlice()
         self.to_heads, self.from_heads = ops.Transpose(), ops.Transpose()
@@ -172,7 +151,7 @@ class MultiHeadLatentAttention(nn.Cell):
         shard(self, "latent_attention", config)
 
     def construct(self, x, seq, mask, position_ids=None):
-        """x (T, H) of sequences of `seq` tokens; mask (B or 1, 1, S, S) float32, added to the scores."""
+        """x (T, H) of sequences of `seq` tokens; mask from `score_mask`."""
         query_latent = self.q_a_layernorm(self.q_a_proj(x)) if self.has_q_lora else x
         query = self.q_b_proj(query_latent) if self.has_q_lora else self.q_proj(x)
         query = self._heads(query, seq)  # (B, N, S, nope + rope)
@@ -199,7 +178,7 @@ class MultiHeadLatentAttention(nn.Cell):
 def part(strided_slice, x, start, width):
     """x[..., start : start + width], as an operator that sharding.py can reach.
 
-    Not SplitWithSize: in MindSpore 2.9's CPU graphs its views give wrong gradients (tests/parity found it).
+    Not SplitWithSize, whose views give wrong gradients in MindSpore 2.9's PyNative mode on CPU.
     """
     rank = len(x.shape)
     begin = (0,) * (rank - 1) + (start,)
@@ -303,7 +282,9 @@ class BalanceLoss(nn.Cell):
         moe = config.moe_config
         self.topk, self.num_experts, self.n_group = moe.num_experts_chosen, moe.expert_num, moe.n_group
         self.topk_group, self.z_factor = moe.topk_group, moe.z_loss_factor
-        self.factors = dict(zip(moe.aux_loss_types, moe.aux_loss_factors)) if config.return_extra_loss else {}
+        self.factors = (
+            dict(zip(moe.aux_loss_types, moe.aux_loss_factors, strict=True)) if config.return_extra_loss else {}
+        )
         self.active = bool(self.factors) or (self.z_factor > 0 and config.return_extra_loss)
         self.is_sigmoid = moe.use_gating_sigmoid
         self.sum_experts = ops.ReduceSum(keep_dims=True)
@@ -332,7 +313,7 @@ class BalanceLoss(nn.Cell):
             sent = self._per_sequence(hit * token_mask, batch) * (self.n_group / self.topk_group) / count
             loss = loss + self.factors["comm"] * (sent * self._by_group(probability, batch)).sum(-1).mean()
         if self.z_factor > 0:
-            z = ops.logsumexp(logits, -1, keep_dims=True)
+            z = ops.logsumexp(logits, -1, True)
             loss = loss + self.z_factor * (z * z * token_mask).sum() / token_mask.sum()
         return loss
 
@@ -347,7 +328,7 @@ class BalanceLoss(nn.Cell):
 class DecoderLayer(nn.Cell):
     """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts."""
 
-    @share_graph  # equal arguments share one compiled graph: compile time does not grow with the layers
+    @share_graph("layer")
     def __init__(self, config, is_moe: bool):
         super().__init__()
         self.input_layernorm = RMSNorm(config, config.hidden_size, "token_norm")
@@ -417,11 +398,12 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
     config_class = DeepseekV2Config
     base_model_prefix = "model"
 
-    @share_graph
+    @share_graph("net")
     def __init__(self, config):
         super().__init__(config)
         self.ignore_token_id, self.pad_token_id = config.ignore_token_id, config.pad_token_id
         self.sliced_inputs = config.input_sliced_sig
+        self.score_mask = score_mask(config)
         self.model = DeepseekV2Model(config)
         self.lm_head = Linear(config, config.hidden_size, config.vocab_size, "lm_head")
         self.lm_head.pipeline_stage = config.pipeline_stage_of(config.num_layers)
@@ -451,7 +433,7 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
         if not self.sliced_inputs and labels is None:
             input_ids, labels = input_ids[:, :-1], input_ids[:, 1:]
         batch, seq = input_ids.shape
-        mask = causal_mask(seq) if attention_mask is None else ops.cast(attention_mask, mstype.float32) * MASKED
+        mask = self.score_mask(seq, attention_mask)
         ids = input_ids.reshape((-1,))
         if labels is None:
             token_mask = ops.ones((batch * seq, 1), mstype.float32)
@@ -506,9 +488,3 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
     def flops_per_token(self, seq_length: int | None = None) -> float:
         """Forward and backward FLOPs of one token at the given (default: the configured) sequence length."""
         return flops_per_token(self.config, seq_length or self.config.seq_length)
-
-
-def causal_mask(seq: int):
-    """(1, 1, S, S) float32: MASKED above the diagonal."""
-    place = ops.arange(seq)
-    return ops.cast(place.reshape((1, 1, 1, seq)) > place.reshape((1, 1, seq, 1)), mstype.float32) * MASKED

@@ -42,7 +42,7 @@ def heads(*last: str) -> tuple:
 def plans(config) -> dict[str, dict[str, tuple]]:
     """Every plan by name; see the file's head for how to read one."""
     tokens, width, flat = (token_axes(config), NONE), (ROWS, "mp"), (ALL, NONE)
-    batch, scalar = ("dp", NONE), ()
+    batch = ("dp", NONE)
     vocab = NONE if config.parallel_config.vocab_emb_dp else "mp"
     return {
         "token_norm": rms_norm_plan(tokens),
@@ -58,19 +58,13 @@ def plans(config) -> dict[str, dict[str, tuple]]:
             "compressed_kv": (tokens,),
             "k_pe": (tokens,),
             **dict.fromkeys(("q_nope", "q_pe", "k_nope", "value"), (heads(),)),
-            "to_heads": (("dp", "cp", "mp", NONE),),
-            "from_heads": (heads(),),
+            "to_heads": (("dp", "cp", "mp", NONE), "->", heads()),
+            "from_heads": (heads(), "->", ("dp", "cp", "mp", NONE)),
             "share_key": (heads(),),
             "cat_query": (heads(), heads()),
             "cat_key": (heads(), heads()),
         },
-        "core_attention": {
-            "scale_query": (heads(), scalar),
-            "query_key": (heads(), ("dp", "mp", NONE, NONE)),
-            "add_mask": (heads(), (NONE, NONE, "cp", NONE)),
-            "softmax": (heads(),),
-            "weigh_value": (heads(), ("dp", "mp", NONE, NONE)),
-        },
+        "core_attention": attention_plan(),
         "query_rotary": rotary_plan(heads()),
         "key_rotary": rotary_plan(("dp", NONE, "cp", NONE)),
         # feed-forward
@@ -112,6 +106,22 @@ def rms_norm_plan(x: tuple) -> dict[str, tuple]:
     }
 
 
+def attention_plan() -> dict[str, tuple]:
+    """Operators of the basic and of the flash attention: each device's queries meet the keys of the whole sequence."""
+    whole = ("dp", "mp", NONE, NONE)
+    return {
+        "scale_query": (heads(), ()),
+        "query_key": (heads(), whole),
+        "add_mask": (heads(), (NONE, NONE, "cp", NONE)),
+        "softmax": (heads(),),
+        "weigh_value": (heads(), whole),
+        "causal": (heads(), whole, whole, (NONE, NONE)),
+        "masked": (heads(), whole, whole, ("dp", NONE, "cp", NONE)),
+        "pad_value": (whole, whole),
+        "cut_value": (heads(),),
+    }
+
+
 def rotary_plan(x: tuple) -> dict[str, tuple]:
     """Rotary operators on x (B, N, S, D) with tables (1, 1, S, D)."""
     table = (NONE, NONE, x[2], NONE)
@@ -127,7 +137,10 @@ def rotary_plan(x: tuple) -> dict[str, tuple]:
     }
 
 
-OPERATOR_CHOICES = {"norm", "rotary"} | set(rms_norm_plan(())) | set(rotary_plan((NONE,) * 4))
+# Operators that take layouts by name only as self-defined local programs, outputs included.
+TAKES_NUMBERS = ("StridedSlice", "Concat", "Transpose", "Tile")
+
+OPERATOR_CHOICES = set(rms_norm_plan(())) | set(rotary_plan((NONE,) * 4)) | set(attention_plan())
 
 
 def shard(cell: nn.Cell, plan: str, config) -> None:
@@ -142,21 +155,26 @@ def shard(cell: nn.Cell, plan: str, config) -> None:
         apply(getattr(cell, name), sizes, layouts)
 
 
-def share_graph(init):
-    """Decorate `__init__`: cells built with equal arguments share one compiled graph, where the device can.
+def share_graph(unit: str):
+    """Decorate `__init__(self, config, ...)`: cells built with equal arguments share one compiled graph.
 
-    Compile time then does not grow with the number of equal layers, and pipelining can inline the net per micro-batch.
+    Without a pipeline the layers share ("layer"), so compile time does not grow with their number. With one, the whole
+    net does ("net"), once per micro-batch; layers must not as well, because MindSpore 2.9 then adds every layer's
+    gradient to the accumulators of all layers that share its graph. CPU compiles no shared graphs.
     """
-    shared = lazy_inline(init)
 
-    @functools.wraps(init)
-    def build(self, *args, **kwargs):
-        # Only with pipelining: MindSpore 2.9.0 follows a weight to its clipped gradient to divide the square of the
-        # norm by the number of copies, and does not find it through a shared graph: dp 2 then clips sqrt(2) too much.
-        pipelined = ms.get_auto_parallel_context("pipeline_stages") > 1
-        (shared if ms.get_context("device_target") == "Ascend" and pipelined else init)(self, *args, **kwargs)
+    def decorate(init):
+        shared = lazy_inline(init)
 
-    return build
+        @functools.wraps(init)
+        def build(self, config, *args):
+            wanted = "net" if config.parallel_config.pipeline_stage > 1 else "layer"
+            shares = wanted == unit and ms.get_context("device_target") == "Ascend"
+            (shared if shares else init)(self, config, *args)
+
+        return build
+
+    return decorate
 
 
 def apply(operator, sizes: dict[str, int], layouts: tuple) -> None:
@@ -164,6 +182,15 @@ def apply(operator, sizes: dict[str, int], layouts: tuple) -> None:
     cut = layouts.index("->") if "->" in layouts else len(layouts)
     plain = all(in_grid_order(axes, sizes) for axes in layouts if axes != "->")
     grid = Layout(tuple(sizes.values()), tuple(sizes))
+    if operator.name == "Tile" and not plain:
+        layouts = (("dp", NONE, "cp", NONE),)  # repeats a local key for all heads; the compiler cuts them next
+    if operator.name in TAKES_NUMBERS:
+        if plain:
+            layouts = layouts[:cut]
+        else:
+            operator.add_prim_attr("self_define_shard", True)
+            layouts = layouts if "->" in layouts else (*layouts, "->", layouts[0])
+            cut = layouts.index("->")
 
     def split(axes):
         if plain:

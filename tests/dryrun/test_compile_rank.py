@@ -22,7 +22,7 @@ def compile_toy(out: Path, rank: int, world_size: int, level: int = COMPILE, fun
     env["PYTHONPATH"] = f"{TESTS.parents[1]}:{TESTS}:{env['PYTHONPATH']}"
     command = [sys.executable, "-m", "mindformers_ext.dryrun.compile_rank", "--builder", f"toy_cells:{function}"]
     command += ["--arguments", json.dumps(arguments), "--out", str(out)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, cwd=out, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -1,0 +1,55 @@
+"""Train a byte-level BPE tokenizer.json with the `tokenizers` library; the same text gives the same file.
+
+python dataset_tools/train_tokenizer.py --input corpus.txt --output tokenizer.json --vocab-size 4096
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # ids 0 and 1, DeepSeek-V3's words
+
+
+def train(files: list[str], vocab_size: int) -> Tokenizer:
+    """Learn merges from the files until there are `vocab_size` tokens, or no pair occurs twice."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train(files, trainer)
+    return tokenizer
+
+
+def main() -> int:
+    """Train and save; bad arguments are one sentence on standard error and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, nargs="+", help="UTF-8 text files")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--vocab-size", type=int, default=4096, help="at least 258: 256 bytes and two special tokens")
+    args = parser.parse_args()
+    missing = [file for file in args.input if not Path(file).is_file()]
+    if missing:
+        print(f"error: --input {missing[0]} does not exist", file=sys.stderr)
+        return 2
+    if args.vocab_size < 258:
+        print(f"error: --vocab-size is {args.vocab_size}, but must be at least 258", file=sys.stderr)
+        return 2
+    tokenizer = train(args.input, args.vocab_size)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.output.with_name(args.output.name + ".partial")
+    tokenizer.save(str(partial))
+    os.replace(partial, args.output)
+    print(f"{args.output}: {tokenizer.get_vocab_size()} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Check a YAML before anything is built, and say in one sentence what is wrong.
+
+Every error is a ConfigError that names the file, the key, its value and what to do.
+"""
+
+import difflib
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+
+from mindformers_ext.config_schema import ANY, CLASS_SECTIONS, SECTIONS, Rule
+from mindformers_ext.errors import ConfigError
+from mindformers_ext.yaml_config import lookup
+
+
+def check_config(config: dict, path: str | Path) -> None:
+    """Check keys, values and the rules that join sections. Needs the classes named by the YAML to be importable.
+
+    Raises:
+        ConfigError: the first thing that cannot work.
+    """
+    for section in SECTIONS:
+        values = lookup(config, section)
+        if values is None:
+            continue
+        if section.endswith("data_loader.config") and not is_megatron(config, section.split(".")[0]):
+            continue
+        check_section(values, section, SECTIONS[section], path)
+    for section in CLASS_SECTIONS:
+        values = lookup(config, section)
+        for index, item in enumerate(values if isinstance(values, list) else [values]):
+            if isinstance(item, dict):
+                check_class_section(item, section + (f"[{index}]" if isinstance(values, list) else ""), section, path)
+    check_model(config, path)
+    check_degrees(config, path)
+
+
+def is_megatron(config: dict, dataset: str) -> bool:
+    """True when the dataset section reads Megatron .bin/.idx files."""
+    return lookup(config, f"{dataset}.data_loader.type") == "BlendedMegatronDatasetDataLoader"
+
+
+def check_section(values: Any, section: str, rules: dict[str, Rule], path: str | Path) -> None:
+    """Check that `values` is a mapping of legal keys whose values satisfy their rules."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: {section} is {values!r}, but must be a mapping of keys")
+    for key, value in values.items():
+        name = f"{section}.{key}" if section else str(key)
+        if key not in rules:
+            raise ConfigError(f"{path}: {name}: unknown key with value {short(value)}; {nearest(key, rules)}")
+        if not rules[key].holds(value):
+            raise ConfigError(f"{path}: {name} is {short(value)}, but must be {rules[key].says}")
+
+
+def nearest(key: Any, legal: Any) -> str:
+    """Say which legal key is closest to a mistyped one."""
+    near = difflib.get_close_matches(str(key), [str(k) for k in legal], n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"legal keys are {', '.join(sorted(map(str, legal)))}"
+
+
+def short(value: Any) -> str:
+    """A value as it is shown in an error, cut to one readable piece."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_class_section(values: dict, name: str, section: str, path: str | Path) -> None:
+    """Check a section whose `type` names a registered class: the class exists and takes these arguments."""
+    module_type, rules = CLASS_SECTIONS[section]
+    kind = values.get("type")
+    registered = MindFormerRegister.registry.get(module_type, {})
+    if not isinstance(kind, str):
+        raise ConfigError(f"{path}: {name}.type is {kind!r}, but must name a registered {module_type} class")
+    if kind not in registered and "auto_register" in values:
+        MindFormerRegister.auto_register(values["auto_register"], MindFormerModuleType(module_type).value)
+    if kind not in registered:
+        raise ConfigError(f"{path}: {name}.type is {kind!r}, which is not registered; {nearest(kind, registered)}")
+    names, open_ended = constructor_keys(registered[kind])
+    if open_ended and module_type == "dataset_loader" and kind != "BlendedMegatronDatasetDataLoader":
+        return
+    check_section(values, name, {key: rules.get(key, ANY) for key in names | set(rules)}, path)
+
+
+def constructor_keys(cls: type) -> tuple[set[str], bool]:
+    """Names of the arguments that a class and its parents construct from, and whether it takes any others."""
+    names, open_ended = set(), False
+    for base in cls.__mro__:
+        for method in ("__init__", "__new__"):
+            function = base.__dict__.get(method)
+            if function is None or base is object:
+                continue
+            try:
+                parameters = inspect.signature(inspect.unwrap(getattr(function, "__func__", function))).parameters
+            except (TypeError, ValueError):
+                continue
+            open_ended |= any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+            names |= {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return names - {"self", "cls"}, open_ended
+
+
+def check_model(config: dict, path: str | Path) -> Any:
+    """Build the model's configuration object, which checks `model_config` and `moe_config` itself, and return it."""
+    values = lookup(config, "model.model_config")
+    if values is None:
+        raise ConfigError(f"{path}: model.model_config is missing; it names the model and its sizes")
+    kind, reference = values.get("type"), values.get("auto_register")
+    try:
+        if reference:
+            MindFormerRegister.auto_register(reference, MindFormerModuleType.CONFIG)
+        cls = MindFormerRegister.get_cls(MindFormerModuleType.CONFIG, kind)
+    except (ImportError, OSError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: model.model_config.type is {kind!r} (auto_register {reference!r}), which cannot be found in "
+            f"--register_path {os.getenv('REGISTER_PATH', '')!r}: {' '.join(str(error).split())}"
+        ) from None
+    parts = {key: dict(config[key]) for key in ("moe_config", "parallel_config") if isinstance(config.get(key), dict)}
+    parts["parallel_config"] = one_device_degrees(config, parts.get("parallel_config", {}))
+    sizes = {key: value for key, value in values.items() if key not in ("type", "auto_register")}
+    try:
+        return cls(**sizes, **parts)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def one_device_degrees(config: dict, degrees: dict) -> dict:
+    """The parallel degrees that the model will see: all 1 unless the graph is split over devices."""
+    if is_semi_auto(config):
+        return degrees
+    return {key: value for key, value in degrees.items() if key in ("vocab_emb_dp", "gradient_aggregation_group")}
+
+
+def is_semi_auto(config: dict) -> bool:
+    """True when MindSpore splits one graph over the devices (parallel_mode 1 or 2)."""
+    mode = lookup(config, "parallel.parallel_mode", 1)
+    return bool(config.get("use_parallel")) and mode in (1, 2, "semi_auto_parallel", "auto_parallel")
+
+
+def need(holds: bool, config: dict, key: str, rule: str, path: str | Path) -> None:
+    """Raise ConfigError that names a key of the configuration, its value and the rule, unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{path}: {key} is {short(lookup(config, key))}, but {rule}")
+
+
+def check_degrees(config: dict, path: str | Path) -> None:
+    """Check the rules that join the model, the data and the device; and the parallel degrees where they are used."""
+    seq_length = lookup(config, "model.model_config.seq_length")
+    for dataset in ("train_dataset", "eval_dataset"):
+        key = f"{dataset}.data_loader.config.seq_length"
+        if is_megatron(config, dataset) and seq_length is not None:
+            same = lookup(config, key) == seq_length
+            need(same, config, key, f"must equal model.model_config.seq_length {seq_length}", path)
+    if not is_semi_auto(config):
+        return
+    on_cpu = lookup(config, "context.device_target", "Ascend") == "CPU"
+    rule = "on CPU only 0 (data parallel) runs; set it to 0 or context.device_target to Ascend"
+    need(not on_cpu or bool(os.getenv("MS_SIMULATION_LEVEL")), config, "parallel.parallel_mode", rule, path)
+    check_divisors(config, path)
+    check_stages(config, path)
+
+
+def degree(config: dict, name: str) -> int:
+    """A parallel degree, 1 when it is not given."""
+    return lookup(config, f"parallel_config.{name}", 1)
+
+
+def check_divisors(config: dict, path: str | Path) -> None:
+    """Check that heads, experts and sequences split evenly, and that the degrees make up the started processes."""
+    keeps_vocab = lookup(config, "parallel_config.vocab_emb_dp", True)
+    for key, by in (
+        ("model.model_config.num_heads", "model_parallel"),
+        *([] if keeps_vocab else [("model.model_config.vocab_size", "model_parallel")]),
+        ("moe_config.expert_num", "expert_parallel"),
+        ("model.model_config.seq_length", "context_parallel"),
+    ):
+        value, divisor = lookup(config, key), degree(config, by)
+        even = value is None or value % divisor == 0
+        need(even, config, key, f"must be divisible by parallel_config.{by} {divisor}", path)
+    dp = degree(config, "data_parallel")
+    inside = dp * degree(config, "model_parallel") * degree(config, "context_parallel")
+    rule = f"must divide data_parallel x context_parallel x model_parallel = {inside}"
+    need(inside % degree(config, "expert_parallel") == 0, config, "parallel_config.expert_parallel", rule, path)
+    strategy = lookup(config, "parallel.dataset_strategy")
+    if isinstance(strategy, list):
+        same = all(item[0] == dp for item in strategy)
+        need(same, config, "parallel.dataset_strategy", f"must start with data_parallel {dp}", path)
+    check_device_count(config, inside * degree(config, "pipeline_stage"), path)
+
+
+def check_stages(config: dict, path: str | Path) -> None:
+    """Check what depends on the number of pipeline stages."""
+    pp = degree(config, "pipeline_stage")
+    layers = lookup(config, "model.model_config.num_layers", pp)
+    rule = f"must not exceed model.model_config.num_layers {layers}"
+    need(pp <= layers, config, "parallel_config.pipeline_stage", rule, path)
+    enough = pp == 1 or degree(config, "micro_batch_num") >= pp
+    need(enough, config, "parallel_config.micro_batch_num", f"must be at least pipeline_stage {pp}", path)
+    for key in ("recompute_config.recompute", "recompute_config.select_recompute"):
+        value = lookup(config, key)
+        need(not isinstance(value, list) or len(value) == pp, config, key, f"must have pipeline_stage {pp} items", path)
+
+
+def check_device_count(config: dict, devices: int, path: str | Path) -> None:
+    """Compare the product of the degrees with the number of started processes, where msrun tells it."""
+    started = os.getenv("MS_WORKER_NUM") or os.getenv("RANK_SIZE")
+    if started and int(started) != devices:
+        raise ConfigError(
+            f"{path}: parallel_config asks for data_parallel x model_parallel x context_parallel x pipeline_stage = "
+            f"{devices} devices, but {started} processes were started; make the two equal"
+        )

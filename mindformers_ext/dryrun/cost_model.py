@@ -1,0 +1,292 @@
+"""Estimated memory, step time and MFU of a plan: arithmetic over a device profile, a few milliseconds per plan.
+
+The estimate ranks strategies and says what bounds them; it is not a measurement. Planned memory comes from the
+compiler (`--level memory`). What is assumed:
+
+- matmuls and attention run at the profile's efficiencies; every other operator is hidden in them;
+- tensor and expert parallel collectives are not hidden; gradients are hidden by the profile's share;
+- 1F1B pipeline: the slowest stage sets the pace, the others are passed once;
+- routing is balanced: every expert rank gets the same number of tokens.
+"""
+
+import importlib.util
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mindformers_ext.dryrun.device_profile import DeviceProfile
+from mindformers_ext.dryrun.parameters import (
+    Weight,
+    gathered_bytes,
+    model_weights,
+    optimizer_ways,
+    parameter_bytes,
+)
+from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, RunPlan, model_folder
+from mindformers_ext.dryrun.transfers import (
+    Transfer,
+    capacity_rows,
+    gradient_exchange,
+    layer_forward,
+    mtp_embedding,
+    stage_boundary,
+)
+
+FLOAT_BYTES = 4
+ADAM_STATES = 2  # first and second moment, float32
+
+
+def _model_flops():
+    """The model's own FLOP formula (facts 16), loaded from its file: the folder is no package."""
+    spec = importlib.util.spec_from_file_location("deepseek_flops", model_folder() / "flops.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+flops = _model_flops()
+
+
+@dataclass
+class StageCost:
+    """What one rank of a pipeline stage holds and does; bytes and FLOPs are of one rank, parameters of the stage."""
+
+    stage: int
+    layers: list[int]  # num_layers and above: multi-token prediction
+    parameters: int  # values of the stage, all ranks together, counted once
+    weight_bytes: float
+    gradient_bytes: float
+    optimizer_bytes: float
+    gathered_bytes: float  # sharded weights, whole again during the step
+    activation_bytes: float  # kept for the backward pass, all micro-batches in flight
+    working_bytes: float  # largest set of temporary values
+    flops_per_step: float  # forward and backward of the model's formula
+    compute_seconds: float  # one micro-batch, forward and backward, recomputation included
+    collective_seconds: dict[
+        str, float
+    ]  # one micro-batch, by purpose; "data parallel": once a step, what is not hidden
+    transfers: list[Transfer]  # of one step
+
+    @property
+    def memory_bytes(self) -> float:
+        """Estimated peak of one rank."""
+        held = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.gathered_bytes
+        return held + self.activation_bytes + self.working_bytes
+
+    @property
+    def micro_batch_seconds(self) -> float:
+        """One micro-batch through this stage, forward and backward."""
+        return self.compute_seconds + sum(t for p, t in self.collective_seconds.items() if p != "data parallel")
+
+
+@dataclass
+class PlanCost:
+    """The estimate of a whole plan."""
+
+    stages: list[StageCost]
+    parameters: int  # of the whole model, shared weights once
+    step_seconds: float
+    bubble: float  # share of the pipeline's time that an average rank waits
+    tokens_per_s: float
+    mfu: float
+    bound: str  # what takes most of a step on the slowest stage
+    seconds_by_cause: dict[str, float]  # of one step on the slowest stage
+    memory_bytes: float  # of the fullest rank
+    fits: bool
+    tokens_per_expert_rank: float  # token choices in one step, for each of the ranks that share a set of experts
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers, ready for JSON."""
+        data = asdict(self)
+        for record, stage in zip(data["stages"], self.stages, strict=True):
+            record["memory_bytes"] = stage.memory_bytes
+            record["micro_batch_seconds"] = stage.micro_batch_seconds
+        return data
+
+
+def estimate(plan: RunPlan, profile: DeviceProfile) -> PlanCost:
+    """Cost of a legal plan on a device."""
+    weights = list(model_weights(plan))
+    stages = [_stage_cost(plan, profile, stage, weights) for stage in range(plan.pp)]
+    slowest = max(stages, key=lambda s: s.micro_batch_seconds)
+    pace = slowest.micro_batch_seconds
+    pipeline = sum(s.micro_batch_seconds for s in stages) + (plan.micro_batches - 1) * pace
+    busy = plan.micro_batches * sum(s.micro_batch_seconds for s in stages) / plan.pp
+    causes = _causes(plan, profile, slowest, pipeline)
+    step = sum(causes.values())
+    per_token = flops.flops_per_token(plan.model, plan.model.seq_length)
+    memory = max(s.memory_bytes for s in stages)
+    moe = plan.model.moe_config
+    return PlanCost(
+        stages=stages,
+        parameters=sum(w.size for w in weights),
+        step_seconds=step,
+        bubble=1 - busy / pipeline,
+        tokens_per_s=plan.tokens_per_step / step,
+        mfu=per_token * plan.tokens_per_step / step / plan.device_num / (profile.peak_tflops * 1e12),
+        bound=max(causes, key=causes.get),
+        seconds_by_cause=causes,
+        memory_bytes=memory,
+        fits=memory <= profile.memory_limit_bytes,
+        tokens_per_expert_rank=plan.tokens_per_step * moe.num_experts_chosen / plan.ep if moe.expert_num > 1 else 0,
+    )
+
+
+def _causes(plan: RunPlan, profile: DeviceProfile, stage: StageCost, pipeline: float) -> dict[str, float]:
+    """Seconds of one step on the slowest stage, by what they are spent on."""
+    causes = {"compute": stage.compute_seconds * plan.micro_batches}
+    for purpose, seconds in stage.collective_seconds.items():
+        causes[purpose] = seconds * (1 if purpose == "data parallel" else plan.micro_batches)
+    causes["pipeline bubble"] = pipeline - stage.micro_batch_seconds * plan.micro_batches
+    moved = 3 * stage.optimizer_bytes + 2 * stage.weight_bytes  # read and write states and weights, read gradients
+    causes["optimizer"] = moved / (profile.hbm_gb_per_s * 1e9)
+    return causes
+
+
+def _stage_cost(plan: RunPlan, profile: DeviceProfile, stage: int, weights: list[Weight]) -> StageCost:
+    own = [w for w in weights if w.stage == stage]
+    layers = plan.layers_of(stage)
+    recomputed = recomputed_layers(plan, stage)
+    transfers = _step_transfers(plan, stage, layers, recomputed, own)
+    seconds: dict[str, float] = defaultdict(float)
+    for transfer in transfers:
+        share = 1 - profile.gradient_overlap if transfer.purpose == "data parallel" else 1 / plan.micro_batches
+        seconds[transfer.purpose] += transfer.seconds(profile) * share
+    kept, working = _activations(plan, stage, layers, recomputed)
+    macs = _macs_per_token(plan, stage, layers)
+    per_rank = plan.tokens_per_step / plan.devices_per_stage
+    return StageCost(
+        stage=stage,
+        layers=layers,
+        parameters=sum(w.size for w in own),
+        **_held_bytes(plan, own),
+        activation_bytes=kept,
+        working_bytes=working,
+        flops_per_step=6 * macs * per_rank,
+        compute_seconds=_compute_seconds(plan, profile, stage, layers, recomputed),
+        collective_seconds=dict(seconds),
+        transfers=transfers,
+    )
+
+
+def _held_bytes(plan: RunPlan, own: list[Weight]) -> dict[str, float]:
+    """Bytes one rank keeps during the whole step."""
+    unit = parameter_bytes(plan.model)
+    held = dict.fromkeys(("weight_bytes", "gradient_bytes", "optimizer_bytes", "gathered_bytes"), 0.0)
+    for weight in own:
+        ways = optimizer_ways(weight, plan)
+        values = weight.size / weight.ways
+        held["weight_bytes"] += values / ways * unit
+        if not weight.trainable:
+            continue
+        held["optimizer_bytes"] += values / ways * ADAM_STATES * FLOAT_BYTES
+        # A buffer sums the micro-batches' gradients before they are exchanged.
+        held["gradient_bytes"] += values / (ways if plan.shard_gradients else 1) * unit
+        held["gathered_bytes"] += values * gathered_bytes(weight, plan) if ways > 1 else 0
+    return held
+
+
+def recomputed_layers(plan: RunPlan, stage: int) -> int:
+    """How many layers of a stage run their forward pass again."""
+    count = len(plan.layers_of(stage))
+    if isinstance(plan.recompute, list):
+        return min(plan.recompute[stage], count)
+    return count if plan.recompute else 0
+
+
+def _macs_per_token(plan: RunPlan, stage: int, layers: list[int]) -> float:
+    """Multiply-adds of a token in one stage's forward pass, as the model's formula counts them."""
+    model = plan.model
+    macs = sum(flops.attention_macs(model, model.seq_length) + flops.ffn_macs(model, i) for i in layers)
+    return macs + _head_macs(plan, stage)
+
+
+def _head_macs(plan: RunPlan, stage: int) -> float:
+    """Multiply-adds of a token in the output heads and MTP's eh_proj: on the last stage."""
+    model = plan.model
+    head = model.vocab_size * model.hidden_size * (1 + model.mtp_depth)
+    return head + 2 * model.hidden_size**2 * model.mtp_depth if stage == plan.pp - 1 else 0
+
+
+def _compute_seconds(plan: RunPlan, profile: DeviceProfile, stage: int, layers: list[int], recomputed: int) -> float:
+    """One micro-batch on one rank: forward, backward, and forward again where a layer is recomputed."""
+    model, moe = plan.model, plan.model.moe_config
+    products = model.num_heads * (model.qk_head_dim + model.v_head_dim) * model.seq_length // 2
+    executed = products if model.use_flash_attention else 2 * products  # without it the masked half is computed too
+    tokens = plan.batch_size * model.seq_length / (plan.cp * plan.mp)
+    padding = 1.0 if moe.use_gmm else capacity_rows(plan) / (tokens * moe.num_experts_chosen)
+    routed = 3 * model.hidden_size * moe.moe_intermediate_size * moe.num_experts_chosen * (padding - 1)
+    total = 0.0
+    for i, layer in enumerate(layers):
+        matmuls = flops.attention_macs(model, model.seq_length) - products + flops.ffn_macs(model, layer)
+        matmuls += routed if model.is_moe_layer(layer) else 0
+        passes = 3 + (i < recomputed)
+        total += passes * matmuls / profile.matmul_efficiency + passes * executed / profile.attention_efficiency
+    total += 3 * _head_macs(plan, stage) / profile.matmul_efficiency
+    return total * 2 * tokens / (profile.peak_tflops * 1e12)
+
+
+def _step_transfers(plan: RunPlan, stage: int, layers: list[int], recomputed: int, own: list[Weight]) -> list[Transfer]:
+    """Every collective of one rank of a stage in one step, equal ones summed."""
+    micro = plan.micro_batches
+    totals: dict[tuple, float] = defaultdict(float)
+    for i, layer in enumerate(layers):
+        passes = 2 + (i < recomputed)  # the backward pass mirrors the forward one
+        for t in layer_forward(plan, layer):
+            totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls * passes * micro
+    edge = stage_boundary(plan)
+    for kind, neighbours in (("Send", (stage < plan.pp - 1, stage > 0)), ("Receive", (stage > 0, stage < plan.pp - 1))):
+        if any(neighbours):
+            totals[(edge.purpose, kind, edge.group_size, edge.span, edge.bytes)] += sum(neighbours) * micro
+    if plan.pp > 1 and plan.model.mtp_depth and stage in (0, plan.pp - 1):
+        t = mtp_embedding(plan)
+        for kind in ("Send", "Receive"):  # the embedding one way, its gradient the other
+            totals[(t.purpose, kind, t.group_size, t.span, t.bytes)] += t.calls * micro
+    for t in gradient_exchange(plan, own):
+        totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls
+    return [Transfer(*key, calls) for key, calls in totals.items()]
+
+
+def _activations(plan: RunPlan, stage: int, layers: list[int], recomputed: int) -> tuple[float, float]:
+    """(bytes kept for the backward pass by the micro-batches in flight, bytes of the largest temporary set)."""
+    model = plan.model
+    in_flight = min(plan.micro_batches, plan.pp - stage)
+    tokens = plan.batch_size * model.seq_length / plan.cp
+    share = plan.mp if plan.sequence_parallel else 1
+    boundary = tokens / share * model.hidden_size * DTYPE_BYTES[model.compute_dtype]
+    sizes = [layer_activation_bytes(plan, layer) for layer in layers]
+    kept = sum(boundary if i < recomputed else size for i, size in enumerate(sizes))
+    working = max(sizes)
+    if stage == plan.pp - 1:
+        # Logits and their gradient in float32 and compute dtype, for the main head and MTP's.
+        width = DTYPE_BYTES[model.compute_dtype] + 2 * FLOAT_BYTES
+        working = max(working, tokens * model.vocab_size / plan.mp * width * (1 + model.mtp_depth))
+    return kept * in_flight, working
+
+
+def layer_activation_bytes(plan: RunPlan, layer: int) -> float:
+    """Bytes that one layer keeps for its backward pass without recomputation, one micro-batch on one rank."""
+    model, moe = plan.model, plan.model.moe_config
+    unit = DTYPE_BYTES[model.compute_dtype]
+    tokens = plan.batch_size * model.seq_length / plan.cp
+    heads = model.num_heads / plan.mp
+    local = tokens / (plan.mp if plan.sequence_parallel else 1)
+    latents = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
+    norms = 2 * local * model.hidden_size * (FLOAT_BYTES + unit) + local * latents * (FLOAT_BYTES + unit)
+    attention = tokens * heads * (2 * 2 * model.qk_head_dim + 2 * 2 * model.v_head_dim) * unit
+    if not model.use_flash_attention:
+        attention += tokens * heads * model.seq_length * (2 * FLOAT_BYTES + unit)
+    size = norms + attention + 2 * local * model.hidden_size * unit
+    if not model.is_moe_layer(layer):
+        return size + tokens * 4 * model.intermediate_size / plan.mp * unit
+    size += tokens * 4 * moe.shared_expert_num * moe.moe_intermediate_size / plan.mp * unit
+    mine = tokens / plan.mp
+    rows = dropless_rows(plan, mine) if moe.use_gmm else capacity_rows(plan)
+    size += rows * (2 * model.hidden_size + 4 * moe.moe_intermediate_size) * unit
+    return size + mine * moe.expert_num * 4 * FLOAT_BYTES
+
+
+def dropless_rows(plan: RunPlan, tokens: float) -> float:
+    """Rows of the grouped matmul's static buffer: as many as could choose this rank's experts."""
+    moe = plan.model.moe_config
+    return tokens * plan.ep * min(moe.num_experts_chosen, moe.expert_num // plan.ep)

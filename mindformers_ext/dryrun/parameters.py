@@ -1,0 +1,128 @@
+"""Every weight of the model as a name, a shape and a place, without allocating one.
+
+Names and layouts are those of research/deepseek3/{deepseek2_model,deepseek3_model,sharding}.py; the dry run's tests
+compare them, name by name, with what MindSpore's compiler stores on a rank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, ModelPlan, RunPlan
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the model; `axis` is the tensor dimension that is split over `ways` ranks (1: whole)."""
+
+    name: str
+    shape: tuple[int, ...]
+    stage: int  # the pipeline stage that holds it
+    axis: int = 0
+    ways: int = 1
+    trainable: bool = True
+
+    @property
+    def size(self) -> int:
+        """Number of values in the whole weight."""
+        return prod(self.shape)
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        """Shape on one rank, before optimizer parallelism."""
+        return tuple(d // self.ways if i == self.axis else d for i, d in enumerate(self.shape))
+
+
+def model_weights(plan: RunPlan) -> Iterator[Weight]:
+    """Every weight of the model once, in the order of the layers."""
+    model, last = plan.model, plan.pp - 1
+    table = (model.vocab_size, model.hidden_size)
+    yield Weight("model.embed_tokens.weight", table, 0, 0, 1 if plan.vocab_emb_dp else plan.mp)
+    for stage in range(plan.pp):
+        for layer in plan.layers_of(stage):
+            if layer < model.num_layers:
+                yield from _layer(plan, f"model.layers.{layer}.", layer, stage)
+    yield Weight("model.norm.weight", (model.hidden_size,), last)
+    yield Weight("lm_head.weight", table, last, 0, plan.mp)
+    for depth in range(model.mtp_depth):
+        prefix = f"mtp.{depth}."
+        for name in ("enorm", "hnorm", "shared_head_norm"):
+            yield Weight(f"{prefix}{name}.weight", (model.hidden_size,), last)
+        yield Weight(f"{prefix}eh_proj.weight", (model.hidden_size, 2 * model.hidden_size), last)
+        yield from _layer(plan, f"{prefix}layer.", model.num_layers + depth, last)
+
+
+def count_parameters(plan: RunPlan) -> tuple[int, int]:
+    """(values of the main model, values of multi-token prediction); shared weights once, router biases included."""
+    sizes = [(w.name.startswith("mtp."), w.size) for w in model_weights(plan)]
+    return sum(n for mtp, n in sizes if not mtp), sum(n for mtp, n in sizes if mtp)
+
+
+def stored_shape(weight: Weight, plan: RunPlan) -> tuple[int, ...]:
+    """Shape of `weight` on one rank after optimizer parallelism, which splits dimension 0 over the weight's copies."""
+    first, *rest = weight.slice_shape
+    return (first // optimizer_ways(weight, plan), *rest)
+
+
+def optimizer_ways(weight: Weight, plan: RunPlan) -> int:
+    """Over how many ranks optimizer parallelism splits the slice of a weight (1: not at all)."""
+    if not plan.shard_optimizer or not weight.trainable:
+        return 1
+    copies = plan.devices_per_stage // weight.ways
+    ways = copies if plan.optimizer_shard_size == -1 else min(plan.optimizer_shard_size, copies)
+    size = prod(weight.slice_shape) * parameter_bytes(plan.model)
+    too_small = size < plan.optimizer_threshold_bytes
+    return 1 if too_small or copies % ways or weight.slice_shape[0] % ways else ways
+
+
+def parameter_bytes(model: ModelPlan) -> int:
+    """Bytes of one stored weight value."""
+    return DTYPE_BYTES[model.param_init_type]
+
+
+def gathered_bytes(weight: Weight, plan: RunPlan) -> int:
+    """Bytes of one value when a weight is gathered for use: matrices are cast before, the embedding's rows after."""
+    stays = (
+        len(weight.shape) == 1 or weight.name == "model.embed_tokens.weight" or weight.name.endswith("mlp.gate.weight")
+    )
+    return parameter_bytes(plan.model) if stays else DTYPE_BYTES[plan.model.compute_dtype]
+
+
+def _layer(plan: RunPlan, prefix: str, layer: int, stage: int) -> Iterator[Weight]:
+    model = plan.model
+
+    def weight(name: str, *shape: int, axis: int = 0, ways: int = 1, trainable: bool = True) -> Weight:
+        return Weight(prefix + name, shape, stage, axis, ways, trainable)
+
+    hidden, heads, mp = model.hidden_size, model.num_heads, plan.mp
+    query, latent = heads * model.qk_head_dim, model.kv_lora_rank
+    yield weight("input_layernorm.weight", hidden)
+    if model.q_lora_rank is None:
+        yield weight("self_attn.q_proj.weight", query, hidden, ways=mp)
+    else:
+        yield weight("self_attn.q_a_proj.weight", model.q_lora_rank, hidden)
+        yield weight("self_attn.q_a_layernorm.weight", model.q_lora_rank)
+        yield weight("self_attn.q_b_proj.weight", query, model.q_lora_rank, ways=mp)
+    yield weight("self_attn.kv_a_proj_with_mqa.weight", latent + model.qk_rope_head_dim, hidden)
+    yield weight("self_attn.kv_a_layernorm.weight", latent)
+    yield weight("self_attn.kv_b_proj.weight", heads * (model.qk_nope_head_dim + model.v_head_dim), latent, ways=mp)
+    yield weight("self_attn.o_proj.weight", hidden, heads * model.v_head_dim, axis=1, ways=mp)
+    yield weight("post_attention_layernorm.weight", hidden)
+    if not model.is_moe_layer(layer):
+        yield from _swiglu(weight, "mlp.", hidden, model.intermediate_size, mp)
+        return
+    moe = model.moe_config
+    experts, width = moe.expert_num, moe.moe_intermediate_size
+    yield weight("mlp.gate.weight", experts, hidden)
+    if moe.topk_method == "noaux_tc":
+        yield weight("mlp.gate.e_score_correction_bias", experts, trainable=False)
+    yield weight("mlp.experts.gate_up_proj", experts, hidden, 2 * width, ways=plan.ep)
+    yield weight("mlp.experts.down_proj", experts, width, hidden, ways=plan.ep)
+    if moe.shared_expert_num:
+        yield from _swiglu(weight, "mlp.shared_experts.", hidden, moe.shared_expert_num * width, mp)
+
+
+def _swiglu(weight, prefix: str, hidden: int, width: int, mp: int) -> Iterator[Weight]:
+    yield weight(f"{prefix}gate_proj.weight", width, hidden, ways=mp)
+    yield weight(f"{prefix}up_proj.weight", width, hidden, ways=mp)
+    yield weight(f"{prefix}down_proj.weight", hidden, width, axis=1, ways=mp)

@@ -1,0 +1,177 @@
+"""Join what was checked, estimated and compiled into one report: a dictionary for JSON and tables for a terminal."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from math import prod
+from typing import Any
+
+from mindformers_ext.dryrun.cost_model import PlanCost
+from mindformers_ext.dryrun.device_profile import DeviceProfile
+from mindformers_ext.dryrun.parameters import Weight, model_weights, stored_shape
+from mindformers_ext.dryrun.rank_pool import COMPILED, REFUSED, RankResult
+from mindformers_ext.dryrun.run_plan import RunPlan
+from mindformers_ext.dryrun.strategy_rules import Violation
+from mindformers_ext.dryrun.transfers import wire_factor
+from mindformers_ext.yaml_config import lookup
+
+FITS, DOES_NOT_FIT, TOOL_FAILURE = 0, 1, 2  # exit codes
+GIB = 2**30
+
+
+def memory_limit(plan: RunPlan, profile: DeviceProfile) -> float:
+    """Bytes a rank may plan: the YAML's context.max_device_memory, or the profile's share of the device."""
+    given = re.fullmatch(r"([\d.]+)\s*GB", str(lookup(plan.config, "context.max_device_memory", "")))
+    return float(given[1]) * GIB if given else profile.memory_limit_bytes
+
+
+def make_report(
+    plan: RunPlan,
+    profile: DeviceProfile,
+    violations: list[Violation],
+    cost: PlanCost | None,
+    results: list[RankResult],
+) -> dict[str, Any]:
+    """Everything that is known about a plan; `cost` is None and `results` empty when it is illegal."""
+    limit = memory_limit(plan, profile)
+    ranks = [rank_record(plan, profile, result) for result in results]
+    return {
+        "config": plan.path,
+        "device_num": plan.device_num,
+        "degrees": {k: getattr(plan, k) for k in ("dp", "cp", "mp", "pp", "ep", "micro_batches", "global_batch")},
+        "violations": [asdict(v) for v in violations],
+        "assumptions": asdict(profile),
+        "memory_limit_bytes": limit,
+        "estimate": estimate_record(plan, cost) if cost else None,
+        "ranks": ranks,
+        "parameter_check": check_parameters(plan, results),
+        "exit_code": exit_code(violations, cost, results, limit),
+    }
+
+
+def estimate_record(plan: RunPlan, cost: PlanCost) -> dict[str, Any]:
+    """The cost model's numbers, with a readable list of each stage's layers."""
+    record = cost.to_json()
+    for stage in record["stages"]:
+        stage["layer_names"] = layer_names(plan, stage["stage"])
+    return record
+
+
+def exit_code(violations: list, cost: PlanCost | None, results: list[RankResult], limit: float) -> int:
+    """0 fits, 1 illegal, refused by the compiler or too large, 2 a compiler process failed."""
+    if any(r.status not in (COMPILED, REFUSED) for r in results):
+        return TOOL_FAILURE
+    planned = [r.memory["actual_peak_bytes"] for r in results if r.memory]
+    # The compiler's plan decides where there is one, else the estimate.
+    too_large = max(planned) > limit if planned else cost is not None and cost.memory_bytes > limit
+    refused = any(r.status == REFUSED for r in results)
+    return DOES_NOT_FIT if violations or too_large or refused else FITS
+
+
+def rank_record(plan: RunPlan, profile: DeviceProfile, result: RankResult) -> dict[str, Any]:
+    """One compiled rank: its bytes by kind, its collectives, its parameter layouts."""
+    record = result.to_json() | {"layers": layer_names(plan, result.stage)}
+    if result.status != COMPILED:
+        return record
+    compiled = result.compiled
+    record["bytes"] = bytes_by_kind(compiled)
+    record["flops_per_step"] = compiled["flops"]["model"]
+    record["collectives"] = [collective_record(c, profile) for c in compiled["collectives"]]
+    record["layouts"] = layout_table(compiled)
+    return record
+
+
+def bytes_by_kind(compiled: dict[str, Any]) -> dict[str, int]:
+    """Bytes stored on a rank: weights, gradient buffers, optimizer states, and the rest (buffers, counters)."""
+    weights = set(compiled["weights"])
+    total = dict.fromkeys(("weights", "gradients", "optimizer", "other"), 0)
+    for name, parameter in compiled["parameters"].items():
+        owner = next((name[i + 1 :] for i, c in enumerate(name) if c == "." and name[i + 1 :] in weights), None)
+        if name in weights:
+            kind = "weights"
+        elif owner is None:
+            kind = "other"
+        else:
+            kind = "gradients" if name.startswith("accu_grads") else "optimizer"
+        total[kind] += parameter["bytes"]
+    return total
+
+
+def collective_record(collective: dict[str, Any], profile: DeviceProfile) -> dict[str, Any]:
+    """A compiled collective with its group's size, where it runs, and the bytes a rank sends for it in a step."""
+    ranks = collective["ranks"]
+    size = collective["bytes"]
+    sent = None if size is None else size * collective["count"] * wire_factor(collective["kind"], len(ranks))
+    across = len({r // profile.devices_per_node for r in ranks}) > 1
+    kept = {k: collective[k] for k in ("kind", "purpose", "dtype", "bytes", "count")}
+    return kept | {"group_size": len(ranks), "across_nodes": across, "sent_bytes": sent}
+
+
+def summed_collectives(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Collectives of a rank summed over tensors: one row for each kind, group size and place."""
+    rows: dict[tuple, dict] = {}
+    for record in records:
+        key = (record["kind"], record["group_size"], record["across_nodes"])
+        row = rows.setdefault(key, dict(zip(("kind", "group_size", "across_nodes"), key, strict=True)) | ZERO_ROW)
+        row["count"] += record["count"]
+        row["bytes"] += (record["bytes"] or 0) * record["count"]
+        row["sent_bytes"] += record["sent_bytes"] or 0
+        row["dynamic"] += record["bytes"] is None
+    return sorted(rows.values(), key=lambda r: -r["sent_bytes"])
+
+
+ZERO_ROW = {"count": 0, "bytes": 0, "sent_bytes": 0, "dynamic": 0}
+
+
+def layout_table(compiled: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every weight of a rank: whole shape, device matrix, tensor map, and the shape stored here."""
+    rows = []
+    for name in compiled["weights"]:
+        layout = compiled["layouts"][name]
+        rows.append(
+            {
+                "name": name,
+                "full_shape": layout["full_shape"],
+                "device_matrix": layout["device_matrix"],
+                "tensor_map": layout["tensor_map"],
+                "stored_shape": compiled["parameters"][name]["shape"],
+            }
+        )
+    return rows
+
+
+def check_parameters(plan: RunPlan, results: list[RankResult]) -> dict[str, Any]:
+    """Compare the compiled ranks' weights, counted once, with the model's; the differences by name."""
+    expected = {w.name: w for w in model_weights(plan) if w.trainable}
+    seen: dict[str, int] = {}
+    differences = []
+    stages = {r.stage for r in results if r.status == COMPILED}
+    for result in results:
+        if result.status == COMPILED:
+            seen |= {n: prod(result.compiled["layouts"][n]["full_shape"]) for n in result.compiled["weights"]}
+            differences += weight_differences(plan, result, expected)
+    wanted = sum(w.size for w in expected.values() if w.stage in stages)
+    if sum(seen.values()) != wanted:
+        differences.append(f"the compiled stages hold {sum(seen.values())} values, the model has {wanted} there")
+    return {"stages": sorted(stages), "values": sum(seen.values()), "expected": wanted, "differences": differences}
+
+
+def weight_differences(plan: RunPlan, result: RankResult, expected: dict[str, Weight]) -> list[str]:
+    """Sentences about weights of one rank that are missing, unknown, or stored with another shape than planned."""
+    held = set(result.compiled["weights"])
+    planned = {name for name, weight in expected.items() if weight.stage == result.stage}
+    where = f"rank {result.rank} (stage {result.stage})"
+    found = [f"{where} lacks {name}" for name in sorted(planned - held)]
+    found += [f"{where} holds {name}, which is not planned there" for name in sorted(held - planned)]
+    for name in sorted(planned & held):
+        actual, wanted = result.compiled["parameters"][name]["shape"], list(stored_shape(expected[name], plan))
+        if actual != wanted:
+            found.append(f"{where} stores {name} as {actual}, planned {wanted}")
+    return found
+
+
+def layer_names(plan: RunPlan, stage: int) -> str:
+    """'58-60 + MTP'."""
+    layers = [i for i in plan.layers_of(stage) if i < plan.model.num_layers]
+    text = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+    return text + (" + MTP" if plan.layers_of(stage)[-1] >= plan.model.num_layers else "")

@@ -1,0 +1,91 @@
+"""Try every combination of some YAML keys with the instant check and the cost model, and rank the legal ones."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from mindformers_ext.dryrun.cost_model import PlanCost, estimate
+from mindformers_ext.dryrun.device_profile import DeviceProfile
+from mindformers_ext.dryrun.report import memory_limit
+from mindformers_ext.dryrun.run_plan import RunPlan, load_plan
+from mindformers_ext.dryrun.strategy_rules import check_plan
+from mindformers_ext.errors import ConfigError
+from mindformers_ext.yaml_config import lookup
+
+DEGREES = ("data_parallel", "context_parallel", "model_parallel", "pipeline_stage")
+
+
+@dataclass
+class Candidate:
+    """A legal combination and its estimate."""
+
+    overrides: list[tuple[str, Any]]
+    plan: RunPlan
+    cost: PlanCost
+    fits: bool
+
+
+def parse_axes(arguments: list[str]) -> dict[str, list[Any]]:
+    """{'parallel_config.pipeline_stage': [8, 16]} from ['parallel_config.pipeline_stage=8,16'].
+
+    Raises:
+        ConfigError: an argument without '=' or without values.
+    """
+    axes = {}
+    for argument in arguments:
+        key, equals, values = argument.partition("=")
+        if not equals or not values:
+            raise ConfigError(f"--sweep {argument}: write section.key=value,value,..., for example {EXAMPLE}")
+        axes[key.removeprefix("--")] = [yaml.safe_load(value) for value in values.split(",")]
+    return axes
+
+
+EXAMPLE = "parallel_config.expert_parallel=8,16"
+
+
+def sweep(
+    config: str, device_num: int, overrides: list[tuple[str, Any]], axes: dict[str, list[Any]], profile: DeviceProfile
+) -> tuple[list[Candidate], int]:
+    """(legal candidates, those within memory first and the fastest first, and how many combinations were tried).
+
+    The devices and the global batch stay what they are: data_parallel and micro_batch_num follow the other degrees
+    unless they are swept themselves, and per-stage lists that no longer fit pipeline_stage become even.
+    """
+    base = load_plan(config, device_num, overrides)
+    legal = []
+    combinations = list(itertools.product(*axes.values()))
+    for values in combinations:
+        chosen = overrides + list(zip(axes, values, strict=True))
+        chosen += followers(base, load_plan(config, device_num, chosen), axes)
+        plan = load_plan(config, device_num, chosen)
+        if not check_plan(plan):
+            cost = estimate(plan, profile)
+            legal.append(
+                Candidate(chosen[len(overrides) :], plan, cost, cost.memory_bytes <= memory_limit(plan, profile))
+            )
+    legal.sort(key=lambda c: (not c.fits, c.cost.step_seconds / c.plan.tokens_per_step))
+    return legal, len(combinations)
+
+
+def followers(base: RunPlan, plan: RunPlan, axes: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    """Overrides that keep the device number and the global batch where the swept keys leave them open."""
+    found = []
+    dp = plan.dp
+    others = plan.cp * plan.mp * plan.pp
+    if "parallel_config.data_parallel" not in axes and plan.device_num % others == 0:
+        dp = plan.device_num // others
+        found.append(("parallel_config.data_parallel", dp))
+    per_micro_batch = plan.batch_size * dp
+    if "parallel_config.micro_batch_num" not in axes and base.global_batch % per_micro_batch == 0:
+        found.append(("parallel_config.micro_batch_num", base.global_batch // per_micro_batch))
+    strategy = plan.dataset_strategy
+    if isinstance(strategy, list):
+        rows = [[dp if row[0] == base.dp else row[0], *row[1:]] for row in strategy]
+        found.append(("parallel.dataset_strategy", rows))
+    for key, even in (("model.model_config.offset", 0), ("recompute_config.recompute", True)):
+        value = lookup(plan.config, key)
+        if key not in axes and isinstance(value, list) and len(value) != plan.pp:
+            found.append((key, even))
+    return found

@@ -1,0 +1,123 @@
+"""A dry run's report as text for a terminal: tables, and the sentences that matter first."""
+
+from collections import defaultdict
+from typing import Any
+
+from mindformers_ext.dryrun.rank_pool import COMPILED
+from mindformers_ext.dryrun.report import DOES_NOT_FIT, FITS, GIB, summed_collectives
+
+VERDICT = {FITS: "fits", DOES_NOT_FIT: "does not fit or is illegal"}
+RANK_HEADERS = ["rank", "stage", "layers", "status", "seconds", "compiler GiB", "weights", "grads", "states"]
+RANK_HEADERS += ["planned peak", "TFLOP", "collectives", "sent in node", "across"]
+STAGE_HEADERS = ["stage", "layers", "params 1e9", "weights", "grads", "states", "gathered", "activations", "temporary"]
+STAGE_HEADERS += ["GiB a rank", "TFLOP a step", "ms a micro-batch"]
+HELD = ("weight", "gradient", "optimizer", "gathered", "activation", "working")
+
+
+def render(report: dict[str, Any]) -> str:
+    """The whole report as text."""
+    degrees = " ".join(f"{k}={v}" for k, v in report["degrees"].items())
+    parts = [f"{report['config']} on {report['device_num']} devices: {degrees}"]
+    if report["violations"]:
+        parts.append(
+            "The strategy is illegal:\n" + "\n".join(f"- {v['key']}: {v['sentence']}" for v in report["violations"])
+        )
+    if report["estimate"]:
+        parts += ["Estimate (bytes in GiB a rank):\n" + stage_table(report), estimate_text(report)]
+    if report["ranks"]:
+        parts.append("Compiled ranks (bytes in GiB):\n" + rank_table(report))
+        parts += [failure_text(r) for r in report["ranks"] if r["status"] != COMPILED]
+        compiled = [r for r in report["ranks"] if r["status"] == COMPILED]
+        parts += [f"Collectives of rank {r['rank']} in a step:\n" + collective_table(r) for r in compiled[:1]]
+        parts.append(parameter_text(report["parameter_check"]))
+    parts.append(f"Verdict: {VERDICT.get(report['exit_code'], 'the tool failed')}")
+    return "\n\n".join(parts)
+
+
+def table(headers: list[str], rows: list[list[Any]]) -> str:
+    """Right-aligned columns of text."""
+    cells = [headers] + [[str(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+
+
+def gib(value: float) -> str:
+    """'12.3' for a number of bytes."""
+    return f"{value / GIB:.1f}"
+
+
+def stage_table(report: dict[str, Any]) -> str:
+    """The estimate, one row a stage."""
+    rows = [
+        [stage["stage"], stage["layer_names"], f"{stage['parameters'] / 1e9:.2f}"]
+        + [gib(stage[f"{k}_bytes"]) for k in HELD]
+        + [gib(stage["memory_bytes"]), f"{stage['flops_per_step'] / 1e12:.1f}"]
+        + [f"{stage['micro_batch_seconds'] * 1e3:.0f}"]
+        for stage in report["estimate"]["stages"]
+    ]
+    return table(STAGE_HEADERS, rows)
+
+
+def estimate_text(report: dict[str, Any]) -> str:
+    """Time, speed, memory and what bounds them, in a few lines."""
+    e = report["estimate"]
+    limit = report["memory_limit_bytes"]
+    causes = ", ".join(f"{cause} {seconds:.2f} s" for cause, seconds in e["seconds_by_cause"].items())
+    share = f"{e['tokens_per_expert_rank']:,.0f} token choices a step" if e["tokens_per_expert_rank"] else "no experts"
+    return "\n".join(
+        [
+            f"step {e['step_seconds']:.2f} s, {e['tokens_per_s']:,.0f} tokens/s, MFU {e['mfu']:.1%} on "
+            f"{report['assumptions']['name']}; bound by {e['bound']}",
+            f"slowest stage: {causes}; pipeline ranks wait {e['bubble']:.1%} of the time",
+            f"fullest rank {gib(e['memory_bytes'])} GiB of {gib(limit)}; each expert rank holds "
+            f"1/{report['degrees']['ep']} of the tokens when routing is balanced: {share}",
+        ]
+    )
+
+
+def rank_table(report: dict[str, Any]) -> str:
+    """The compiled ranks, one row each."""
+    rows = []
+    for record in report["ranks"]:
+        row = [record["rank"], record["stage"], record["layers"], record["status"], f"{record['seconds']:.0f}"]
+        if record["status"] == COMPILED:
+            peak = record["memory"].get("actual_peak_bytes")
+            sent: dict[bool, float] = defaultdict(float)
+            for c in record["collectives"]:
+                sent[c["across_nodes"]] += c["sent_bytes"] or 0
+            row += [gib(record["compiled"]["peak_rss_bytes"])]
+            row += [gib(record["bytes"][k]) for k in ("weights", "gradients", "optimizer")]
+            row += [gib(peak) if peak else "-", f"{record['flops_per_step'] / 1e12:.1f}"]
+            row += [sum(c["count"] for c in record["collectives"]), gib(sent[False]), gib(sent[True])]
+        rows.append(row + ["-"] * (len(RANK_HEADERS) - len(row)))
+    return table(RANK_HEADERS, rows)
+
+
+def collective_table(record: dict[str, Any]) -> str:
+    """A rank's collectives by kind and group size."""
+    rows = [
+        [r["kind"], r["group_size"], "across nodes" if r["across_nodes"] else "in a node", r["count"]]
+        + [f"{r['bytes'] / 1e6:,.1f}", f"{r['sent_bytes'] / 1e6:,.1f}"]
+        for r in summed_collectives(record["collectives"])
+    ]
+    return table(["kind", "group", "where", "count", "tensor MB", "sent MB"], rows)
+
+
+def failure_text(record: dict[str, Any]) -> str:
+    """Why a rank did not compile: rank, stage, the model's line, the compiler's words, the log."""
+    lines = [
+        f"rank {record['rank']} (stage {record['stage']}, layers {record['layers']}) {record['status']}: "
+        f"{record['message']}"
+    ]
+    if record["source_lines"]:
+        lines.append(f"  at {record['source_lines'][0]}")
+    lines += [f"  compiler: {text}" for text in record["compiler_errors"][:3]]
+    return "\n".join([*lines, f"  log: {record['log']}"])
+
+
+def parameter_text(check: dict[str, Any]) -> str:
+    """Whether the compiled weights, counted once, are the model's."""
+    if check["differences"]:
+        shown = "\n".join(f"- {d}" for d in check["differences"][:10])
+        return f"Weights differ from the plan in {len(check['differences'])} places:\n{shown}"
+    return f"Weights of the compiled stages, counted once: {check['values']:,} values, as the model has there"

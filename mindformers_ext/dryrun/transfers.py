@@ -1,0 +1,148 @@
+"""The collectives that a strategy implies, from arithmetic alone: what a rank moves per micro-batch and per step.
+
+The layout is that of research/deepseek3/sharding.py and mindformers_ext/moe_dispatch.py. What the compiler really
+inserts is read from its graph (`mindir.collectives`); the tests compare the two where they must agree.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mindformers_ext.dryrun.device_profile import DeviceProfile
+from mindformers_ext.dryrun.parameters import Weight, gathered_bytes, optimizer_ways, parameter_bytes
+from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, RunPlan
+
+ID_BYTES = 4
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """`calls` collectives of one kind; `bytes` is the whole tensor of one call, as in `mindir.Collective`."""
+
+    purpose: str  # tensor, expert, data or pipeline parallelism
+    kind: str
+    group_size: int
+    span: int  # distance in ranks from the group's first to its last member, plus one
+    bytes: float
+    calls: float
+
+    def across_nodes(self, profile: DeviceProfile) -> bool:
+        """True when the group leaves a node."""
+        return self.span > profile.devices_per_node
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that one rank sends for all calls, with ring or pairwise algorithms."""
+        return self.calls * self.bytes * wire_factor(self.kind, self.group_size)
+
+    def seconds(self, profile: DeviceProfile) -> float:
+        """Time of all calls when nothing hides them."""
+        rate = profile.link_bytes_per_s(self.across_nodes(profile))
+        return self.wire_bytes / rate + self.calls * profile.latency_us * 1e-6
+
+
+def wire_factor(kind: str, group_size: int) -> float:
+    """Bytes a rank sends per byte of the collective's whole tensor."""
+    if kind in ("Send", "Receive"):
+        return 1.0
+    share = (group_size - 1) / group_size
+    return 2 * share if kind == "AllReduce" else share
+
+
+def layer_forward(plan: RunPlan, layer: int) -> list[Transfer]:
+    """Collectives of one layer's forward pass for one micro-batch; the backward pass mirrors them one by one."""
+    return [*_tensor_parallel(plan, layer), *_expert_parallel(plan, layer)]
+
+
+def _tensor_parallel(plan: RunPlan, layer: int) -> Iterator[Transfer]:
+    if plan.mp == 1:
+        return
+    model = plan.model
+    rows = plan.batch_size * model.seq_length / plan.cp * DTYPE_BYTES[model.compute_dtype]
+    latents = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
+    dense = not model.is_moe_layer(layer) or model.moe_config.shared_expert_num
+
+    def transfer(kind: str, width: int, calls: int = 1) -> Transfer:
+        return Transfer("tensor parallel", kind, plan.mp, plan.mp, rows * width, calls)
+
+    if plan.sequence_parallel:
+        if model.q_lora_rank is None:
+            yield transfer("AllGather", model.hidden_size)
+        yield transfer("AllGather", latents)
+        yield transfer("ReduceScatter", model.hidden_size)
+        if dense:
+            yield transfer("AllGather", model.hidden_size)
+            yield transfer("ReduceScatter", model.hidden_size)
+    else:
+        yield transfer("AllReduce", model.hidden_size, 2 if dense else 1)
+
+
+def _expert_parallel(plan: RunPlan, layer: int) -> Iterator[Transfer]:
+    model, moe = plan.model, plan.model.moe_config
+    if not model.is_moe_layer(layer) or plan.ep == 1:
+        return
+    element = DTYPE_BYTES[model.compute_dtype]
+    tokens = plan.batch_size * model.seq_length / (plan.cp * plan.mp)
+
+    def transfer(kind: str, size: float, calls: int = 1) -> Transfer:
+        return Transfer("expert parallel", kind, plan.ep, plan.ep, size, calls)
+
+    if moe.use_gmm:
+        gathered = tokens * plan.ep
+        yield transfer("AllGather", gathered * model.hidden_size * element)
+        yield transfer("AllGather", gathered * moe.num_experts_chosen * FLOAT_BYTES)
+        yield transfer("AllGather", gathered * moe.num_experts_chosen * ID_BYTES)
+        yield transfer("ReduceScatter", gathered * model.hidden_size * element)
+    else:
+        yield transfer("AlltoAll", capacity_rows(plan) * model.hidden_size * element, 2)
+
+
+def capacity_rows(plan: RunPlan) -> float:
+    """Rows that a rank's tokens may fill over all experts, padding included (capacity dispatch)."""
+    moe = plan.model.moe_config
+    tokens = plan.batch_size * plan.model.seq_length / (plan.cp * plan.mp)
+    group = min(moe.expert_group_size or plan.model.seq_length, tokens)
+    capacity = min(math.ceil(moe.num_experts_chosen * group * moe.capacity_factor / moe.expert_num), group)
+    return tokens / group * capacity * moe.expert_num
+
+
+def mtp_embedding(plan: RunPlan) -> Transfer:
+    """What the first stage, which holds the embedding, sends to the last for multi-token prediction."""
+    model = plan.model
+    size = plan.batch_size * model.seq_length / plan.cp * model.hidden_size * DTYPE_BYTES[model.compute_dtype]
+    return Transfer("pipeline parallel", "Send", 2, plan.device_num, size, model.mtp_depth)
+
+
+def stage_boundary(plan: RunPlan) -> Transfer:
+    """What a stage sends to the next for one micro-batch."""
+    model = plan.model
+    share = plan.cp * (plan.mp if plan.sequence_parallel else 1)
+    size = plan.batch_size * model.seq_length / share * model.hidden_size * DTYPE_BYTES[model.compute_dtype]
+    return Transfer("pipeline parallel", "Send", 2, plan.devices_per_stage + 1, size, 1)
+
+
+def gradient_exchange(plan: RunPlan, weights: list[Weight]) -> list[Transfer]:
+    """Once a step: gradients over the copies of every weight, and sharded weights gathered again."""
+    stage = plan.devices_per_stage
+    found = []
+    for weight in weights:
+        copies = stage // weight.ways
+        if copies == 1 or not weight.trainable:
+            continue
+        values = weight.size // weight.ways
+        size = values * parameter_bytes(plan.model)
+        ways = optimizer_ways(weight, plan)
+        if ways > 1:
+            # Shards are neighbours among the copies: consecutive ranks when the weight is whole on every rank.
+            span = (ways - 1) * _stride(plan, weight) + 1
+            found.append(Transfer("data parallel", "AllGather", ways, span, values * gathered_bytes(weight, plan), 1))
+            found.append(Transfer("data parallel", "ReduceScatter", ways, span, size, 1))
+        if copies // ways > 1:
+            found.append(Transfer("data parallel", "AllReduce", copies // ways, stage, size / ways, 1))
+    return found
+
+
+def _stride(plan: RunPlan, weight: Weight) -> int:
+    """Distance between ranks that hold the same slice."""
+    return {1: 1, plan.mp: plan.mp, plan.ep: plan.ep}[weight.ways]

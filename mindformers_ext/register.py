@@ -1,0 +1,7 @@
+"""Everything of this package that a YAML can name, registered with MindFormers by importing it."""
+
+import mindformers_ext.data
+import mindformers_ext.lr_schedule
+import mindformers_ext.topk_bias_callback
+import mindformers_ext.train_wrapper
+import mindformers_ext.training_metrics  # noqa: F401 (imported to register)

@@ -1,0 +1,103 @@
+"""One training step on any device, under the YAML name MFTrainOneStepCell.
+
+Extends mindformers.wrapper.MFTrainOneStepCell (MindFormers 1.9.0), which reads the NPU's overflow register and drops
+gradient_accumulation_steps outside semi-automatic parallelism. Importing this file registers the class below under
+upstream's name, so that `runner_wrapper.type: MFTrainOneStepCell` also works on CPU. It can go when upstream checks
+overflow on CPU and accumulates gradients in stand-alone and data-parallel mode.
+"""
+
+from mindformers.core.clip_grad import ClipGradNorm
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindformers.wrapper import MFTrainOneStepCell
+from mindformers.wrapper.wrapper import get_real_models
+from mindspore import Tensor, get_context, nn, ops
+from mindspore.common import dtype as mstype
+
+
+def real_model(train_network: nn.Cell) -> nn.Cell:
+    """Return the model (DeepseekV3ForCausalLM) inside the cells that the Trainer wraps around it."""
+    return get_real_models(train_network)
+
+
+class ScaledLoss(nn.Cell):
+    """Multiply the network's loss by a factor, so that its gradients are scaled too."""
+
+    def __init__(self, network: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(self, scale, *inputs):
+        return self.network(*inputs) * scale
+
+
+@MindFormerRegister.register(MindFormerModuleType.WRAPPER, alias="MFTrainOneStepCell")
+class DeviceAwareTrainOneStepCell(MFTrainOneStepCell):
+    """Forward, backward, gradient mean over micro-batches and ranks, clipping by global norm, optimizer step.
+
+    Returns (loss, overflow, loss scale, learning rate, global norm before clipping), as MFLossMonitor expects.
+    A step whose gradients are not finite leaves the parameters unchanged and reports overflow True.
+
+    Args:
+        network: the training network; its loss is the mean over its batch.
+        optimizer: a MindFormers or MindSpore optimizer.
+        max_grad_norm: gradients are scaled down to this global L2 norm when use_clip_grad is True.
+        accumulation_steps: micro-batches per optimizer step, cut from the batch axis of every input.
+    """
+
+    def __init__(
+        self,
+        network: nn.Cell,
+        optimizer: nn.Cell,
+        use_clip_grad: bool = False,
+        max_grad_norm: float = 1.0,
+        scale_sense: float | Tensor | nn.Cell = 1.0,
+        accumulation_steps: int = 1,
+        **kwargs,
+    ):
+        if isinstance(scale_sense, (int, float)):
+            scale_sense = Tensor(scale_sense, mstype.float32)
+        super().__init__(
+            network,
+            optimizer,
+            use_clip_grad=use_clip_grad,
+            max_grad_norm=float(max_grad_norm),
+            scale_sense=scale_sense,
+            **kwargs,
+        )
+        self.on_cpu = get_context("device_target") == "CPU"
+        self.accumulation_steps = accumulation_steps
+        self.grad_norm = ClipGradNorm(max_norm=float(max_grad_norm))
+        self.loss_and_grads = ops.value_and_grad(ScaledLoss(network), grad_position=None, weights=self.weights)
+
+    def grads_for_legacy(self, scaling_sens, *inputs):
+        """Return the mean loss over the micro-batches, the sum of their scaled gradients and their number.
+
+        One forward per micro-batch: upstream calls the network a second time for the loss, which in PyNative mode
+        would count every expert load twice.
+        """
+        if not self.on_cpu and self.accumulation_steps == 1:
+            return super().grads_for_legacy(scaling_sens, *inputs)
+        loss, grads = self.loss_and_grads(scaling_sens, *self.micro_batch(0, inputs))
+        for index in range(1, self.accumulation_steps):
+            next_loss, next_grads = self.loss_and_grads(scaling_sens, *self.micro_batch(index, inputs))
+            loss = loss + next_loss
+            grads = self.hyper_map(ops.add, grads, next_grads)
+        steps = Tensor([self.accumulation_steps], mstype.float32)
+        return loss / (scaling_sens * self.accumulation_steps), grads, steps
+
+    def micro_batch(self, index: int, inputs: tuple) -> tuple:
+        """Cut micro-batch `index` from the batch axis of every input."""
+        if self.accumulation_steps == 1:
+            return inputs
+        micro_inputs = ()
+        for value in inputs:
+            size = value.shape[0] // self.accumulation_steps
+            micro_inputs = micro_inputs + (value[index * size : (index + 1) * size],)
+        return micro_inputs
+
+    def get_overflow_status(self, status, compute_output):
+        """Tell whether any gradient is not finite; on CPU through the norm, elsewhere through the device."""
+        if not self.on_cpu:
+            return super().get_overflow_status(status, compute_output)
+        _, norm = self.grad_norm(compute_output)
+        return ops.logical_not(ops.isfinite(norm).all())

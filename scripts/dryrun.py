@@ -1,0 +1,213 @@
+"""Check, compile, cost and explain any rank of a cluster's YAML on a machine without an Ascend card.
+
+    python scripts/dryrun.py --config research/deepseek3/deepseek3_671b/pretrain_deepseek3_671b.yaml --device_num 1024
+
+Exit code: 0 the run fits, 1 it is illegal or does not fit, 2 the tool itself failed.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mindformers_ext.dryrun.cost_model import estimate  # noqa: E402 (after the project is on the path)
+from mindformers_ext.dryrun.device_profile import DEFAULT_PROFILE, DeviceProfile, load_profile  # noqa: E402
+from mindformers_ext.dryrun.report import TOOL_FAILURE, make_report, memory_limit  # noqa: E402
+from mindformers_ext.dryrun.run_plan import RunPlan, load_plan  # noqa: E402
+from mindformers_ext.dryrun.stand_in_cann import COMPILE, MEMORY, StandInError  # noqa: E402
+from mindformers_ext.dryrun.strategy_rules import check_plan  # noqa: E402
+from mindformers_ext.dryrun.sweep import Candidate, parse_axes, sweep  # noqa: E402
+from mindformers_ext.dryrun.terminal_report import GIB, render, table  # noqa: E402
+from mindformers_ext.errors import ConfigError  # noqa: E402
+
+LEVELS = {"compile": COMPILE, "memory": MEMORY}
+COMPARED = {
+    "step seconds": lambda c: f"{c.step_seconds:.2f}",
+    "tokens/s": lambda c: f"{c.tokens_per_s:,.0f}",
+    "MFU": lambda c: f"{c.mfu:.1%}",
+    "bound by": lambda c: c.bound,
+    "pipeline idle": lambda c: f"{c.bubble:.1%}",
+    "fullest rank GiB": lambda c: f"{c.memory_bytes / GIB:.1f}",
+    "parameters": lambda c: f"{c.parameters:,}",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; everything else is --section.key value, as for run_mindformer.py."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML of the run")
+    parser.add_argument("--device_num", type=int, help="devices of the cluster (default: the product of the degrees)")
+    parser.add_argument(
+        "--ranks", default="per-stage", help="per-stage, all-stages-first-last, all, none, or a list as 0,64,128"
+    )
+    parser.add_argument("--level", choices=LEVELS, default="compile", help="memory also plans the device memory")
+    parser.add_argument("--jobs", type=int, default=1, help="ranks compiled at a time")
+    parser.add_argument("--out", type=Path, help="folder for report.json, report.html and the ranks' logs")
+    parser.add_argument("--device", default=DEFAULT_PROFILE, help="device profile (YAML)")
+    parser.add_argument("--register_path", default="research/deepseek3", help="folder of the model's Python files")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds a rank may take")
+    parser.add_argument("--compare", help="another YAML, estimated side by side")
+    parser.add_argument("--sweep", nargs="+", metavar="KEY=V1,V2", help="try all combinations of these keys")
+    parser.add_argument("--verify", type=int, default=0, metavar="K", help="compile the best K of the sweep")
+    return parser
+
+
+def parse_overrides(rest: list[str]) -> list[tuple[str, Any]]:
+    """[('section.key', value)] from `--section.key value` arguments."""
+    if len(rest) % 2 or not all(key.startswith("--") for key in rest[::2]):
+        raise ConfigError(f"arguments {' '.join(rest)!r} are not understood; overrides look like --section.key value")
+    return [(key[2:], yaml.safe_load(text)) for key, text in zip(rest[::2], rest[1::2], strict=True)]
+
+
+def chosen_ranks(text: str, plan: RunPlan) -> list[int]:
+    """Ranks that --ranks asks for."""
+    stage = plan.devices_per_stage
+    named = {
+        "none": [],
+        "all": list(range(plan.device_num)),
+        "per-stage": [i * stage for i in range(plan.pp)],
+        "all-stages-first-last": sorted({r for i in range(plan.pp) for r in (i * stage, (i + 1) * stage - 1)}),
+    }
+    if text in named:
+        return named[text]
+    ranks = [int(part) if part.isdigit() else -1 for part in text.split(",")]
+    for rank in ranks:
+        if not 0 <= rank < plan.device_num:
+            raise ConfigError(
+                f"--ranks {text}: give {', '.join(named)}, or numbers from 0 to {plan.device_num - 1} as 0,64,128"
+            )
+    return list(dict.fromkeys(ranks))
+
+
+def dry_run(options, plan: RunPlan, overrides: list[tuple[str, Any]], profile: DeviceProfile, out: Path) -> int:
+    """Check, estimate and compile one plan; print and write its report; return the exit code."""
+    from mindformers_ext.dryrun.html_report import render_html  # plotting: not needed by the instant check
+
+    violations = check_plan(plan)
+    cost = None if violations else estimate(plan, profile)
+    results = [] if violations else compile_plan(options, plan, overrides, out)
+    report = make_report(plan, profile, violations, cost, results)
+    write(out / "report.json", json.dumps(report, indent=1))
+    write(out / "report.html", render_html(report))
+    print(render(report))
+    print(f"\nreport: {out / 'report.html'} and {out / 'report.json'}")
+    return report["exit_code"]
+
+
+def compile_plan(options, plan: RunPlan, overrides: list[tuple[str, Any]], out: Path) -> list:
+    """Compile the asked ranks through run_mindformer.py's path."""
+    from mindformers_ext.dryrun.rank_pool import RankJobs, compile_ranks
+
+    arguments = ["--samples", str(plan.global_batch), "--config", str(Path(options.config).resolve())]
+    arguments += ["--register_path", str(Path(options.register_path).resolve())]
+    arguments += [text for key, value in overrides for text in (f"--{key}", json.dumps(value))]
+    jobs = RankJobs(
+        command=lambda folder: ["-m", "mindformers_ext.dryrun.compile_run", "--out", str(folder), *arguments],
+        world_size=plan.device_num,
+        devices_per_stage=plan.devices_per_stage,
+        out=out,
+        level=LEVELS[options.level],
+        timeout_seconds=options.timeout,
+        python_path=(str(ROOT),),
+    )
+    return compile_ranks(jobs, chosen_ranks(options.ranks, plan), options.jobs)
+
+
+def compare(options, plan: RunPlan, profile: DeviceProfile) -> int:
+    """Print the estimates of two YAMLs side by side; 0 when both are legal and fit."""
+    plans = [plan, load_plan(options.compare, options.device_num)]
+    bad = False
+    for other in plans:
+        for violation in check_plan(other):
+            bad = True
+            print(f"{other.path}: {violation.key}: {violation.sentence}")
+    if bad:
+        return 1
+    costs = [estimate(p, profile) for p in plans]
+    degrees = [f"dp{p.dp} cp{p.cp} mp{p.mp} pp{p.pp} ep{p.ep} m{p.micro_batches}" for p in plans]
+    rows = [["layout", *degrees]] + [[name, *map(show, costs)] for name, show in COMPARED.items()]
+    print(table(["", *(Path(p.path).name for p in plans)], rows))
+    return int(any(c.memory_bytes > memory_limit(p, profile) for p, c in zip(plans, costs, strict=True)))
+
+
+def run_sweep(options, plan: RunPlan, overrides: list[tuple[str, Any]], profile: DeviceProfile, out: Path) -> int:
+    """Print the legal combinations, the best first, and compile the best --verify of them."""
+    legal, tried = sweep(options.config, plan.device_num, overrides, parse_axes(options.sweep), profile)
+    print(f"{tried} combinations, {len(legal)} legal, {sum(c.fits for c in legal)} within memory; the fastest first")
+    print(table(SWEEP_HEADERS, [sweep_row(i, c) for i, c in enumerate(legal, 1)]))
+    write(out / "sweep.json", json.dumps([{"overrides": c.overrides, **c.cost.to_json()} for c in legal], indent=1))
+    codes = [0 if any(c.fits for c in legal) else 1]
+    for index, candidate in enumerate(legal[: options.verify], 1):
+        print(f"\n=== compiling candidate {index} ===")
+        chosen = overrides + candidate.overrides
+        codes.append(dry_run(options, candidate.plan, chosen, profile, out / f"candidate_{index}"))
+    return max(codes)
+
+
+SWEEP_HEADERS = [
+    "",
+    "dp",
+    "cp",
+    "mp",
+    "pp",
+    "ep",
+    "micro",
+    "batch",
+    "step s",
+    "tokens/s",
+    "MFU",
+    "GiB",
+    "fits",
+    "bound by",
+]
+
+
+def sweep_row(index: int, candidate: Candidate) -> list[Any]:
+    """One line of the sweep's table."""
+    p, c = candidate.plan, candidate.cost
+    return [index, p.dp, p.cp, p.mp, p.pp, p.ep, p.micro_batches, p.global_batch, f"{c.step_seconds:.2f}"] + [
+        f"{c.tokens_per_s:,.0f}",
+        f"{c.mfu:.1%}",
+        f"{c.memory_bytes / GIB:.1f}",
+        "yes" if candidate.fits else "no",
+        c.bound,
+    ]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file under its final name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the asked check; see the head of this file for the exit code."""
+    options, rest = build_parser().parse_known_args(argv)
+    try:
+        overrides = parse_overrides(rest)
+        plan = load_plan(options.config, options.device_num, overrides)
+        profile = load_profile(options.device)
+        out = options.out or ROOT / "output" / "dryrun" / Path(options.config).stem
+        if options.compare:
+            return compare(options, plan, profile)
+        if options.sweep:
+            return run_sweep(options, plan, overrides, profile, out)
+        return dry_run(options, plan, overrides, profile, out)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except StandInError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return TOOL_FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# From text to a falling loss in one command: install, make a corpus, a tokenizer and Megatron files, train a small
+# DeepSeek-V3 on CPU.
+#   bash scripts/quickstart.sh [--input my.txt] [--no-venv] [--output-dir output]
+# Steps whose result is there already are left out; with another --input they run again.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+INPUT=
+OUTPUT=output
+INSTALL=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --input) INPUT=$(realpath -m "${2:?--input needs a file}"); shift 2 ;;
+    --output-dir) OUTPUT=${2:?--output-dir needs a folder}; shift 2 ;;
+    --no-venv) INSTALL+=(--no-venv); shift ;;
+    *) echo "error: unknown argument '$1'; known are --input FILE, --output-dir FOLDER and --no-venv" >&2; exit 2 ;;
+  esac
+done
+[ -z "$INPUT" ] || [ -s "$INPUT" ] || { echo "error: --input $INPUT does not exist or is empty" >&2; exit 2; }
+cd "$ROOT"
+
+bash scripts/install.sh "${INSTALL[@]}"
+[ ${#INSTALL[@]} -gt 0 ] || PATH=$ROOT/.venv/bin:$PATH
+
+CONFIG=research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny.yaml
+SAMPLE=$OUTPUT/sample
+DONE=$SAMPLE/made_from
+SOURCE=$(cat dataset_tools/make_sample_corpus.py dataset_tools/train_tokenizer.py ${INPUT:+"$INPUT"} | sha256sum)
+if [ ! -e "$DONE" ] || [ "$(cat "$DONE")" != "$SOURCE" ]; then
+  rm -rf "$SAMPLE" "$OUTPUT/summary.txt"
+  python dataset_tools/make_sample_corpus.py --output "$SAMPLE/corpus.txt" ${INPUT:+--input "$INPUT"}
+  python dataset_tools/train_tokenizer.py --input "$SAMPLE/corpus.txt" --output "$SAMPLE/tokenizer.json" --vocab-size 4096
+  python dataset_tools/wikitext_to_bin.py --input "$SAMPLE/corpus.txt" --output-prefix "$SAMPLE/sample" \
+    --vocab-file "$SAMPLE/tokenizer.json" --seq-length 256 --pad-or-stitch none --append-eod \
+    --eod-token '<｜end▁of▁sentence｜>' --workers 2
+  echo "$SOURCE" > "$DONE"
+fi
+
+if [ -e "$OUTPUT/summary.txt" ]; then
+  echo "Already trained; remove $OUTPUT to start over."
+  cat "$OUTPUT/summary.txt"
+else
+  echo "Training; the first step compiles the graph and takes about a minute. Full log: $OUTPUT/train.log"
+  python run_mindformer.py --config $CONFIG --output_dir "$OUTPUT" \
+    --train_dataset.data_loader.config.data_path "['1', '$SAMPLE/sample_text_document']" \
+    --processor.tokenizer.tokenizer_file "$SAMPLE/tokenizer.json" 2>&1 |
+    tee "$OUTPUT/train.log" | grep --line-buffered -oE 'step [0-9]+, loss.*|^error: .*' || true
+  [ -e "$OUTPUT/summary.txt" ] || { echo "error: training did not finish; see $OUTPUT/train.log" >&2; exit 1; }
+  cat "$OUTPUT/summary.txt"
+fi
+python dataset_tools/unigram_entropy.py "$SAMPLE/sample_text_document" "$OUTPUT/metrics.jsonl"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Set up what is missing and run the default tests: bash scripts/run_tests.sh [--no-venv] [pytest arguments]
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$ROOT"
+INSTALL=(--test)
+if [ "${1:-}" = --no-venv ]; then
+  INSTALL+=(--no-venv)
+  shift
+fi
+bash scripts/install.sh "${INSTALL[@]}"
+[ ${#INSTALL[@]} -gt 1 ] || PATH=$ROOT/.venv/bin:$PATH
+export GLOG_v=${GLOG_v:-3}
+python -m pytest "$@"

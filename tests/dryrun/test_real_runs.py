@@ -1,0 +1,101 @@
+"""The project's own YAMLs through run_mindformer.py's path and MindSpore's compiler, without a card.
+
+Layouts are compared with `parameters.model_weights`, which states the plan of sharding.py as plain shapes.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RUNS = ROOT / "research" / "deepseek3"
+ONE_BILLION = RUNS / "deepseek3_1b" / "pretrain_deepseek3_1b.yaml"
+CLUSTER = RUNS / "deepseek3_671b" / "pretrain_deepseek3_671b.yaml"
+LITE = RUNS / "deepseek2_lite" / "pretrain_deepseek2_lite.yaml"
+# A slice of the 671B run: its widths and its 1024 devices, two stages, four layers and MTP.
+SLICE = {
+    "model.model_config.num_layers": "4",
+    "model.model_config.offset": "0",
+    "moe_config.first_k_dense_replace": "1",
+    "parallel_config.pipeline_stage": "2",
+    "parallel_config.data_parallel": "128",
+    "parallel_config.micro_batch_num": "2",
+    "recompute_config.recompute": "True",
+    "parallel.dataset_strategy": "[[128, 1], [128, 1], [128, 1], [128, 1]]",
+}
+
+
+def dry_run(out: Path, config: Path, *arguments: str, overrides: dict[str, str] | None = None) -> dict:
+    """Run scripts/dryrun.py; returns its report, with every rank compiled."""
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "dryrun.py"),
+        "--config",
+        str(config),
+        "--out",
+        str(out),
+        *arguments,
+    ]
+    command += [text for key, value in (overrides or {}).items() for text in (f"--{key}", value)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out)
+    report = json.loads((out / "report.json").read_text())
+    assert all(r["status"] == "compiled" for r in report["ranks"]), done.stdout
+    return report
+
+
+def sent(record: dict, kind: str, size: int) -> float:
+    """Bytes a rank sends in a step with collectives of this kind and group size."""
+    rows = (c for c in record["collectives"] if c["kind"] == kind and c["group_size"] == size)
+    return sum(c["sent_bytes"] for c in rows)
+
+
+def test_one_billion_on_eight_ranks(tmp_path):
+    report = dry_run(tmp_path, ONE_BILLION, "--ranks", "all", "--jobs", "2")
+    assert len(report["ranks"]) == 8
+    assert report["parameter_check"]["differences"] == []
+    assert report["parameter_check"]["stages"] == [0, 1]
+    first, last = report["ranks"][0], report["ranks"][4]
+    assert {c["group_size"] for c in first["collectives"] if c["kind"] == "Send"} == {2}
+    assert sent(last, "ReduceScatter", 2) > 0, "model and expert parallel groups have two ranks"
+    assert not any(c["across_nodes"] for r in report["ranks"] for c in r["collectives"]), "eight ranks are one node"
+
+
+def test_slice_of_671b_on_1024_ranks(tmp_path):
+    report = dry_run(tmp_path, CLUSTER, "--device_num", "1024", "--jobs", "2", overrides=SLICE)
+    assert [r["rank"] for r in report["ranks"]] == [0, 512]
+    assert report["parameter_check"]["differences"] == []
+    experts = [row for row in report["ranks"][1]["layouts"] if row["name"] == "model.layers.2.mlp.experts.gate_up_proj"]
+    assert experts[0]["full_shape"] == [256, 7168, 4096]
+    assert max(r["compiled"]["peak_rss_bytes"] for r in report["ranks"]) < 5 * 2**30
+
+
+@pytest.mark.slow
+def test_memory_grows_when_recompute_is_off(tmp_path):
+    peaks = []
+    for index, recompute in enumerate(("True", "False")):
+        out = tmp_path / str(index)
+        out.mkdir()
+        overrides = SLICE | {"recompute_config.recompute": recompute}
+        report = dry_run(out, CLUSTER, "--ranks", "0", "--level", "memory", overrides=overrides)
+        peaks.append(report["ranks"][0]["memory"]["actual_peak_bytes"])
+    assert peaks[1] > peaks[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grouped", ["True", "False"], ids=["dropless", "capacity"])
+def test_every_stage_of_671b_at_level_memory(tmp_path, grouped):
+    arguments = ["--device_num", "1024", "--level", "memory"]
+    report = dry_run(tmp_path, CLUSTER, *arguments, overrides={"moe_config.use_gmm": grouped})
+    assert len(report["ranks"]) == 16
+    assert report["parameter_check"]["differences"] == []
+    assert report["parameter_check"]["values"] == report["parameter_check"]["expected"]
+    assert all(r["memory"]["actual_peak_bytes"] for r in report["ranks"])
+
+
+@pytest.mark.slow
+def test_v2_lite_on_eight_ranks(tmp_path):
+    report = dry_run(tmp_path, LITE, "--ranks", "per-stage", "--level", "memory")
+    assert report["parameter_check"]["differences"] == []
