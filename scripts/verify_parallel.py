@@ -1,6 +1,6 @@
 """Check parallel strategies without a card: every layout must train like the single process.
 
-    python scripts/verify_parallel.py --problem tests.collectives.toy_transformer [--layouts all|mp2,pp2] [--steps 5]
+    python scripts/verify_parallel.py --problem collectives.toy_transformer [--layouts all|mp2,pp2] [--steps 5]
 
 Each rank's graph is compiled by MindSpore's Ascend front end, lowered to CPU and run as a process; from the same
 weights and data, losses must agree to 1e-5 on every step, gradients' norms and parameters to 1e-4 (all relative).

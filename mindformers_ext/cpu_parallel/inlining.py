@@ -37,7 +37,9 @@ def inline_functions(model: pb.ModelProto) -> None:
         return
     inliner = _Inliner(model)
     nodes = [pb.NodeProto.FromString(node.SerializeToString()) for node in inliner.run()]
-    kept = [pb.GraphProto.FromString(inliner.functions[name].SerializeToString()) for name in inliner.kept]
+    # In their old order: a constant is written once, in the first function that uses it.
+    kept = [function for function in model.functions if function.name in inliner.kept]
+    kept = [pb.GraphProto.FromString(function.SerializeToString()) for function in kept]
     del model.graph.node[:], model.functions[:]
     model.graph.node.extend(nodes)
     model.functions.extend(kept)
@@ -50,7 +52,7 @@ class _Inliner:
         self.operators = {primitive.name: primitive.op_type for primitive in model.primitives}
         self.constants: dict[str, pb.NodeProto] = {}
         self.out: list[pb.NodeProto] = []
-        self.kept: dict[str, None] = {}  # functions that stay, in order
+        self.kept: set[str] = set()  # functions that stay
         self.calls = 0
         self.added = 0
 
@@ -62,7 +64,10 @@ class _Inliner:
         result = self._emit(self.model.graph, {}, "")
         if result != self.model.graph.output[0].name:
             self.model.graph.output[0].name = self._tensor(result)
-        used = {name for node in self.out for name in node.input}
+        kept = [node for name in self.kept for node in self.functions[name].node]
+        used = {name for node in kept for name in node.input}
+        used -= {node.output[0] for node in kept if node.op_type == "Constant"}
+        used |= {name for node in self.out for name in node.input}
         return [node for name, node in self.constants.items() if name in used] + self.out
 
     def _emit(self, graph: pb.GraphProto, values: dict, prefix: str):
@@ -125,7 +130,7 @@ class _Inliner:
         """Keep function `name` and all that it refers to."""
         if name in self.kept:
             return
-        self.kept[name] = None
+        self.kept.add(name)
         for node in self.functions[name].node:
             for used in [reference(node), *node.input]:
                 if used in self.functions:

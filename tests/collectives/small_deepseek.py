@@ -11,6 +11,14 @@ from mindformers.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
 from mindspore import Tensor, nn, ops
 from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
 
+from mindformers_ext.cpu_parallel.verify import Layout
+
+LAYOUTS = [
+    Layout("dp2", {"parallel": {"data_parallel": 2}}, world_size=2),
+    Layout("mp2", {"parallel": {"model_parallel": 2}}, world_size=2),
+    Layout("ep2", {"parallel": {"data_parallel": 2, "expert_parallel": 2}}, world_size=2),
+]
+
 BATCH = 4
 SIZES = dict(
     seq_length=16, hidden_size=32, num_heads=4, intermediate_size=64, kv_lora_rank=16, q_lora_rank=16, vocab_size=64
