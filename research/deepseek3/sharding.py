@@ -155,26 +155,21 @@ def shard(cell: nn.Cell, plan: str, config) -> None:
         apply(getattr(cell, name), sizes, layouts)
 
 
-def share_graph(unit: str):
-    """Decorate `__init__(self, config, ...)`: cells built with equal arguments share one compiled graph.
+def share_graph(init):
+    """Decorate `__init__(self, config)` of a net: with a pipeline, its graph is compiled once for all micro-batches.
 
-    Without a pipeline the layers share ("layer"), so compile time does not grow with their number. With one, the whole
-    net does ("net"), once per micro-batch; layers must not as well, because MindSpore 2.9 then adds every layer's
-    gradient to the accumulators of all layers that share its graph. CPU compiles no shared graphs.
+    Layers must not share graphs too, tempting as it is for the compile time. MindSpore 2.9 would then, with a
+    pipeline, add every layer's gradient to the accumulators of all layers; and without one, clip by a global norm
+    sqrt(dp) too large, because it does not find the copies of a weight through a shared graph.
     """
+    shared = lazy_inline(init)
 
-    def decorate(init):
-        shared = lazy_inline(init)
+    @functools.wraps(init)
+    def build(self, config):
+        pipelined = config.parallel_config.pipeline_stage > 1 and ms.get_context("device_target") == "Ascend"
+        (shared if pipelined else init)(self, config)
 
-        @functools.wraps(init)
-        def build(self, config, *args):
-            wanted = "net" if config.parallel_config.pipeline_stage > 1 else "layer"
-            shares = wanted == unit and ms.get_context("device_target") == "Ascend"
-            (shared if shares else init)(self, config, *args)
-
-        return build
-
-    return decorate
+    return build
 
 
 def apply(operator, sizes: dict[str, int], layouts: tuple) -> None:
