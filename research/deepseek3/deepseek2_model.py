@@ -239,11 +239,11 @@ class MixtureOfExperts(nn.Cell):
         shard(self, "mixture_of_experts", config)
 
     def construct(self, x, token_mask, batch):
-        """x (T, H), token_mask (T, 1) float32 (0 on padding) -> y (T, H) and this layer's balance loss, ()."""
+        """x (T, H), token_mask (T, 1) float32 (0 on padding) -> y (T, H) and this layer's balance loss, (1,)."""
         gate_up = ops.cast(self.experts.gate_up_proj, self.compute_dtype)
         down = ops.cast(self.experts.down_proj, self.compute_dtype)
         y, chosen, counted, scores, logits = self.local(x, self.gate.weight, self.gate.bias(), gate_up, down)
-        loss = 0.0
+        loss = no_loss()
         if self.training:
             self.add_load(self.gate.expert_load, self.count(self.count_mul(ops.stop_gradient(chosen), token_mask), 0))
             loss = self.balance(scores, logits, counted, token_mask, batch)
@@ -292,16 +292,16 @@ class BalanceLoss(nn.Cell):
         shard(self, "balance_loss", config)
 
     def construct(self, scores, logits, counted, token_mask, batch):
-        """scores, logits, counted (T, E), token_mask (T, 1) -> () float32."""
+        """scores, logits, counted (T, E), token_mask (T, 1) -> (1,) float32."""
+        loss = no_loss()
         if not self.active:
-            return 0.0
+            return loss
         if self.is_sigmoid:
             scores = self.normalize(scores, self.sum_experts(scores, -1))
         count = self._per_sequence(token_mask, batch)  # (B, 1) tokens
         frequency = self._per_sequence(self.mask_mul(ops.stop_gradient(counted), token_mask), batch)
         frequency = frequency * (self.num_experts / self.topk) / count  # f (B, E)
         probability = self._per_sequence(self.mask_mul(scores, token_mask), batch) / count  # P (B, E)
-        loss = 0.0
         if "expert" in self.factors:
             loss = loss + self.factors["expert"] * (frequency * probability).sum(-1).mean()
         if "device" in self.factors:
@@ -325,6 +325,11 @@ class BalanceLoss(nn.Cell):
         return probability.reshape((batch, self.n_group, -1)).sum(-1)
 
 
+def no_loss():
+    """A loss of 0, (1,) float32: a tensor, because pipeline stages send losses on, and cannot send a number."""
+    return ops.zeros((1,), mstype.float32)
+
+
 class DecoderLayer(nn.Cell):
     """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts."""
 
@@ -345,7 +350,7 @@ class DecoderLayer(nn.Cell):
         if self.is_moe:
             y, loss = self.mlp(y, token_mask, batch)
             return self.add_mlp(x, y), loss
-        return self.add_mlp(x, self.mlp(y)), 0.0
+        return self.add_mlp(x, self.mlp(y)), no_loss()
 
 
 class Embedding(nn.Cell):
@@ -379,7 +384,7 @@ class DeepseekV2Model(nn.Cell):
     def construct(self, ids, mask, token_mask, batch, position_ids=None):
         """ids (T,) -> hidden states after the final norm (T, H), and the sum of the balance losses."""
         x = self.embed_tokens(ids)
-        balance = 0.0
+        balance = no_loss()
         for layer in self.layers:
             x, loss = layer(x, mask, token_mask, batch, position_ids)
             balance = balance + loss
@@ -445,25 +450,25 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
         hidden, balance = self.model(ids, mask, token_mask, batch, position_ids)
         main = self.token_loss(hidden, labels, loss_mask)
         if not self.training:
-            return main
+            return main.reshape(())
         mtp, mtp_balance = self.mtp_loss(hidden, labels, loss_mask, mask, token_mask, position_ids)
         balance = balance + mtp_balance
         parts = main * self.is_main + mtp * self.is_mtp + balance * self.is_balance + self.is_count
         self.add_loss_parts(self.loss_parts, ops.stop_gradient(parts))
-        return main + mtp * self.mtp_factor() + balance
+        return (main + mtp * self.mtp_factor() + balance).reshape(())
 
     def mtp_factor(self) -> float:
         """What the MTP loss is multiplied with."""
         return 0.0
 
     def mtp_loss(self, hidden, labels, loss_mask, mask, token_mask, position_ids):
-        """Loss of multi-token prediction and its layers' balance loss: none in V2."""
-        return 0.0, 0.0
+        """Loss of multi-token prediction and its layers' balance loss, (1,) each: none in V2."""
+        return no_loss(), no_loss()
 
     def token_loss(self, hidden, labels, loss_mask):
-        """Mean cross entropy over the positions of loss_mask: () <- hidden (T, H), labels and loss_mask (B, S)."""
+        """Mean cross entropy over the positions of loss_mask: (1,) <- hidden (T, H), labels and loss_mask (B, S)."""
         labels = ops.maximum(labels.reshape((-1,)), 0)  # ignored labels are negative; the mask leaves them out
-        return self.loss(self.lm_head(hidden), labels, loss_mask.reshape((-1,))).reshape(())
+        return self.loss(self.lm_head(hidden), labels, loss_mask.reshape((-1,))).reshape((1,))
 
     def _token_mask(self, input_ids, labels):
         """0 on padding, (T, 1): a pad token that is followed by another or by nothing (pad is also end of text)."""

@@ -3,7 +3,7 @@
 Legend as in deepseek2_model.py.
 """
 
-from deepseek2_model import DecoderLayer, DeepseekV2ForCausalLM, Linear, RMSNorm
+from deepseek2_model import DecoderLayer, DeepseekV2ForCausalLM, Linear, RMSNorm, no_loss
 from deepseek3_config import DeepseekV3Config
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import nn, ops
@@ -77,7 +77,7 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
 
     def mtp_loss(self, hidden, labels, loss_mask, mask, token_mask, position_ids):
         """Sum over depths of the cross entropy of the token after next, and the layers' balance loss."""
-        loss, balance = 0.0, 0.0
+        loss, balance = no_loss(), no_loss()
         for predictor in self.mtp:
             embedding = self.model.embed_tokens(ops.maximum(labels, 0).reshape((-1,)))
             hidden, extra = predictor(hidden, embedding, mask, token_mask, labels.shape[0], position_ids)

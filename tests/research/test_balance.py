@@ -5,7 +5,7 @@ import numpy as np
 from deepseek2_model import BalanceLoss
 from deepseek3_model import DeepseekV3ForCausalLM
 from helpers.small_models import v2_config, v3_config
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 
 ALPHA = dict(aux_loss_types=["expert"], aux_loss_factors=[1e-4])
 
@@ -68,7 +68,7 @@ class Loss(nn.Cell):
         self.loss = BalanceLoss(config)
 
     def construct(self, scores, logits, counted, mask):
-        return ops.cast(self.loss(scores, logits, counted, mask, 2), ms.float32)
+        return self.loss(scores, logits, counted, mask, 2)
 
 
 def random_scores(seq, experts, topk, seed=0):
