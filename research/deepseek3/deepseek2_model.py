@@ -328,7 +328,6 @@ class BalanceLoss(nn.Cell):
 class DecoderLayer(nn.Cell):
     """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts."""
 
-    @share_graph("layer")
     def __init__(self, config, is_moe: bool):
         super().__init__()
         self.input_layernorm = RMSNorm(config, config.hidden_size, "token_norm")
@@ -398,7 +397,7 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
     config_class = DeepseekV2Config
     base_model_prefix = "model"
 
-    @share_graph("net")
+    @share_graph
     def __init__(self, config):
         super().__init__(config)
         self.ignore_token_id, self.pad_token_id = config.ignore_token_id, config.pad_token_id

@@ -62,7 +62,7 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
 
     config_class = DeepseekV3Config
 
-    @share_graph("net")
+    @share_graph
     def __init__(self, config):
         super().__init__(config)
         self.mtp = nn.CellList([MultiTokenPredictor(config) for _ in range(config.mtp_depth)])

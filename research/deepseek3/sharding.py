@@ -155,26 +155,21 @@ def shard(cell: nn.Cell, plan: str, config) -> None:
         apply(getattr(cell, name), sizes, layouts)
 
 
-def share_graph(unit: str):
-    """Decorate `__init__(self, config, ...)`: cells built with equal arguments share one compiled graph.
+def share_graph(init):
+    """Decorate the net's `__init__(self, config, ...)`: with a pipeline, micro-batches share one compiled graph.
 
-    Without a pipeline the layers share ("layer"), so compile time does not grow with their number. With one, the whole
-    net does ("net"), once per micro-batch; layers must not as well, because MindSpore 2.9 then adds every layer's
-    gradient to the accumulators of all layers that share its graph. CPU compiles no shared graphs.
+    Only there, and only the whole net. Layers that shared one would get every other layer's gradient added to their
+    accumulators, and without a pipeline MindSpore 2.9 does not find the clipped gradient's weight through a shared
+    graph: it then adds the square of its norm once per copy and clips too much (dp 2: by up to sqrt(2)).
     """
+    shared = lazy_inline(init)
 
-    def decorate(init):
-        shared = lazy_inline(init)
+    @functools.wraps(init)
+    def build(self, config, *args):
+        shares = config.parallel_config.pipeline_stage > 1 and ms.get_context("device_target") == "Ascend"
+        (shared if shares else init)(self, config, *args)
 
-        @functools.wraps(init)
-        def build(self, config, *args):
-            wanted = "net" if config.parallel_config.pipeline_stage > 1 else "layer"
-            shares = wanted == unit and ms.get_context("device_target") == "Ascend"
-            (shared if shares else init)(self, config, *args)
-
-        return build
-
-    return decorate
+    return build
 
 
 def apply(operator, sizes: dict[str, int], layouts: tuple) -> None:
