@@ -103,9 +103,10 @@ def dry_run(options, plan: RunPlan, overrides: list[tuple[str, Any]], profile: D
 def compile_plan(options, plan: RunPlan, overrides: list[tuple[str, Any]], out: Path) -> list:
     """Compile the asked ranks through run_mindformer.py's path."""
     from mindformers_ext.dryrun.rank_pool import RankJobs, compile_ranks
+    from run_mindformer import find
 
     arguments = ["--samples", str(plan.global_batch), "--config", str(Path(options.config).resolve())]
-    arguments += ["--register_path", str(Path(options.register_path).resolve())]
+    arguments += ["--register_path", str(find(options.register_path).resolve())]
     arguments += [text for key, value in overrides for text in (f"--{key}", json.dumps(value))]
     jobs = RankJobs(
         command=lambda folder: ["-m", "mindformers_ext.dryrun.compile_run", "--out", str(folder), *arguments],

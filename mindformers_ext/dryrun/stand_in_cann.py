@@ -107,6 +107,8 @@ def ascend_environment(rank: int, world_size: int, level: int = COMPILE) -> dict
         RANK_SIZE=str(world_size),
         RANK_ID=str(rank),
     )
+    if level == MEMORY:
+        env["GLOG_v"] = "2"  # MindSpore prints its memory plan as a warning
     for name in ("MS_ROLE", "MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_NODE_ID"):
         env.pop(name, None)  # a child of an msrun worker must not join the parent's cluster
     return env
