@@ -16,7 +16,24 @@ from mindformers_ext.cpu_parallel.verify import Layout
 LAYOUTS = [
     Layout("dp2", {"parallel": {"data_parallel": 2}}, world_size=2),
     Layout("mp2", {"parallel": {"model_parallel": 2}}, world_size=2),
+    Layout("mp2-seq", {"parallel": {"model_parallel": 2, "use_seq_parallel": True}}, world_size=2),
+    Layout("cp2", {"parallel": {"context_parallel": 2}}, world_size=2),
     Layout("ep2", {"parallel": {"data_parallel": 2, "expert_parallel": 2}}, world_size=2),
+    Layout(
+        "ep2-capacity",  # enough rows for every choice: equal to dropless
+        {
+            "parallel": {"data_parallel": 2, "expert_parallel": 2},
+            "moe": {"use_gmm": False, "capacity_factor": 4.0},
+        },
+        world_size=2,
+    ),
+    Layout("dp2-optimizer", {"parallel": {"data_parallel": 2}, "shard_size": -1}, world_size=2),
+    Layout("pp2", {"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, world_size=2),
+    Layout(
+        "dp2-mp2-ep2",
+        {"parallel": {"data_parallel": 2, "model_parallel": 2, "expert_parallel": 2}},
+        world_size=4,
+    ),
 ]
 
 BATCH = 4
