@@ -49,6 +49,11 @@ eval "COMMAND=($1)"
 SCRIPT=${COMMAND[0]}
 [ -f "$SCRIPT" ] || SCRIPT=$ROOT/$SCRIPT
 [ -f "$SCRIPT" ] || fail "the command starts with '${COMMAND[0]}', which is no file here or in $ROOT"
+for ((i = 1; i < ${#COMMAND[@]}; i++)); do
+  [ "${COMMAND[i]}" = --config ] || continue
+  CONFIG=${COMMAND[i + 1]:-}
+  [ -f "$CONFIG" ] || [ -f "$ROOT/$CONFIG" ] || fail "--config '$CONFIG' is no file here or in $ROOT"
+done
 [[ " ${COMMAND[*]} " == *" --use_parallel"* ]] || COMMAND+=(--use_parallel True)
 
 command -v msrun > /dev/null || PATH=$ROOT/.venv/bin:$PATH

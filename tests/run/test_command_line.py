@@ -69,6 +69,7 @@ BAD_LAUNCHES = [
     (["run_mindformer.py", "2", "2", "h", "8118", "0", "log", "maybe"], "JOIN is 'maybe'"),
     (["run_mindformer.py", "2", "2", "h", "8118", "0", "log", "True", "soon"], "CLUSTER_TIME_OUT is 'soon'"),
     (["run_mindformers.py --config y", "2"], "'run_mindformers.py', which is no file"),
+    (["run_mindformer.py --config lost.yaml", "2"], "--config 'lost.yaml' is no file"),
     (["run_mindformer.py", *"123456789"], "at most 9"),
 ]
 
@@ -111,12 +112,14 @@ def test_what_msrun_is_called_with(
     """A recording msrun takes the real one's place in PATH."""
     (tmp_path / "msrun").write_text('#!/bin/sh\necho "msrun $*"\n')
     (tmp_path / "msrun").chmod(0o755)
-    command = "run_mindformer.py --config 'my file.yaml' --seed 1"
+    config = tmp_path / "my file.yaml"
+    config.touch()
+    command = f"run_mindformer.py --config '{config}' --seed 1"
     script = f'PATH={tmp_path}:$PATH bash {LAUNCHER[1]} "$@"'
     result = run_command(["bash", "-c", script, "launcher", command, *arguments], ROOT)
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout
-    assert "run_mindformer.py --config my file.yaml --seed 1 --use_parallel True" in result.stdout
+    assert f"run_mindformer.py --config {config} --seed 1 --use_parallel True" in result.stdout
 
 
 @pytest.mark.parametrize(
