@@ -6,24 +6,9 @@ the calls are followed symbolically (closures and tuples of them are known while
 that is chosen at run time (the optimizer behind `if not overflow`) stays a function.
 """
 
-from dataclasses import dataclass
-
 import mindspore.train.mind_ir_pb2 as pb
 
-
-@dataclass(frozen=True)
-class Closure:
-    """A function with its first arguments bound."""
-
-    function: str
-    bound: tuple = ()
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """A tuple that holds at least one closure."""
-
-    elements: tuple
+from mindformers_ext.dryrun.mindir import Bundle, Closure
 
 
 def reference(node: pb.NodeProto) -> str:
