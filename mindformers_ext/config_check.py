@@ -34,8 +34,9 @@ def check_config(config: dict, path: str | Path) -> None:
         for index, item in enumerate(values if isinstance(values, list) else [values]):
             if isinstance(item, dict):
                 check_class_section(item, section + (f"[{index}]" if isinstance(values, list) else ""), section, path)
-    check_model(config, path)
+    model_config = check_model(config, path)
     check_degrees(config, path)
+    check_cpu_types(config, model_config, path)
 
 
 def is_megatron(config: dict, dataset: str) -> bool:
@@ -123,6 +124,16 @@ def check_model(config: dict, path: str | Path) -> Any:
         return cls(**sizes, **parts)
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def check_cpu_types(config: dict, model_config: Any, path: str | Path) -> None:
+    """Refuse what MindSpore's CPU cannot compute: it multiplies matrices of float32 only."""
+    if lookup(config, "context.device_target", "Ascend") != "CPU":
+        return
+    for key in ("compute_dtype", "softmax_compute_type", "layernorm_compute_type", "router_dense_type"):
+        value = getattr(model_config, key, "float32")
+        if value != "float32":
+            raise ConfigError(f"{path}: model.model_config.{key} is {value!r}, but on CPU it must be 'float32'")
 
 
 def one_device_degrees(config: dict, degrees: dict) -> dict:

@@ -130,6 +130,7 @@ BAD_VALUES = [
     ("model.model_config.qk_rope_head_dim", 15, "even"),
     ("model.model_config.eos_token_id", 4096, "vocab_size = 4096"),
     ("model.model_config.compute_dtype", "float64", "'float32', 'float16', 'bfloat16'"),
+    ("model.model_config.compute_dtype", "bfloat16", "on CPU it must be 'float32'"),
     ("model.model_config.type", "DeepseekV9Config", "cannot be found"),
     ("moe_config.topk_method", "best", "'greedy'"),
     ("moe_config.num_experts_chosen", 17, "expert_num = 16"),
