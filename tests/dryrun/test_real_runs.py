@@ -57,6 +57,7 @@ def test_one_billion_on_eight_devices(tmp_path, ranks):
     assert not any(c["across_nodes"] for r in report["ranks"] for c in r["collectives"]), "eight ranks are one node"
 
 
+@pytest.mark.slow
 def test_slice_of_671b_on_1024_ranks(tmp_path):
     report = dry_run(tmp_path, CLUSTER, "--device_num", "1024", "--jobs", "2", overrides=SLICE)
     assert [r["rank"] for r in report["ranks"]] == [0, 512]
