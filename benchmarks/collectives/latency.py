@@ -8,9 +8,13 @@ import argparse
 import ctypes
 import multiprocessing
 import os
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mindformers_ext.cpu_parallel import collectives
 
