@@ -12,6 +12,8 @@ from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
+from mindformers_ext.errors import ConfigError
+
 __all__ = ["ConfigError", "DeepseekV2Config", "MoeConfig", "YarnConfig"]
 
 # What MindFormers' Trainer adds to model_config for parts of MindFormers that this model does not use.
@@ -39,10 +41,6 @@ DTYPES = (
     "router_dense_type",
     "param_init_type",
 )
-
-
-class ConfigError(ValueError):
-    """A value in the YAML that cannot work; the message names section, key and value, and says what to do."""
 
 
 def reject_unknown(section: str, given: dict, known: Any) -> None:
@@ -148,6 +146,7 @@ class MoeConfig:
         self.n_group = self.n_group or 1
         self.topk_group = self.topk_group or self.n_group
         self._check_router()
+        self._check_balance()
         self._check_dispatch()
 
     def _check_router(self) -> None:
@@ -192,6 +191,8 @@ class MoeConfig:
             self.router_dense_type,
             f"must be one of {FLOAT_TYPES}",
         )
+
+    def _check_balance(self) -> None:
         for kind in self.aux_loss_types:
             require(
                 kind in ("expert", "device", "comm"),
