@@ -6,10 +6,13 @@ Without --input the text is the language reference that every CPython carries (p
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mindformers_ext.atomic_files import write_text
 
 
 def reference_articles() -> dict[str, str]:
@@ -50,10 +53,7 @@ def main() -> int:
         return 2
     articles = reference_articles() if own is None else {args.input.stem: own}
     text = to_wikitext(articles)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_name(args.output.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, args.output)
+    write_text(args.output, text)
     print(f"{args.output}: {len(articles)} documents, {len(text.encode()):,} bytes")
     return 0
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from mindformers_ext.atomic_files import write_json
 from mindformers_ext.bin_dataset import cli, pipeline
 from mindformers_ext.bin_dataset.indexed_dataset import (
     IndexedDataset,
@@ -61,7 +62,7 @@ def run(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     merge(args.input, args.output_prefix)
     whole = IndexedDataset(args.output_prefix)
-    pipeline.write_json(f"{args.output_prefix}.json", sidecar(args, whole))
+    write_json(f"{args.output_prefix}.json", sidecar(args, whole))
     print(
         f"merged {len(args.input)} datasets: {whole.num_documents} documents, {len(whole)} sequences, "
         f"{len(whole.tokens)} tokens in {args.output_prefix}.bin"

@@ -4,11 +4,14 @@ python dataset_tools/train_tokenizer.py --input corpus.txt --output tokenizer.js
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mindformers_ext.atomic_files import whole_file
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # ids 0 and 1, DeepSeek-V3's words
 
@@ -43,10 +46,8 @@ def main() -> int:
         print(f"error: --vocab-size is {args.vocab_size}, but must be at least 258", file=sys.stderr)
         return 2
     tokenizer = train(args.input, args.vocab_size)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_name(args.output.name + ".partial")
-    tokenizer.save(str(partial))
-    os.replace(partial, args.output)
+    with whole_file(args.output) as partial:
+        tokenizer.save(str(partial))
     print(f"{args.output}: {tokenizer.get_vocab_size()} tokens")
     return 0
 

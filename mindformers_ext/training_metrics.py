@@ -7,7 +7,6 @@ sees the loads that TopkBiasBalanceCallback published.
 
 import json
 import math
-import os
 import statistics
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.train import Callback, RunContext
 from tensorboardX import SummaryWriter
 
+from mindformers_ext.atomic_files import whole_file, write_text
 from mindformers_ext.device_peak import device_peak
 from mindformers_ext.errors import TrainingStopped
 from mindformers_ext.topk_bias_callback import read_expert_load, sum_over_ranks
@@ -67,9 +67,7 @@ def keep_lines_until(path: Path, step: int) -> None:
     """Drop the lines of a metrics file after `step`, which a resumed run writes again; all of them for step 0."""
     lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= step]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 @MindFormerRegister.register(MindFormerModuleType.CALLBACK)
@@ -204,9 +202,7 @@ class TrainingMetrics(Callback):
         records = [json.loads(text) for text in self.metrics_path.read_text(encoding="utf-8").splitlines()]
         plot(records, self.loads, self.folder / "training.png")
         text = self.summary(records)
-        partial = self.folder / "summary.txt.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.folder / "summary.txt")
+        write_text(self.folder / "summary.txt", text)
         print(text, flush=True)
 
     def summary(self, records: list[dict[str, Any]]) -> str:
@@ -267,7 +263,6 @@ def plot(records: list[dict[str, Any]], loads: dict[str, np.ndarray], path: Path
         right.set_yticks(range(len(loads)), list(loads), fontsize="small")
         figure.colorbar(image, ax=right, label="tokens / mean")
     right.set(xlabel="expert", title="Expert load of the last step")
-    partial = path.with_name("partial_" + path.name)
-    figure.savefig(partial, dpi=100)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=100)
     pyplot.close(figure)
-    os.replace(partial, path)

@@ -16,6 +16,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from mindformers_ext.atomic_files import write_json, write_text  # noqa: E402
 from mindformers_ext.dryrun.cost_model import estimate  # noqa: E402 (after the project is on the path)
 from mindformers_ext.dryrun.device_profile import DEFAULT_PROFILE, DeviceProfile, load_profile  # noqa: E402
 from mindformers_ext.dryrun.report import TOOL_FAILURE, make_report, memory_limit  # noqa: E402
@@ -93,8 +94,8 @@ def dry_run(options, plan: RunPlan, overrides: list[tuple[str, Any]], profile: D
     cost = None if violations else estimate(plan, profile)
     results = [] if violations else compile_plan(options, plan, overrides, out)
     report = make_report(plan, profile, violations, cost, results)
-    write(out / "report.json", json.dumps(report, indent=1))
-    write(out / "report.html", render_html(report))
+    write_json(out / "report.json", report)
+    write_text(out / "report.html", render_html(report))
     print(render(report))
     print(f"\nreport: {out / 'report.html'} and {out / 'report.json'}")
     return report["exit_code"]
@@ -142,7 +143,7 @@ def run_sweep(options, plan: RunPlan, overrides: list[tuple[str, Any]], profile:
     legal, tried = sweep(options.config, plan.device_num, overrides, parse_axes(options.sweep), profile)
     print(f"{tried} combinations, {len(legal)} legal, {sum(c.fits for c in legal)} within memory; the fastest first")
     print(table(SWEEP_HEADERS, [sweep_row(i, c) for i, c in enumerate(legal, 1)]))
-    write(out / "sweep.json", json.dumps([{"overrides": c.overrides, **c.cost.to_json()} for c in legal], indent=1))
+    write_json(out / "sweep.json", [{"overrides": c.overrides, **c.cost.to_json()} for c in legal])
     codes = [0 if any(c.fits for c in legal) else 1]
     for index, candidate in enumerate(legal[: options.verify], 1):
         print(f"\n=== compiling candidate {index} ===")
@@ -179,14 +180,6 @@ def sweep_row(index: int, candidate: Candidate) -> list[Any]:
         "yes" if candidate.fits else "no",
         c.bound,
     ]
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file under its final name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from mindformers_ext.atomic_files import write_json
 from mindformers_ext.bin_dataset.indexed_dataset import (
     CorruptDatasetError,
     IndexedDataset,
@@ -291,12 +292,6 @@ def _write_summary(path: str, job: Job, identity: str, counts: Counts, seconds: 
         "seconds": round(seconds, 3),
     }
     write_json(path, summary)
-
-
-def write_json(path: str, content: dict[str, object]) -> None:
-    """Write JSON under a temporary name, then rename."""
-    Path(f"{path}.partial").write_text(json.dumps(content, indent=1, ensure_ascii=False))
-    os.replace(f"{path}.partial", path)
 
 
 def _part_prefix(job: Job, number: int) -> str:

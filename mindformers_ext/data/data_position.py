@@ -7,10 +7,10 @@ batch size may change.
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mindformers_ext.atomic_files import write_json
 from mindformers_ext.bin_dataset.blended_dataset import Dataset
 
 
@@ -29,9 +29,7 @@ class DataPosition:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, under a temporary name first."""
-        temporary = Path(f"{path}.partial")
-        temporary.write_text(json.dumps(asdict(self)))
-        os.replace(temporary, path)
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "DataPosition":

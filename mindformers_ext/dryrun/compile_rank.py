@@ -25,6 +25,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.atomic_files import whole_file, write_json
+
 RESULTS = ("graph.mindir", "compiled.json", "failure.json")
 # Fields of one entry of MindSpore 2.9.0's `cell.parameter_layout_dict`, in its order.
 LAYOUT_FIELDS = (
@@ -64,7 +66,8 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
     seconds = time.time() - start
     phase = compiled_phase(cell)
     graph = _cell_graph_executor._get_func_graph_proto(cell, phase, "mind_ir")
-    _write_atomic(out / "graph.mindir", graph)
+    with whole_file(out / "graph.mindir") as partial:
+        partial.write_bytes(graph)
     model = mindir.load_model(graph)
     rank, device_num = get_rank(), get_group_size()
     parameters = mindir.stored_parameters(model)
@@ -81,7 +84,7 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
         "compile_seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    _write_json(out / "compiled.json", compiled)
+    write_json(out / "compiled.json", compiled)
     return compiled
 
 
@@ -138,7 +141,7 @@ def guarded(out: Path, work) -> int:
         work()
     except Exception as error:
         traceback.print_exc()
-        _write_json(out / "failure.json", describe_failure(error))
+        write_json(out / "failure.json", describe_failure(error))
         return 1
     return 0
 
@@ -150,16 +153,6 @@ def _compile_built(options: argparse.Namespace) -> None:
     compile_cell(cell, inputs, options.out)
     if int(os.environ["MS_SIMULATION_LEVEL"]) >= 1:
         cell(*inputs)  # the memory plan is made, and printed at exit, when the graph is launched
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_atomic(path, json.dumps(content, indent=1).encode())
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":
