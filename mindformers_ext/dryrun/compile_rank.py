@@ -77,6 +77,7 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
         "device_num": device_num,
         "strategies": _cell_graph_executor._get_shard_strategy(cell),
         "layouts": {n: dict(zip(LAYOUT_FIELDS, e, strict=True)) for n, e in cell.parameter_layout_dict.items()},
+        "inputs": [list(value.shape) for value in inputs],
         "parameters": parameters,
         "weights": [p.name for p in cell.optimizer.parameters if p.name in parameters],
         "collectives": [asdict(c) for c in mindir.collectives(model, rank, device_num)],
