@@ -23,6 +23,7 @@ from mindspore.train import Callback, RunContext
 from tensorboardX import SummaryWriter
 
 from mindformers_ext.atomic_files import whole_file, write_text
+from mindformers_ext.cpu_parallel.rank_job import RankJob, is_cpu_rank
 from mindformers_ext.device_peak import device_peak
 from mindformers_ext.errors import TrainingStopped
 from mindformers_ext.topk_bias_callback import read_expert_load, sum_over_ranks
@@ -44,9 +45,12 @@ def take_loss_parts(model: nn.Cell) -> tuple[float | None, float | None, float |
     return tuple(float(part) for part in parts[:3] / parts[3])
 
 
-def pipeline_stages(train_network: nn.Cell) -> int:
-    """Stages of the run; a rank whose graph was lowered to CPU knows them itself."""
-    return getattr(train_network, "pipeline_stages", None) or ms.get_auto_parallel_context("pipeline_stages")
+def place_in_run() -> tuple[int, int, int]:
+    """This process's rank, the devices and the pipeline stages of the run."""
+    if is_cpu_rank():
+        job = RankJob.current()
+        return job.rank, job.world_size, job.stages
+    return get_real_rank(), get_real_group_size(), ms.get_auto_parallel_context("pipeline_stages")
 
 
 def samples_per_step(dataset: Any) -> int:
@@ -112,8 +116,8 @@ class TrainingMetrics(Callback):
         self.tokens_per_step = samples_per_step(cb_params.train_dataset) * seq_length
         self.flops_per_token = self.model.flops_per_token(seq_length)
         self.peak_tflops, self.peak_source = device_peak(ms.get_context("device_target"), self.device_peak_tflops)
-        self.devices = get_real_group_size()
-        self.writes = get_real_rank() == (self.devices - 1 if pipeline_stages(cb_params.train_network) > 1 else 0)
+        rank, self.devices, stages = place_in_run()
+        self.writes = rank == (self.devices - 1 if stages > 1 else 0)
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             keep_lines_until(self.metrics_path, self.first_step)

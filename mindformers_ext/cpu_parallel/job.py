@@ -103,7 +103,8 @@ def train(command: list[str], job: RankJob, log_dir: Path) -> None:
     def start(rank: int) -> subprocess.Popen:
         failure, log = files(rank)
         arguments = ["-m", "mindformers_ext.cpu_parallel.worker", str(failure), *command]
-        return launch.start_rank(arguments, base | replace(job, rank=rank).environment(), failure, log)
+        own = replace(job, rank=rank).environment() | {"LOG_MF_PATH": str(log_dir / f"rank_{rank}")}
+        return launch.start_rank(arguments, base | own, failure, log)
 
     def explain(rank: int, code: int) -> tuple[float, str]:
         return launch.failure_of(*files(rank), rank, code)
@@ -116,9 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker_num", type=int, default=1)
     parser.add_argument("--log_dir", type=Path, default=Path("output/msrun_log"))
-    parser.add_argument(
-        "--asks", action="store_true", help="exit code 0 if the command is semi-auto parallel"
-    )
+    parser.add_argument("--asks", action="store_true", help="exit code 0 if the command is semi-auto parallel")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="run_mindformer.py --config Y ...")
     options = parser.parse_args(argv)
     command = [word for word in options.command if word != "--"][1:]

@@ -38,7 +38,6 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
     def __init__(self, network, optimizer, **kwargs):
         super().__init__(network, optimizer, **kwargs)
         self.job = RankJob.current()
-        self.pipeline_stages = self.job.stages
         own = rank_folder(self.job.folder, self.job.rank)
         self.rank_facts = json.loads((own / "compiled.json").read_text())
         self.graph = None

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER, JOB, DEGREES = "CPU_PARALLEL_FOLDER", "CPU_PARALLEL_JOB", "CPU_PARALLEL_DEGREES"
+# Not RANK_ID and RANK_SIZE: MindFormers would take a part of the samples, and every rank reads the global batch.
+RANK, WORLD_SIZE = "CPU_PARALLEL_RANK", "CPU_PARALLEL_WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,17 @@ class RankJob:
     def current(cls) -> "RankJob":
         """The job of this process."""
         stages, ranks_per_sample = map(int, os.environ[DEGREES].split(","))
-        rank, world_size = int(os.environ["RANK_ID"]), int(os.environ["RANK_SIZE"])
+        rank, world_size = int(os.environ[RANK]), int(os.environ[WORLD_SIZE])
         return cls(Path(os.environ[FOLDER]), os.environ[JOB], rank, world_size, stages, ranks_per_sample)
 
     def environment(self) -> dict[str, str]:
-        """What makes `current` return this job in a child process; MindFormers reads RANK_ID and RANK_SIZE too."""
+        """What makes `current` return this job in a child process."""
         return {
             FOLDER: str(self.folder.resolve()),
             JOB: self.job,
             DEGREES: f"{self.stages},{self.ranks_per_sample}",
-            "RANK_ID": str(self.rank),
-            "RANK_SIZE": str(self.world_size),
+            RANK: str(self.rank),
+            WORLD_SIZE: str(self.world_size),
         }
 
     @property

@@ -13,6 +13,7 @@ and communication are ready when it is called. Into DIR go
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -62,6 +63,7 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
     from mindformers_ext.dryrun import mindir
 
     start = time.time()
+    gc.freeze()  # MindSpore collects garbage often while it compiles: not among what is there already
     cell.compile(*inputs)
     seconds = time.time() - start
     phase = compiled_phase(cell)
