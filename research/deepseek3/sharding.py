@@ -120,6 +120,7 @@ def attention_plan() -> dict[str, tuple]:
         "weigh_value": (heads(), whole),
         "causal": (heads(), whole, whole, (NONE, NONE)),
         "masked": (heads(), whole, whole, ("dp", NONE, "cp", NONE)),
+        "borrow": (whole,),
         "pad_value": (whole, whole),
         "cut_value": (heads(),),
     }
