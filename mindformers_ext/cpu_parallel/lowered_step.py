@@ -48,8 +48,7 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
         """One step; outputs of the graph: loss, overflow, loss scale, learning rate, gradient norm."""
         if self.graph is None:
             self._load_graph()
-        for ours, theirs in self.mirrored:
-            ours.set_data(Tensor(theirs.asnumpy(), ours.dtype))
+        self._take_changes()
         outputs = self.graph(*(self._own_part(x, i) for i, x in enumerate(inputs)))
         for ours, theirs in self.mirrored:
             theirs.set_data(Tensor(ours.asnumpy(), theirs.dtype))
@@ -57,11 +56,17 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
 
     def stored(self) -> Iterator[tuple[str, StoredParameter]]:
         """(name, what this rank holds) of every parameter of its graph, gradient buffers left out."""
+        self._take_changes()
         whole = self._whole_parameters()
         for parameter in self.graph.get_parameters():
             if not parameter.name.startswith(ACCUMULATORS):
                 shape = whole[parameter.name].shape
                 yield parameter.name, StoredParameter(parameter, shape, self._shard(parameter, shape))
+
+    def _take_changes(self) -> None:
+        """What callbacks have written on the model since the last step."""
+        for ours, theirs in self.mirrored:
+            ours.set_data(Tensor(theirs.asnumpy(), ours.dtype))
 
     def _whole_parameters(self) -> dict[str, Parameter]:
         return {parameter.name: parameter for parameter in self.get_parameters()}
