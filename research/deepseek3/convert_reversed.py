@@ -89,16 +89,17 @@ def outputs(entries: list[Entry], weights: Weights, dtype: np.dtype) -> Iterable
         kind = np.dtype(np.float32) if entry.ours.endswith(BIAS) else dtype
         ours = weights.read(entry.ours)
         for name, box in boxes(entry, 0, entry.shape[0]):
-            parts = row_boxes(box, kind) if entry.layout == "same" else [box]
-            pieces = [partial(piece, entry, ours, part, kind, name) for part in parts]
+            rows = rows_of_piece(entry.their_shape, kind)
+            axis = 0 if entry.layout == "same" else 2  # of ours: the rows of theirs
+            pieces = [partial(piece, entry, ours, part, kind, name) for part in cut(box, axis, rows)]
             for stored in (name, *entry.copies):
                 yield Output(stored, entry.their_shape, kind, pieces)
 
 
-def row_boxes(box: tuple, dtype: np.dtype) -> list[tuple]:
-    """A box cut along its first axis into pieces."""
-    rows = rows_of_piece(tuple(stop for _, stop in box), dtype)
-    return [((row, min(row + rows, box[0][1])), *box[1:]) for row in range(0, box[0][1], rows)]
+def cut(box: tuple, axis: int, rows: int) -> list[tuple]:
+    """A box in parts of `rows` along one axis."""
+    start, stop = box[axis]
+    return [(*box[:axis], (row, min(row + rows, stop)), *box[axis + 1 :]) for row in range(start, stop, rows)]
 
 
 def piece(entry: Entry, ours, box: tuple, dtype: np.dtype, name: str) -> np.ndarray:
