@@ -6,6 +6,7 @@ whole file into memory first, and converts HuggingFace folders for its own model
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +17,9 @@ from mindspore import Tensor, nn
 from mindspore.train import Callback, RunContext
 from tqdm import tqdm
 
-from mindformers_ext.checkpoint_files import find_checkpoint
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.safetensors_files import StoredTensor, files_fingerprint, read_folder, read_header
+from mindformers_ext.safetensors_files import files_fingerprint
+from mindformers_ext.sharded_checkpoint.reader import Readable, Source, open_source
 from mindformers_ext.train_wrapper import real_model
 
 CONVERTED_INDEX = "model.safetensors.index.json"  # written by research/deepseek3/convert_weight.py
@@ -46,32 +47,42 @@ class CheckpointWeights:
     """
 
     def __init__(self, location: str | Path, where: str | Path = "checkpoint"):
-        location = Path(location)
-        if (location / CONVERTED_INDEX).exists():
-            self.tensors = read_folder(location, CONVERTED_INDEX)
-        else:
-            file = find_checkpoint(str(location), where)
-            if file.suffix != ".safetensors":
-                raise ConfigError(f"{file}: only .safetensors checkpoints can be read")
-            self.tensors = read_header(file)[0]
+        try:
+            self.source = open_source(location)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
 
-    def read(self, name: str) -> StoredTensor:
+    def read(self, name: str) -> Readable:
         """A tensor by name."""
-        return self.tensors[name]
+        return self.source.read(name)
 
     def names(self) -> list[str]:
         """Every tensor, the optimizer's too."""
-        return list(self.tensors)
+        return list(self.source.names())
 
     def fingerprint(self) -> str:
         """Changes when one of the files does."""
-        return files_fingerprint({tensor.file for tensor in self.tensors.values()})
+        path = self.source.path
+        return files_fingerprint(path.iterdir() if path.is_dir() else [path])
 
 
 def is_huggingface(location: str | Path) -> bool:
     """True for a folder with a config.json and safetensors files."""
     folder = Path(location)
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+@dataclass(frozen=True)
+class HuggingFaceFolder:
+    """A folder whose names only the network can translate; `where` is the YAML, for errors."""
+
+    path: Path
+    where: str | Path
+
+
+def resolve(source: Source | HuggingFaceFolder, network: nn.Cell) -> Source:
+    """The source of the network's parameters. Raises ConfigError when a folder is another model's."""
+    return open_weights(network, source.path, source.where) if isinstance(source, HuggingFaceFolder) else source
 
 
 def is_whole_folder(location: str | Path | None) -> bool:
