@@ -12,7 +12,8 @@ from ml_dtypes import bfloat16
 from weights import Entry, from_huggingface, name_table
 
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.safetensors_files import Output, StoredTensor, files_fingerprint, read_folder, read_index
+from mindformers_ext.safetensors_files import Output, StoredTensor, read_folder, read_index
+from mindformers_ext.sharded_checkpoint.reader import Source
 
 __all__ = ["Audit", "Dequantised", "HuggingFaceWeights", "audit_names"]
 
@@ -120,7 +121,7 @@ class LazyParameter:
         return from_huggingface(self.entry, self.load, () if slices == (...,) else slices)
 
 
-class HuggingFaceWeights:
+class HuggingFaceWeights(Source):
     """The parameters of a model in a HuggingFace folder, by our names. Opening reads names and shapes and audits them.
 
     `read` gives a parameter as an object with `shape` that reads only what it is indexed with.
@@ -158,10 +159,6 @@ class HuggingFaceWeights:
         """A HuggingFace tensor by its own name."""
         scale = self.tensors.get(name + SCALE)
         return Dequantised(self.tensors[name], scale) if scale else self.tensors[name]
-
-    def fingerprint(self) -> str:
-        """Changes when one of the files does."""
-        return files_fingerprint({tensor.file for tensor in self.tensors.values()})
 
     def _check_tensors(self) -> None:
         """Shapes, types, scales, finite biases, equal copies."""

@@ -4,6 +4,7 @@ Tolerances as in tests/parity: logits 1e-4 absolute, gradients 1e-3 relative; me
 """
 
 import json
+from types import SimpleNamespace
 
 import convert_reversed
 import mindspore as ms
@@ -259,4 +260,4 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"adapts model.layers.0.self_attn.o_proj of shape \(48, 48\), but .*\(48, 24\)"
     ):
-        MergedWeights(None, list(name_table(v3_config(v_head_dim=6))), adapter)
+        MergedWeights(SimpleNamespace(path=tmp_path), list(name_table(v3_config(v_head_dim=6))), adapter)

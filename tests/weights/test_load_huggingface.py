@@ -18,7 +18,9 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Atten
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.pretrained import load_pretrained
+from mindformers_ext.checkpoint_monitor import load_weights
+from mindformers_ext.pretrained import HuggingFaceFolder, resolve
+from mindformers_ext.sharded_checkpoint.reader import open_source
 
 NO_MTP = {**V3_CONFIG, "num_nextn_predict_layers": 0}
 
@@ -35,6 +37,11 @@ def network_of(folder, mtp_depth: int):
     config.compute_dtype = "float32"
     network = (DeepseekV2ForCausalLM if config.model_type == "deepseekv2" else DeepseekV3ForCausalLM)(config)
     return network.set_train(False)
+
+
+def load_huggingface(network, folder) -> None:
+    """Load as a run does whose load_checkpoint is a HuggingFace folder."""
+    load_weights(network, resolve(HuggingFaceFolder(folder, "run.yaml"), network))
 
 
 def transformers_logits(folder, ids: np.ndarray) -> np.ndarray:
@@ -62,7 +69,7 @@ def test_logits_equal_transformers(tmp_path, case):
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     folder = write_folder(tmp_path, plain, random_tensors(plain, torch.float32))
     network = network_of(folder, mtp_depth)
-    load_pretrained(network, folder, "run.yaml")
+    load_huggingface(network, folder)
     ids = np.random.default_rng(0).integers(2, 128, (2, 24)).astype(np.int32)
     assert np.abs(network(Tensor(ids)).asnumpy() - transformers_logits(folder, ids)).max() <= 1e-4
 
@@ -72,7 +79,7 @@ def test_fp8_and_mtp_weights_arrive(tmp_path):
     name = "model.layers.2.eh_proj.weight"
     tensors[name], tensors[f"{name}_scale_inv"], values = quantise(tensors[name])
     network = network_of(write_folder(tmp_path, V3_CONFIG, tensors), 1)
-    load_pretrained(network, tmp_path, "run.yaml")
+    load_huggingface(network, tmp_path)
     assert np.array_equal(network.mtp[0].eh_proj.weight.asnumpy(), values)
     stack = network.mtp[0].layer.mlp.experts.gate_up_proj.asnumpy()
     expert = tensors["model.layers.2.mlp.experts.11.up_proj.weight"].float().numpy()
@@ -96,14 +103,14 @@ def test_mismatches_are_refused_before_anything_is_loaded(tmp_path, name):
     write_folder(tmp_path, {**V3_CONFIG, **changes}, kept)
     before = {p.name: p.asnumpy().copy() for p in network.get_parameters()}
     with pytest.raises(ConfigError, match=message):
-        load_pretrained(network, tmp_path, "run.yaml")
+        load_huggingface(network, tmp_path)
     assert all(np.array_equal(p.asnumpy(), before[p.name]) for p in network.get_parameters())
 
 
 def test_another_model_says_so(tmp_path):
     folder = write_folder(tmp_path, V3_CONFIG, random_tensors(V3_CONFIG))
     with pytest.raises(ConfigError, match="is a HuggingFace folder of another model"):
-        load_pretrained(ms.nn.Dense(2, 2), folder, "run.yaml")
+        load_huggingface(ms.nn.Dense(2, 2), folder)
 
 
 def test_our_converted_folder_loads_too(tmp_path):
@@ -112,11 +119,11 @@ def test_our_converted_folder_loads_too(tmp_path):
     folder = write_folder(tmp_path / "hf", V3_CONFIG, random_tensors(V3_CONFIG))
     convert_weight.convert(["--input", str(folder), "--output", str(tmp_path / "ours")])
     first, second = network_of(folder, 1), network_of(folder, 1)
-    load_pretrained(first, folder, "run.yaml")
-    load_pretrained(second, tmp_path / "ours", "run.yaml")
+    load_huggingface(first, folder)
+    load_weights(second, open_source(tmp_path / "ours"))
     for one, other in zip(first.get_parameters(), second.get_parameters(), strict=True):
         assert np.array_equal(one.asnumpy(), other.asnumpy()), one.name
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     with pytest.raises(ConfigError, match="has shape|weights that the model lacks|lacks"):
-        load_pretrained(network_of(folder, 1), tmp_path / "ours", "run.yaml")
+        load_weights(network_of(folder, 1), open_source(tmp_path / "ours"))
