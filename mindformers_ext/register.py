@@ -1,5 +1,6 @@
 """Everything of this package that a YAML can name, registered with MindFormers by importing it."""
 
+import mindformers_ext.adapter_monitor
 import mindformers_ext.checkpoint_monitor
 import mindformers_ext.data
 import mindformers_ext.lr_schedule

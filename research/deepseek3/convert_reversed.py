@@ -3,7 +3,7 @@
     python research/deepseek3/convert_reversed.py --input DIR --output HF_DIR --hf_assets_path HF_DIR \
         [--export_dtype bf16] [--merge_lora ADAPTER_DIR]
 
---input is a folder of convert_weight.py, a checkpoint of a training run (file or folder), or a HuggingFace folder.
+--input is a folder of convert_weight.py, a checkpoint of a training run in any layout, or a HuggingFace folder.
 config.json and the tokenizer's files come from --hf_assets_path (the original model's folder, or one made by
 scripts/make_hf_assets.py); config.json is corrected to what the files hold. Interrupted runs go on when repeated.
 """
@@ -28,8 +28,10 @@ from weights import Entry, boxes, name_table, write_part
 
 from mindformers_ext.atomic_files import whole_file, write_json
 from mindformers_ext.errors import ConfigError, UserError
-from mindformers_ext.pretrained import COUNTERS, CheckpointWeights, Weights, is_huggingface
+from mindformers_ext.pretrained import fingerprint, is_huggingface
 from mindformers_ext.safetensors_files import Output, write_folder
+from mindformers_ext.sharded_checkpoint.layout import is_state
+from mindformers_ext.sharded_checkpoint.reader import Source, open_source
 
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ASSETS = (
@@ -55,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def audit(entries: list[Entry], weights: Weights, where: str | Path) -> int:
+def audit(entries: list[Entry], weights: Source, where: str | Path) -> int:
     """Check that the source has every parameter in its shape and no other layer; return how many tensors stay out.
 
     Raises:
@@ -66,7 +68,7 @@ def audit(entries: list[Entry], weights: Weights, where: str | Path) -> int:
     if missing:
         raise ConfigError(f"{where}: parameter {missing[0]!r} (and {len(missing) - 1} more) is missing")
     rest = names - wanted
-    unknown = sorted(n for n in rest if n.startswith(("model.", "mtp.", "lm_head.")) and not n.endswith(COUNTERS))
+    unknown = sorted(n for n in rest if n.startswith(("model.", "mtp.", "lm_head.")) and is_state(n))
     if unknown:
         raise ConfigError(
             f"{where}: parameter {unknown[0]!r} (and {len(unknown) - 1} more) is not of the model that "
@@ -83,22 +85,23 @@ def audit(entries: list[Entry], weights: Weights, where: str | Path) -> int:
     return len(rest)
 
 
-def outputs(entries: list[Entry], weights: Weights, dtype: np.dtype) -> Iterable[Output]:
+def outputs(entries: list[Entry], weights: Source, dtype: np.dtype) -> Iterable[Output]:
     """Every HuggingFace tensor in `dtype`, router biases in float32, to be written piece by piece."""
     for entry in entries:
         kind = np.dtype(np.float32) if entry.ours.endswith(BIAS) else dtype
         ours = weights.read(entry.ours)
         for name, box in boxes(entry, 0, entry.shape[0]):
-            parts = row_boxes(box, kind) if entry.layout == "same" else [box]
-            pieces = [partial(piece, entry, ours, part, kind, name) for part in parts]
+            rows = rows_of_piece(entry.their_shape, kind)
+            axis = 0 if entry.layout == "same" else 2  # of ours: the rows of theirs
+            pieces = [partial(piece, entry, ours, part, kind, name) for part in cut(box, axis, rows)]
             for stored in (name, *entry.copies):
                 yield Output(stored, entry.their_shape, kind, pieces)
 
 
-def row_boxes(box: tuple, dtype: np.dtype) -> list[tuple]:
-    """A box cut along its first axis into pieces."""
-    rows = rows_of_piece(tuple(stop for _, stop in box), dtype)
-    return [((row, min(row + rows, box[0][1])), *box[1:]) for row in range(0, box[0][1], rows)]
+def cut(box: tuple, axis: int, rows: int) -> list[tuple]:
+    """A box in parts of `rows` along one axis."""
+    start, stop = box[axis]
+    return [(*box[:axis], (row, min(row + rows, stop)), *box[axis + 1 :]) for row in range(start, stop, rows)]
 
 
 def piece(entry: Entry, ours, box: tuple, dtype: np.dtype, name: str) -> np.ndarray:
@@ -125,14 +128,14 @@ def convert(arguments: list[str] | None = None) -> None:
         raise ConfigError(f"--output {args.output} is the input; give another folder")
     start = time.perf_counter()
     values = read_config(args.hf_assets_path)
-    weights = HuggingFaceWeights(args.input) if is_huggingface(args.input) else CheckpointWeights(args.input, "--input")
+    weights: Source = HuggingFaceWeights(args.input) if is_huggingface(args.input) else open_source(args.input)
     mtp_depth = int(any(name.startswith("mtp.") for name in weights.names()))
     entries = list(name_table(config_from_hf(values, mtp_depth, args.hf_assets_path / "config.json")))
     left_out = audit(entries, weights, args.input)
-    source = f"{weights.fingerprint()} {args.export_dtype}"
+    source = f"{fingerprint(weights)} {args.export_dtype}"
     if args.merge_lora:
         weights = MergedWeights(weights, entries, args.merge_lora)
-        source += weights.fingerprint()
+        source += fingerprint(weights.adapter)
     print(f"{args.input}: {len(entries):,} parameters used once each, {left_out:,} other tensors left out", flush=True)
     done = write_folder(
         args.output,

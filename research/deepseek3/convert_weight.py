@@ -22,6 +22,7 @@ from hf_weights import DTYPES, HuggingFaceWeights, audit_index, outputs
 
 from mindformers_ext.atomic_files import write_text
 from mindformers_ext.errors import ConfigError, UserError
+from mindformers_ext.pretrained import fingerprint
 from mindformers_ext.safetensors_files import write_folder
 
 PREFIX = "model"  # of the files of our checkpoints; unlike HuggingFace's there is no config.json beside them
@@ -50,7 +51,7 @@ def convert(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     weights = HuggingFaceWeights(args.input)
     print(f"{args.input}: {weights.audit}", flush=True)
-    source = f"{weights.fingerprint()} {args.dtype}"
+    source = f"{fingerprint(weights)} {args.dtype}"
     done = write_folder(
         args.output, outputs(weights, DTYPES[args.dtype]), PREFIX, source, {"format": "np"}, args.workers
     )

@@ -11,7 +11,7 @@ import numpy as np
 from deepseek2_config import DeepseekV2Config
 from flops import flops_per_token
 from hf_weights import HuggingFaceWeights
-from lora import ExpertAdapters, LoraAdapter, freeze_base
+from lora import ExpertAdapters, LoraAdapter, freeze_base, save_peft
 from mindformers.core.loss import CrossEntropyLoss
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
@@ -530,6 +530,10 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
     def huggingface_weights(self, folder: str) -> HuggingFaceWeights:
         """The weights of this model in a HuggingFace folder. Raises ConfigError where the folder does not fit."""
         return HuggingFaceWeights(folder, self.config)
+
+    def save_adapter(self, folder: str, values: dict[str, np.ndarray], base: str = "") -> None:
+        """Write LoRA adapters, whole arrays by our names, as a folder of the peft package."""
+        save_peft(folder, self.config, values, base)
 
     def flops_per_token(self, seq_length: int | None = None) -> float:
         """Forward and backward FLOPs of one token at the given (default: the configured) sequence length."""

@@ -102,6 +102,7 @@ def sections_from_hf(values: dict[str, Any], where: str | Path = "config.json") 
     if values["scoring_func"] not in SCORES:
         raise ConfigError(f"{where}: scoring_func is {values['scoring_func']!r}, but must be sigmoid or softmax")
     moe["use_gating_sigmoid"] = SCORES[values["scoring_func"]]
+    moe["use_gmm"] = True  # HuggingFace's models drop no token
     head = {"type": f"{name}Config", "auto_register": f"{module}_config.{name}Config"}
     arch = {"type": f"{name}ForCausalLM", "auto_register": f"{module}_model.{name}ForCausalLM"}
     return {"model": {"model_config": head | model, "arch": arch}, "moe_config": moe}

@@ -1,7 +1,7 @@
 """Read a HuggingFace folder as our parameters: by name, any part of each, FP8 dequantised, audited first."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,8 @@ from ml_dtypes import bfloat16
 from weights import Entry, from_huggingface, name_table
 
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.safetensors_files import Output, StoredTensor, files_fingerprint, read_folder, read_index
+from mindformers_ext.safetensors_files import Output, StoredTensor, read_folder, read_index
+from mindformers_ext.sharded_checkpoint.reader import Source
 
 __all__ = ["Audit", "Dequantised", "HuggingFaceWeights", "audit_names"]
 
@@ -22,7 +23,7 @@ SCALE = "_scale_inv"  # of X.weight: X.weight_scale_inv
 FP8 = np.dtype("float8_e4m3fn")
 FLOATS = ("float32", "float16", "bfloat16")
 BIAS = "e_score_correction_bias"
-PIECE_BYTES = 64 * 2**20  # of a large matrix at a time
+PIECE_BYTES = 2**20  # read and written at a time; fits into a cache
 DTYPES = {"bf16": np.dtype(bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 
 
@@ -120,7 +121,7 @@ class LazyParameter:
         return from_huggingface(self.entry, self.load, () if slices == (...,) else slices)
 
 
-class HuggingFaceWeights:
+class HuggingFaceWeights(Source):
     """The parameters of a model in a HuggingFace folder, by our names. Opening reads names and shapes and audits them.
 
     `read` gives a parameter as an object with `shape` that reads only what it is indexed with.
@@ -158,10 +159,6 @@ class HuggingFaceWeights:
         """A HuggingFace tensor by its own name."""
         scale = self.tensors.get(name + SCALE)
         return Dequantised(self.tensors[name], scale) if scale else self.tensors[name]
-
-    def fingerprint(self) -> str:
-        """Changes when one of the files does."""
-        return files_fingerprint({tensor.file for tensor in self.tensors.values()})
 
     def _check_tensors(self) -> None:
         """Shapes, types, scales, finite biases, equal copies."""
@@ -231,25 +228,32 @@ def audit_index(folder: Path) -> Audit:
 
 
 def rows_of_piece(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Rows of the first axis that make a piece: an expert of a stack, up to PIECE_BYTES of a matrix."""
-    if len(shape) == 3:
-        return 1
+    """Rows of a matrix or vector that make a piece of PIECE_BYTES."""
     return max(PIECE_BYTES // max(math.prod(shape[1:]) * dtype.itemsize, 1), 1)
 
 
-def outputs(weights: HuggingFaceWeights, dtype: np.dtype) -> Iterable[Output]:
+def pieces_of(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[tuple[slice, ...]]:
+    """Slices that cut a parameter into pieces, in C order: rows of a matrix, rows of each expert of a stack."""
+    rows = rows_of_piece(shape[-2:], dtype)
+    if len(shape) < 3:
+        yield from ((slice(row, row + rows),) for row in range(0, shape[0], rows))
+        return
+    for expert in range(shape[0]):
+        yield from ((slice(expert, expert + 1), slice(row, row + rows)) for row in range(0, shape[1], rows))
+
+
+def outputs(weights: HuggingFaceWeights, dtype: np.dtype) -> Iterator[Output]:
     """Every parameter in `dtype`, router biases in float32, to be written piece by piece."""
     for name in weights.names():
         kind = np.dtype(np.float32) if name.endswith(BIAS) else dtype
         parameter = weights.read(name)
-        rows = rows_of_piece(parameter.shape, kind)
-        pieces = [partial(piece, parameter, i, i + rows, kind, name) for i in range(0, parameter.shape[0], rows)]
+        pieces = [partial(piece, parameter, slices, kind, name) for slices in pieces_of(parameter.shape, kind)]
         yield Output(name, parameter.shape, kind, pieces)
 
 
-def piece(parameter, start: int, stop: int, dtype: np.dtype, name: str) -> np.ndarray:
-    """Rows start..stop of a parameter in `dtype`."""
-    return cast(parameter[start:stop], dtype, name)
+def piece(parameter: LazyParameter, slices: tuple[slice, ...], dtype: np.dtype, name: str) -> np.ndarray:
+    """Part of a parameter in `dtype`."""
+    return cast(parameter[slices], dtype, name)
 
 
 def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

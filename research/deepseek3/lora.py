@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from deepseek2_config import FFN_TARGETS, LoraConfig
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Uniform, initializer
 from safetensors.numpy import save_file
@@ -26,7 +26,8 @@ from weights import Entry, boxes, name_table, overlap
 
 from mindformers_ext.atomic_files import whole_file, write_json
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.safetensors_files import StoredTensor, files_fingerprint, read_header
+from mindformers_ext.safetensors_files import StoredTensor, read_header
+from mindformers_ext.sharded_checkpoint.reader import Source
 
 __all__ = [
     "ExpertAdapters",
@@ -69,7 +70,7 @@ class LoraAdapter(nn.Cell):
     def __init__(self, config, in_dim: int, out_dim: int, axes: str):
         super().__init__()
         lora = config.lora
-        self.lora_a, self.lora_b = parameters_of(lora, getattr(mstype, config.param_init_type), in_dim, out_dim)
+        self.lora_a, self.lora_b = parameters_of(lora, in_dim, out_dim)
         self.scale, self.compute_dtype = lora.scale, getattr(mstype, config.compute_dtype)
         self.drops = lora.lora_dropout > 0
         self.dropout = ops.Dropout(keep_prob=1 - lora.lora_dropout)
@@ -89,8 +90,7 @@ class AdapterPair(nn.Cell):
 
     def __init__(self, config, in_dim: int, out_dim: int):
         super().__init__()
-        dtype, experts = getattr(mstype, config.param_init_type), config.moe_config.expert_num
-        self.lora_a, self.lora_b = parameters_of(config.lora, dtype, in_dim, out_dim, experts)
+        self.lora_a, self.lora_b = parameters_of(config.lora, in_dim, out_dim, config.moe_config.expert_num)
 
 
 class ExpertAdapters(nn.Cell):
@@ -168,14 +168,14 @@ def adapter_entries(config) -> Iterator[AdapterEntry]:
                 yield AdapterEntry(f"{experts}.lora.{part}", chosen)
 
 
-def save_peft(folder: Path, config, values: dict[str, np.ndarray], base: str = "") -> None:
+def save_peft(folder: str | Path, config, values: dict[str, np.ndarray], base: str = "") -> None:
     """Write a folder that the peft package reads: adapter_model.safetensors, adapter_config.json.
 
     Args:
         values: our parameters `….lora_a` and `….lora_b` by name, whole.
         base: base_model_name_or_path, the folder of the model that was adapted.
     """
-    tensors = {}
+    folder, tensors = Path(folder), {}
     for entry in adapter_entries(config):
         for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
             value = values[f"{entry.ours}.{ours}"]
@@ -236,15 +236,15 @@ class PeftFolder:
         return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
 
 
-class MergedWeights:
+class MergedWeights(Source):
     """A source of weights with an adapter added: W + alpha / rank * B A, in float32.
 
     Raises:
         ConfigError: the adapter has a module that the model lacks, or of another shape.
     """
 
-    def __init__(self, weights: Any, entries: list[Entry], folder: str | Path):
-        self.weights, self.adapter = weights, PeftFolder(folder)
+    def __init__(self, weights: Source, entries: list[Entry], folder: str | Path):
+        self.weights, self.adapter, self.path = weights, PeftFolder(folder), weights.path
         self.entries = {entry.ours: entry for entry in entries}
         shapes = {name.removesuffix(".weight"): entry.their_shape for entry in entries for name in entry.theirs}
         for module, (a, b) in self.adapter.modules.items():
@@ -263,11 +263,6 @@ class MergedWeights:
         entry = self.entries[name]
         adapted = any(theirs.removesuffix(".weight") in self.adapter.modules for theirs in entry.theirs)
         return MergedParameter(self.weights.read(name), entry, self.adapter) if adapted else self.weights.read(name)
-
-    def fingerprint(self) -> str:
-        """Changes with the base or the adapter."""
-        files = [self.adapter.path / ADAPTER_FILE, self.adapter.path / ADAPTER_CONFIG]
-        return self.weights.fingerprint() + files_fingerprint(files)
 
 
 @dataclass(frozen=True)
@@ -304,4 +299,4 @@ class MergedParameter:
 
 def adapter_values(network: nn.Cell) -> dict[str, np.ndarray]:
     """The adapters of a network as numpy float32, by name."""
-    return {p.name: Tensor(p).astype(mstype.float32).asnumpy() for p in network.get_parameters() if is_adapter(p.name)}
+    return {p.name: p.asnumpy() for p in network.get_parameters() if is_adapter(p.name)}
