@@ -265,7 +265,8 @@ class MixtureOfExperts(nn.Cell):
         self.balance = BalanceLoss(config)
         self.counts_unbiased = self.balance.active and self.gate.has_bias
         self.compute_dtype = getattr(mstype, config.compute_dtype)
-        self.local = run_locally(self._local, self._local_shapes, self._local_types, config)
+        program = self._adapted if self.experts.adapted else self._local
+        self.local = run_locally(program, self._local_shapes, self._local_types, config)
         self.count_mul, self.count = ops.Mul(), ops.ReduceSum()
         self.add_load = ops.AssignAdd().recompute(False)  # a recomputed forward must not count again
         shard(self, "mixture_of_experts", config)
@@ -285,14 +286,16 @@ class MixtureOfExperts(nn.Cell):
             y = self.add_shared(y, self.shared_experts(x))
         return y, loss
 
-    def _local(self, x, gate_weight, bias, gate_up, down, *adapters):
+    def _adapted(self, x, gate_weight, bias, gate_up, down, *adapters):
+        """`_local` with the adapters added to the experts; apart, since the compiler takes no programs of any width."""
+        return self._local(x, gate_weight, bias, *self.experts.lora.add_to(gate_up, down, adapters))
+
+    def _local(self, x, gate_weight, bias, gate_up, down):
         """(y (T, H); chosen, counted, scores, logits (T, E)) of this device's tokens.
 
         `chosen` is where tokens went; `counted` is what the balance loss counts: V3 ignores bias and groups (eq. 18).
         """
         topk_weights, topk_ids, scores, logits = self.gate.route(x, gate_weight, bias)
-        if self.experts.adapted:
-            gate_up, down = self.experts.lora.add_to(gate_up, down, adapters)
         y = self.dispatch.run(ops.cast(x, self.compute_dtype), topk_weights, topk_ids, gate_up, down)
         chosen = self.gate.selected(topk_ids)
         counted = self.gate.unbiased_selected(scores) if self.counts_unbiased else chosen
@@ -452,6 +455,7 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
             Tensor(np.zeros(4), mstype.float32), name="loss_parts", requires_grad=False, parallel_optimizer=False
         )
         self.add_loss_parts = ops.AssignAdd()
+        shard(self, "causal_lm", config)
         unit = np.eye(4, dtype=np.float32)
         self.is_main, self.is_mtp, self.is_balance, self.is_count = (Tensor(row) for row in unit)
         if config.lora.lora_rank:
