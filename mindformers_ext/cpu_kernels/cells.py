@@ -6,8 +6,10 @@ Legend: T tokens, H hidden, F expert width, L experts, K experts per token, R = 
 B batch, N heads, S sequence, D head width, V vocabulary.
 """
 
+import numpy as np
+from mindspore import ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore import nn, ops
+from mindspore.ops import signature as sig
 
 from mindformers_ext.cpu_kernels.library import custom
 
@@ -298,3 +300,41 @@ class GlobalNorm(nn.Cell):
 
     def construct(self, tensors):
         return self.norm(*tensors)
+
+
+class AdamWUpdate(nn.Cell):
+    """One step of AdamW for all parameters in one operator, in place.
+
+    Args:
+        optimizer: MindFormers' AdamW, which keeps the parameters, moments and step count.
+    """
+
+    def __init__(self, optimizer: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.step = optimizer.global_step
+        self.states = ParameterTuple((*optimizer.parameters, *optimizer.exp_avg, *optimizer.exp_avg_sq))
+        count = len(optimizer.parameters)
+        decay = optimizer.weight_decay if optimizer.is_group else [optimizer.weight_decay] * count
+        self.decay = Tensor(np.array([float(value) for value in decay], np.float32))
+        rule = dict(beta1=float(optimizer.beta1), beta2=float(optimizer.beta2), eps=float(optimizer.eps))
+        self.update = custom("AdamW", lambda *_: (1,), lambda *_: mstype.float32, **rule)
+        self.update.set_signatures(
+            [written("step"), read("rate"), read("factor"), read("decay")]
+            + [written(f"state{i}") for i in range(3 * count)]
+            + [read(f"gradient{i}") for i in range(count)]
+        )
+        self.update.add_prim_attr("side_effect_mem", True)
+
+    def construct(self, rate, factor, gradients):
+        """Train with `factor` times the gradients at rate `rate`; a factor that is not finite skips the step."""
+        return self.update(self.step, rate, factor, self.decay, *self.states, *gradients)
+
+
+def written(name: str) -> sig.Signature:
+    """An input that the operator changes in place."""
+    return sig.make_sig(name, sig.sig_rw.RW_WRITE)
+
+
+def read(name: str) -> sig.Signature:
+    """An input that the operator only reads."""
+    return sig.make_sig(name, sig.sig_rw.RW_READ)
