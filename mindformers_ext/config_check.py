@@ -12,8 +12,9 @@ from typing import Any
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ext.config_schema import ANY, CLASS_SECTIONS, SECTIONS, Rule
+from mindformers_ext.cpu_parallel.rank_job import is_cpu_rank
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.yaml_config import lookup
+from mindformers_ext.yaml_config import is_semi_auto, lookup
 
 
 def check_config(config: dict, path: str | Path) -> None:
@@ -143,12 +144,6 @@ def one_device_degrees(config: dict, degrees: dict) -> dict:
     return {key: value for key, value in degrees.items() if key in ("vocab_emb_dp", "gradient_aggregation_group")}
 
 
-def is_semi_auto(config: dict) -> bool:
-    """True when MindSpore splits one graph over the devices (parallel_mode 1 or 2)."""
-    mode = lookup(config, "parallel.parallel_mode", 1)
-    return bool(config.get("use_parallel")) and mode in (1, 2, "semi_auto_parallel", "auto_parallel")
-
-
 def need(holds: bool, config: dict, key: str, rule: str, path: str | Path) -> None:
     """Raise ConfigError that names a key of the configuration, its value and the rule, unless `holds`."""
     if not holds:
@@ -166,8 +161,8 @@ def check_degrees(config: dict, path: str | Path) -> None:
     if not is_semi_auto(config):
         return
     on_cpu = lookup(config, "context.device_target", "Ascend") == "CPU"
-    rule = "on CPU only 0 (data parallel) runs; set it to 0 or context.device_target to Ascend"
-    need(not on_cpu or bool(os.getenv("MS_SIMULATION_LEVEL")), config, "parallel.parallel_mode", rule, path)
+    rule = "on CPU such a run has several processes: start it with scripts/msrun_launcher.sh, or set use_parallel False"
+    need(not on_cpu or is_cpu_rank(), config, "parallel.parallel_mode", rule, path)
     check_divisors(config, path)
     check_stages(config, path)
 

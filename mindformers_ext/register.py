@@ -1,5 +1,6 @@
 """Everything of this package that a YAML can name, registered with MindFormers by importing it."""
 
+import mindformers_ext.cpu_parallel.lowered_step
 import mindformers_ext.data
 import mindformers_ext.lr_schedule
 import mindformers_ext.topk_bias_callback

@@ -13,6 +13,7 @@ and communication are ready when it is called. Into DIR go
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -62,6 +63,7 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
     from mindformers_ext.dryrun import mindir
 
     start = time.time()
+    gc.freeze()  # MindSpore collects garbage often while it compiles: not among what is there already
     cell.compile(*inputs)
     seconds = time.time() - start
     phase = compiled_phase(cell)
@@ -77,6 +79,7 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
         "device_num": device_num,
         "strategies": _cell_graph_executor._get_shard_strategy(cell),
         "layouts": {n: dict(zip(LAYOUT_FIELDS, e, strict=True)) for n, e in cell.parameter_layout_dict.items()},
+        "inputs": [list(value.shape) for value in inputs],
         "parameters": parameters,
         "weights": [p.name for p in cell.optimizer.parameters if p.name in parameters],
         "collectives": [asdict(c) for c in mindir.collectives(model, rank, device_num)],

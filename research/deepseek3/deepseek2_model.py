@@ -422,6 +422,7 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
             Tensor(np.zeros(4), mstype.float32), name="loss_parts", requires_grad=False, parallel_optimizer=False
         )
         self.add_loss_parts = ops.AssignAdd()
+        shard(self, "causal_lm", config)
         unit = np.eye(4, dtype=np.float32)
         self.is_main, self.is_mtp, self.is_balance, self.is_count = (Tensor(row) for row in unit)
         if config.checkpoint_name_or_path:

@@ -7,6 +7,7 @@ own tokens, and ep consecutive devices share one set of experts.
 
 A plan maps the name of an operator to the layouts of its inputs (and outputs, after "->"), one axis name (or several,
 or "None") per tensor axis. A name that the cell lacks, or an axis that the grid lacks, is an error.
+An operator without a plan is split by the compiler as it likes: one that writes a parameter splits the parameter too.
 """
 
 import functools
@@ -75,8 +76,10 @@ def plans(config) -> dict[str, dict[str, tuple]]:
         "mixture_of_experts": {
             "count_mul": (flat, flat),
             "count": (flat,),
+            "add_load": ((NONE,), (NONE,)),
             **({"add_shared": (tokens, tokens)} if config.moe_config.shared_expert_num else {}),
         },
+        "causal_lm": {"add_loss_parts": ((NONE,), (NONE,))},
         "balance_loss": {
             "sum_experts": (flat,),
             "normalize": (flat, flat),
