@@ -7,8 +7,6 @@ device, so what trains on CPU is what trains on Ascend.
 Legend: T tokens, H hidden, F expert width, L experts of this device, R rows of tokens sorted by expert.
 """
 
-import os
-
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -30,14 +28,14 @@ MASKED = -3.0e38  # added to a float32 score that may not be attended
 
 
 def fused(flag: bool) -> bool:
-    """True when a fused operator is asked for and the device that will run the graph has it."""
-    runs_on_cpu = os.environ.get("CPU_PARALLEL_COMPILE") == "1"  # a rank's graph that cpu_parallel lowers to CPU
-    return bool(flag) and ms.get_context("device_target") == "Ascend" and not runs_on_cpu
+    """True when a fused operator is asked for and the graph is compiled for Ascend (cpu_parallel lowers it to CPU)."""
+    return bool(flag) and ms.get_context("device_target") == "Ascend"
 
 
 def on_cpu(flag: bool = True) -> bool:
     """True when a fused operator is asked for and the kernels of `cpu_kernels` run it."""
-    return bool(flag) and ms.get_context("device_target") == "CPU"
+    sharded = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+    return bool(flag) and ms.get_context("device_target") == "CPU" and not sharded
 
 
 class BasicRmsNorm(nn.Cell):

@@ -51,9 +51,8 @@ class FlashAttention(nn.Cell):
 
     @staticmethod
     def _operator(scale: float, masked: bool) -> ops.Custom:
-        grad = custom(
-            "FlashAttentionGrad", lambda d, q, k, v, *_: (q, k, v), lambda d, q, k, v, *_: (q, k, v), scale=scale
-        )
+        rule = dict(scale=scale, diagonal=0)
+        grad = custom("FlashAttentionGrad", lambda d, q, k, v, *_: (q, k, v), lambda d, q, k, v, *_: (q, k, v), **rule)
 
         def causal_bprop(query, key, value, out, dout):
             return grad(dout[0], query, key, value, out[0], out[1])
@@ -67,7 +66,7 @@ class FlashAttention(nn.Cell):
             lambda q, k, v, *_: (tuple(q[:3]) + (v[3],), tuple(q[:3])),
             lambda q, k, v, *_: (q, mstype.float32),
             masked_bprop if masked else causal_bprop,
-            scale=scale,
+            **rule,
         )
 
     def construct(self, query, key, value, mask):
@@ -136,10 +135,10 @@ class Permute(nn.Cell):
             return dy, ops.zeros_like(place), dgates
 
         self.mix = custom("TokenUnpermute", lambda y, p, g: (g[0], y[1]), lambda y, p, g: y, bprop)
-        sum_rows = custom("TokenUnpermute", lambda y, p, g: (g[0], y[1]), lambda y, p, g: y)
+        permute_grad = custom("TokenPermuteGrad", lambda d, p, i: (i[0], d[1]), lambda d, p, i: d)
 
         def permute_bprop(x, ids, out, dout):
-            return sum_rows(dout[0], out[1], ops.ones_like(ids).astype(mstype.float32)), ops.zeros_like(ids)
+            return permute_grad(dout[0], out[1], ids), ops.zeros_like(ids)
 
         self.sort = custom(
             "TokenPermute",
@@ -165,10 +164,11 @@ class GroupedMatmul(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        grad = custom("GroupedMatmulGrad", lambda d, x, w, e: (x, w), lambda d, x, w, e: (x, w))
+        input_grad = custom("GroupedMatmulInputGrad", lambda d, w, e: (d[0], w[1]), lambda d, w, e: d)
+        weight_grad = custom("GroupedMatmulWeightGrad", lambda x, d, e: (e[0], x[1], d[1]), lambda x, d, e: x)
 
         def bprop(x, weight, group_ends, out, dout):
-            dx, dweight = grad(dout, x, weight, group_ends)
+            dx, dweight = input_grad(dout, weight, group_ends), weight_grad(x, dout, group_ends)
             return dx, dweight, ops.zeros_like(group_ends)
 
         self.matmul = custom("GroupedMatmul", lambda x, w, e: (x[0], w[2]), lambda x, w, e: x, bprop)

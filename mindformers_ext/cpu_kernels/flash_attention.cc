@@ -2,7 +2,8 @@
 //   P = softmax(scale Q K^T), a score that may not be attended is left out,  O = P V
 // A row of queries keeps its running maximum m and sum l; L = m + ln l is saved, with which the backward recomputes P:
 //   dV = P^T dO,  dS = P (dO V^T - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q.
-// Keys after the query are masked (causal), or those with mask 1 (packed sequences); blocks of later keys are skipped.
+// Query i may attend to keys j <= i + diagonal (causal; later blocks are skipped), or where a given mask is 0 (packed
+// sequences). The operators with Ascend's names take Ascend's tensors, for the graphs of ranks.
 #include <cmath>
 #include <limits>
 
@@ -21,13 +22,13 @@ struct Shapes {
   const uint8_t* mask;  // (B, 1, Sq, Sk), 1 may not be attended; null: causal
   int64_t mask_batches;
   float scale;
+  int64_t diagonal;
 };
 
 Shapes shapes_of(const Call& call, int query, int key, int value, const Tensor* mask) {
   const auto &q = call[query].shape, &k = call[key].shape;
   Shapes s{q.at(0), q.at(1), q.at(2), k.at(2), q.at(3), call[value].shape.at(3), nullptr, 1,
-           static_cast<float>(call.number("scale"))};
-  check(mask != nullptr || s.queries <= s.keys, "causal attention needs at least as many keys as queries");
+           static_cast<float>(call.number("scale")), static_cast<int64_t>(call.number("diagonal"))};
   if (mask != nullptr) {
     check(mask->type == DType::kByte, "the attention mask must be uint8 or bool");
     s.mask = static_cast<const uint8_t*>(mask->data);
@@ -36,9 +37,9 @@ Shapes shapes_of(const Call& call, int query, int key, int value, const Tensor* 
   return s;
 }
 
-// Number of keys that queries [first, last) may attend to at most, when attention is causal.
+// Number of keys that queries before `last` may attend to at most.
 int64_t visible_keys(const Shapes& s, int64_t last) {
-  return s.mask != nullptr ? s.keys : std::min(s.keys, last + s.keys - s.queries);
+  return s.mask != nullptr ? s.keys : std::max<int64_t>(0, std::min(s.keys, last + s.diagonal));
 }
 
 // scores (rows, columns), stride kBlock: scale Q K^T with -inf where masked.
@@ -49,7 +50,7 @@ void score_block(const Shapes& s, int64_t b, const float* q, const float* k, int
   for (int64_t i = 0; i < rows; ++i) {
     float* row = scores + i * kBlock;
     if (s.mask == nullptr) {
-      const int64_t allowed = query + i + 1 + s.keys - s.queries - key;
+      const int64_t allowed = query + i + 1 + s.diagonal - key;
       for (int64_t j = std::max<int64_t>(0, allowed); j < columns; ++j) row[j] = kMasked;
     } else {
       const uint8_t* masked = s.mask + ((b % s.mask_batches) * s.queries + query + i) * s.keys + key;
@@ -99,7 +100,7 @@ void attend(const Shapes& s, int64_t b, const float* q, const float* k, const fl
 }
 
 // Inputs query (B, N, Sq, Dk), key (B, N, Sk, Dk), value (B, N, Sk, Dv) and, unless causal, a mask (1 or B, 1, Sq, Sk);
-// outputs context (B, N, Sq, Dv), L (B, N, Sq) float32. Attribute scale.
+// outputs context (B, N, Sq, Dv), L (B, N, Sq) float32. Attributes scale, diagonal.
 void flash_attention(const Call& call) {
   const bool masked = call.size() == 6;
   const Shapes s = shapes_of(call, 0, 1, 2, masked ? &call[3] : nullptr);
@@ -168,8 +169,18 @@ void flash_attention_grad(const Call& call) {
   dv.store();
 }
 
+// Inputs query, key, value and perhaps a mask; outputs softmax_max (B, N, Sq, 8), softmax_sum, softmax_out, context.
+// softmax_max carries L in its first B*N*Sq values; the other two are not used.
+void flash_attention_score(const Call& call) {
+  const int inputs = call.size() - 4;
+  std::vector<int> order = {0, 1, 2, inputs + 3, inputs};
+  if (inputs == 4) order.insert(order.begin() + 3, 3);
+  flash_attention(call.pick(order));
+}
+
 }  // namespace
 }  // namespace cpu_kernels
 
-CPU_KERNEL(FlashAttention, cpu_kernels::flash_attention, "scale")
-CPU_KERNEL(FlashAttentionGrad, cpu_kernels::flash_attention_grad, "scale")
+CPU_KERNEL(FlashAttention, cpu_kernels::flash_attention, "scale", "diagonal")
+CPU_KERNEL(FlashAttentionGrad, cpu_kernels::flash_attention_grad, "scale", "diagonal")
+CPU_KERNEL(FlashAttentionScore, cpu_kernels::flash_attention_score, "scale", "diagonal")

@@ -20,11 +20,11 @@ std::vector<int64_t> starts_of(const Tensor& ends, int64_t rows) {
 }
 
 // y = x W_e for the rows of each group, or x W_e^T.
-void product(const Tensor& x_tensor, const Tensor& w_tensor, const Tensor& ends, const Tensor& y_tensor, bool transposed) {
-  const Input x(x_tensor), w(w_tensor);
-  Output y(y_tensor);
-  const int64_t inner = x_tensor.columns(), width = y_tensor.columns(), rows = x_tensor.rows();
-  const std::vector<int64_t> first = starts_of(ends, rows);
+void product(const Call& call, bool transposed) {
+  const Input x(call[0]), w(call[1]);
+  Output y(call[3]);
+  const int64_t inner = call[0].columns(), width = call[3].columns(), rows = call[0].rows();
+  const std::vector<int64_t> first = starts_of(call[2], rows);
   const std::vector<RowBlock> blocks = row_blocks(first, kRows);
   const int64_t stride = transposed ? inner : width;
   parallel(blocks.size(), [&](int64_t task) {
@@ -37,15 +37,17 @@ void product(const Tensor& x_tensor, const Tensor& w_tensor, const Tensor& ends,
 }
 
 // Inputs x (R, K), W (L, K, N), group_list (L,): ends of the groups; output y (R, N).
-void grouped_matmul(const Call& call) { product(call[0], call[1], call[2], call[3], false); }
+void grouped_matmul(const Call& call) { product(call, false); }
 
-// Inputs dy (R, N), x (R, K), W (L, K, N), group_list (L,); outputs dx (R, K), dW (L, K, N).
-void grouped_matmul_grad(const Call& call) {
-  product(call[0], call[2], call[3], call[4], true);
-  const Input dy(call[0]), x(call[1]);
-  Output dw(call[5]);
-  const int64_t inner = call[1].columns(), width = call[0].columns();
-  const std::vector<int64_t> first = starts_of(call[3], call[0].rows());
+// Inputs dy (R, N), W (L, K, N), group_list (L,); output dx (R, K).
+void input_grad(const Call& call) { product(call, true); }
+
+// Inputs x (R, K), dy (R, N), group_list (L,); output dW (L, K, N).
+void weight_grad(const Call& call) {
+  const Input x(call[0]), dy(call[1]);
+  Output dw(call[3]);
+  const int64_t inner = call[0].columns(), width = call[1].columns();
+  const std::vector<int64_t> first = starts_of(call[2], call[0].rows());
   const int64_t parts = blocks_of(width, kColumns);
   parallel((first.size() - 1) * parts, [&](int64_t task) {
     const int64_t e = task / parts, column = task % parts * kColumns;
@@ -59,4 +61,5 @@ void grouped_matmul_grad(const Call& call) {
 }  // namespace cpu_kernels
 
 CPU_KERNEL(GroupedMatmul, cpu_kernels::grouped_matmul)
-CPU_KERNEL(GroupedMatmulGrad, cpu_kernels::grouped_matmul_grad)
+CPU_KERNEL(GroupedMatmulInputGrad, cpu_kernels::input_grad)
+CPU_KERNEL(GroupedMatmulWeightGrad, cpu_kernels::weight_grad)

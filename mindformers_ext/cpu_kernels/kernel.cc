@@ -69,6 +69,12 @@ Scratch::~Scratch() {
 
 double Call::number(const std::string& name) const { return std::stod(attributes_.at(name)); }
 
+Call Call::pick(const std::vector<int>& order) const {
+  std::vector<Tensor> picked;
+  for (const int index : order) picked.push_back(tensors_.at(index));
+  return Call(std::move(picked), attributes_);
+}
+
 Input::Input(const Tensor& tensor) : data_(static_cast<const float*>(tensor.data)) {
   if (tensor.type == DType::kFloat32) return;
   check(tensor.type == DType::kBFloat16, "a floating-point input must be float32 or bfloat16");

@@ -52,6 +52,8 @@ class Call {
   int size() const { return static_cast<int>(tensors_.size()); }
   const Tensor& operator[](int index) const { return tensors_.at(index); }
   double number(const std::string& name) const;
+  // The same call with these tensors, in this order.
+  Call pick(const std::vector<int>& order) const;
 
  private:
   std::vector<Tensor> tensors_;

@@ -27,23 +27,34 @@ void permute(const Call& call) {
   rows.store();
 }
 
-// Inputs rows (R, H), place (T*K,), weights (T, K); output (T, H). A choice whose row lies outside counts nothing.
-void unpermute(const Call& call) {
-  const Input rows(call[0]), weights(call[2]);
-  Output tokens(call[3]);
-  const int64_t width = call[0].columns(), count = call[0].rows(), topk = call[2].columns();
-  const std::vector<int32_t> place = integers(call[1]);
-  parallel_ranges(call[3].rows(), kTokens, [&](int64_t begin, int64_t end) {
+// sum_k weight row(t, k); a choice whose row lies outside counts nothing. Without weights all are 1.
+void sum_rows(const Tensor& rows_tensor, const Tensor& place_tensor, const float* weights, const Tensor& out_tensor) {
+  const Input rows(rows_tensor);
+  Output tokens(out_tensor);
+  const int64_t width = rows_tensor.columns(), count = rows_tensor.rows();
+  const std::vector<int32_t> place = integers(place_tensor);
+  const int64_t topk = place.size() / std::max<int64_t>(out_tensor.rows(), 1);
+  parallel_ranges(out_tensor.rows(), kTokens, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       float* out = tokens + t * width;
       std::fill_n(out, width, 0.0f);
       for (int64_t i = t * topk; i < (t + 1) * topk; ++i) {
-        if (place[i] < count) add_scaled(out, rows + place[i] * width, weights[i], width);
+        if (place[i] >= count) continue;
+        add_scaled(out, rows + place[i] * width, weights == nullptr ? 1.0f : weights[i], width);
       }
     }
   });
   tokens.store();
 }
+
+// Inputs rows (R, H), place (T*K,), weights (T, K); output (T, H).
+void unpermute(const Call& call) {
+  const Input weights(call[2]);
+  sum_rows(call[0], call[1], weights, call[3]);
+}
+
+// Inputs drows (R, H), place (T*K,) and ids, which only give a shape; output dtokens (T, H).
+void permute_grad(const Call& call) { sum_rows(call[0], call[1], nullptr, call[call.size() - 1]); }
 
 // Inputs dtokens (T, H), rows (R, H), place (T*K,), weights (T, K); outputs drows (R, H), dweights (T, K).
 void unpermute_grad(const Call& call) {
@@ -69,5 +80,6 @@ void unpermute_grad(const Call& call) {
 }  // namespace cpu_kernels
 
 CPU_KERNEL(TokenPermute, cpu_kernels::permute)
+CPU_KERNEL(TokenPermuteGrad, cpu_kernels::permute_grad)
 CPU_KERNEL(TokenUnpermute, cpu_kernels::unpermute)
 CPU_KERNEL(TokenUnpermuteGrad, cpu_kernels::unpermute_grad)
