@@ -55,7 +55,7 @@ class RunBuilder:
     python_path: tuple[str, ...] = ()
 
     def compile_command(self, out: Path) -> list[str]:
-        return ["-m", "mindformers_ext.dryrun.compile_run", "--out", str(out), *self.arguments]
+        return ["-m", "mindformers_ext.dryrun.compile_run", "--whole_model", "--out", str(out), *self.arguments]
 
 
 def end_with_parent() -> None:

@@ -10,7 +10,6 @@ tokens), and `Model.train` compiles its network instead of running it. Results a
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from mindformers_ext.dryrun.compile_rank import compile_cell, guarded
@@ -31,17 +30,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--samples", type=int, help="stand-in samples, in place of train_dataset.data_loader.sizes")
+    parser.add_argument("--whole_model", action="store_true", help="keep the layers of other pipeline stages")
     options, arguments = parser.parse_known_args(argv)
     arguments += ["--use_parallel", "True", "--device_target", "Ascend"]
-    return guarded(options.out, lambda: compile_run(arguments, options.samples, options.out))
+    return guarded(options.out, lambda: compile_run(arguments, options.samples, options.out, options.whole_model))
 
 
-def compile_run(arguments: list[str], samples: int | None, out: Path) -> None:
+def compile_run(arguments: list[str], samples: int | None, out: Path, whole_model: bool) -> None:
     """Run `run_mindformer.py arguments` up to the compiled training graph."""
+    import mindspore as ms
+
+    import run_mindformer
 
     def compile_network(network, train_dataset) -> None:
-        import mindspore as ms
-
         network.set_train()
         batch = next(train_dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
         inputs = tuple(ms.Tensor(column) for column in batch)
@@ -49,13 +50,40 @@ def compile_run(arguments: list[str], samples: int | None, out: Path) -> None:
         if int(os.environ["MS_SIMULATION_LEVEL"]) >= 1:
             network(*inputs)  # the memory plan is made, and printed at exit, when the graph is launched
 
-    run_until_training(arguments, samples, out.resolve(), compile_network)
+    arguments = prepare(arguments, samples, out.resolve())
+    if not whole_model:
+        only_own_stage()
+    ms.train.Model.train = lambda self, epoch, train_dataset, *_, **__: compile_network(
+        self._train_network, train_dataset
+    )
+    _stand_in_data()
+    run_mindformer.run(arguments)
 
 
-def run_until_training(arguments: list[str], samples: int | None, out: Path, instead: Callable) -> None:
-    """Run `run_mindformer.py arguments` up to training, and call `instead(training network, dataset)` there."""
-    import mindspore as ms
+def only_own_stage() -> None:
+    """Let the Trainer of this process build only the layers of the rank's pipeline stage.
 
+    Extends mindformers.trainer.base_trainer.BaseTrainer (1.9.0): the moment between the model and its optimizer.
+    """
+    from mindformers.trainer.base_trainer import BaseTrainer
+
+    from mindformers_ext.dryrun.other_stages import leave_out_other_stages
+    from mindformers_ext.train_wrapper import real_model
+
+    build_wrapper = BaseTrainer.wrap_network_with_tool_cells
+
+    def wrap(self, network):
+        stages = self.config.parallel_config.pipeline_stage
+        if stages > 1:
+            devices, rank = int(os.environ["RANK_SIZE"]), int(os.environ["RANK_ID"])
+            leave_out_other_stages(real_model(network), rank // (devices // stages))
+        return build_wrapper(self, network)
+
+    BaseTrainer.wrap_network_with_tool_cells = wrap
+
+
+def prepare(arguments: list[str], samples: int | None, out: Path) -> list[str]:
+    """Arguments of a run that needs no data and reports nothing; prepares the environment that MindFormers reads."""
     import run_mindformer
 
     settings = WITHOUT | {"output_dir": str(out / "output")}
@@ -63,11 +91,8 @@ def run_until_training(arguments: list[str], samples: int | None, out: Path, ins
         settings["train_dataset.data_loader.sizes"] = f"[{samples}, 0, 0]"
     arguments = arguments + [text for key, value in settings.items() for text in (f"--{key}", value)]
     options, _ = run_mindformer.build_parser().parse_known_args(arguments)
-    arguments += _absolute_paths(run_mindformer.find(options.config))
-    run_mindformer.prepare_environment(options.register_path, options.output_dir)  # before MindFormers is imported
-    ms.train.Model.train = lambda self, epoch, train_dataset, *_, **__: instead(self._train_network, train_dataset)
-    _stand_in_data()
-    run_mindformer.run(arguments)
+    run_mindformer.prepare_environment(options.register_path, options.output_dir)
+    return arguments + _absolute_paths(run_mindformer.find(options.config))
 
 
 def _absolute_paths(config: Path) -> list[str]:

@@ -62,6 +62,15 @@ def device_product(plan: RunPlan) -> Iterator[Violation]:
     )
 
 
+def whole_servers(plan: RunPlan) -> Iterator[Violation]:
+    if plan.device_num % 8 and plan.device_num not in (1, 2, 4):
+        yield Violation(
+            "parallel_config.data_parallel",
+            f"MindSpore splits over 1, 2, 4 or a multiple of 8 devices, but there are {plan.device_num}; "
+            f"{_near(nearest(plan.device_num, lambda n: n % 8 == 0 or n in (1, 2, 4), plan.device_num + 8))}",
+        )
+
+
 def expert_parallel_in_stage(plan: RunPlan) -> Iterator[Violation]:
     stage = plan.devices_per_stage
     if stage % plan.ep:
@@ -249,6 +258,7 @@ def dataset_strategy(plan: RunPlan) -> Iterator[Violation]:
 
 RULES = (
     device_product,
+    whole_servers,
     expert_parallel_in_stage,
     experts_over_expert_parallel,
     widths_over_model_parallel,
