@@ -50,7 +50,9 @@ def start(name: str, options: list[str], threads: int) -> Side:
     return Side(name, subprocess.Popen(command, env=environment, **pipes))
 
 
-def compare(options: list[str], threads: int, rounds: int, steps: int, names=("torch", "ours")) -> dict[str, Side]:
+def compare(
+    options: list[str], threads: int, rounds: int, steps: int, names=("torch", "ours"), quiet: bool = False
+) -> dict[str, Side]:
     """Train the sides by turns, `rounds` times `steps` steps after two to warm up."""
     sides = {}
     try:
@@ -58,7 +60,8 @@ def compare(options: list[str], threads: int, rounds: int, steps: int, names=("t
             begin = time.perf_counter()
             sides[name] = start(name, options, threads)
             sides[name].train(1)
-            print(f"{name}: first step {time.perf_counter() - begin:.1f} s after start", flush=True)
+            if not quiet:
+                print(f"{name}: first step {time.perf_counter() - begin:.1f} s after start", flush=True)
             sides[name].train(1)
         for _ in range(rounds):
             for side in sides.values():
