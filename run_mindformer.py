@@ -31,7 +31,7 @@ def parse_bool(text: str) -> bool:
 
 
 def parse_bool_or_text(text: str) -> bool | str:
-    """True, False, or the name of a checkpoint file."""
+    """True, False, or the name of a saved step."""
     try:
         return parse_bool(text)
     except argparse.ArgumentTypeError:
@@ -42,8 +42,8 @@ def parse_bool_or_text(text: str) -> bool | str:
 OPTIONS = (
     ("run_mode", "run_mode", str, "train, finetune, eval or predict"),
     ("use_parallel", "use_parallel", parse_bool, "run on several devices (started by scripts/msrun_launcher.sh)"),
-    ("load_checkpoint", "load_checkpoint", str, "checkpoint file, or folder with rank_0/ inside"),
-    ("resume_training", "resume_training", parse_bool_or_text, "go on from load_checkpoint: True, or a file name"),
+    ("load_checkpoint", "load_checkpoint", str, "folder of checkpoints, of one step, or of safetensors files"),
+    ("resume_training", "resume_training", parse_bool_or_text, "go on from load_checkpoint: True, or step_000100"),
     ("auto_trans_ckpt", "auto_trans_ckpt", parse_bool, "change the checkpoint's parallel layout while loading"),
     ("output_dir", "output_dir", str, "folder for checkpoints, metrics and logs"),
     ("seed", "seed", int, "random seed"),

@@ -82,7 +82,11 @@ class BasicAttention(nn.Cell):
 
 
 class FlashAttention(nn.Cell):
-    """Ascend's FlashAttentionScore; values are padded to the width of keys, which the operator wants equal."""
+    """Ascend's FlashAttentionScore, which wants values as wide as keys: they borrow the keys' first columns.
+
+    What these columns become is cut away, and so is their gradient. Zeros would do too, but the compiler keeps such a
+    constant in its own memory, in the shape of the whole cluster's batch.
+    """
 
     def __init__(self, config, scale: float):
         super().__init__()
@@ -91,11 +95,12 @@ class FlashAttention(nn.Cell):
         self.causal = FlashAttentionScore(sparse_mode=2, **common)  # its mask is always the 2048 x 2048 triangle
         self.masked = FlashAttentionScore(sparse_mode=0, **common)
         self.triangle = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
-        self.pad_value, self.cut_value = ops.Concat(-1), ops.StridedSlice()
+        self.borrow, self.pad_value, self.cut_value = ops.StridedSlice(), ops.Concat(-1), ops.StridedSlice()
 
     def construct(self, query, key, value, mask):
         if self.padding > 0:
-            value = self.pad_value((value, ops.zeros(value.shape[:-1] + (self.padding,), value.dtype)))
+            borrowed = self.borrow(key, (0, 0, 0, 0), key.shape[:-1] + (self.padding,), (1, 1, 1, 1))
+            value = self.pad_value((value, borrowed))
         if mask is None:
             context = self.causal(query, key, value, None, None, None, self.triangle, None)[3]
         else:
@@ -245,8 +250,8 @@ class GroupedSwiGlu(nn.Cell):
         y = self.gate_up_mul([x], [gate_up], None, None, None, None, None, group_list)[0]
         y = self.down_mul([self.swiglu(y, -1)], [down], None, None, None, None, None, group_list)[0]
         # the operator leaves rows after the last group untouched: make them zero, whatever the memory held
-        mine = ops.cast(ops.arange(x.shape[0]), mstype.int32).expand_dims(-1) < end[-1]
-        return ops.select(ops.broadcast_to(mine, y.shape), y, ops.zeros_like(y))
+        spare = ops.cast(ops.arange(x.shape[0]), mstype.int32).expand_dims(-1) >= end[-1]
+        return ops.masked_fill(y, spare, 0.0)
 
 
 class SortedExperts(nn.Cell):

@@ -23,12 +23,14 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import mindformers_ext.register  # noqa: F401 (registers our classes)
-from mindformers_ext.checkpoint_files import find_checkpoint, load_weights, single_file_folder
+from mindformers_ext.checkpoint_monitor import load_weights
 from mindformers_ext.config_check import check_config
 from mindformers_ext.cpu_parallel.rank_config import as_rank
 from mindformers_ext.cpu_parallel.rank_job import is_cpu_rank
 from mindformers_ext.data_check import check_data, check_tokenizer
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.pretrained import HuggingFaceFolder, is_huggingface, resolve
+from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
 from mindformers_ext.text_generation import generate, pick_token
 from mindformers_ext.yaml_config import is_semi_auto, lookup
 
@@ -91,29 +93,45 @@ def drop_second_monitor(config: dict, listed: list[str]) -> None:
 
 
 def train(settings: MindFormerConfig, path: str | Path) -> None:
-    """Train or fine-tune through MindFormers' Trainer."""
-    if settings.load_checkpoint:
-        name = settings.resume_training if isinstance(settings.resume_training, str) else None
-        checkpoint = find_checkpoint(settings.load_checkpoint, path, name)
-        if not settings.use_parallel:  # several ranks find their files in the folder themselves
-            settings.load_checkpoint = str(single_file_folder(checkpoint, Path(settings.output_dir)))
-            settings.resume_training = bool(settings.resume_training)
+    """Train or fine-tune through MindFormers' Trainer, which is told of no checkpoint: ours loads it itself."""
+    if settings.load_checkpoint or settings.resume_training:
+        settings.start_from = {"source": find_checkpoint(settings, path), "resume": bool(settings.resume_training)}
+    settings.load_checkpoint, settings.resume_training = "", False
     Trainer(settings).train()
+
+
+def find_checkpoint(settings: MindFormerConfig, path: str | Path) -> Source | HuggingFaceFolder:
+    """Open the checkpoint that load_checkpoint and resume_training name.
+
+    Raises:
+        ConfigError: it does not exist, is damaged, or cannot be resumed.
+    """
+    location, resume = settings.load_checkpoint, settings.resume_training
+    if location and is_huggingface(location):
+        source = HuggingFaceFolder(Path(location), path)
+    else:
+        try:
+            source = open_source(location, resume if isinstance(resume, str) else None)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    if resume and not isinstance(source, Checkpoint):
+        raise ConfigError(f"{path}: resume_training is {resume!r}, but {location} holds weights only; set it to False")
+    return source
 
 
 def build_model(settings: MindFormerConfig, path: str | Path) -> nn.Cell:
     """Build the network for inference and load `load_checkpoint` into it."""
     if settings.use_parallel:
         raise ConfigError(f"{path}: use_parallel is True, but run_mode {settings.run_mode!r} runs on one device")
-    checkpoint = find_checkpoint(settings.load_checkpoint, path)
+    checkpoint = find_checkpoint(settings, path)
     build_parallel_config(settings)
     network = build_network(
         settings.model,
         default_args={"parallel_config": settings.parallel_config, "moe_config": settings.moe_config},
     )
     network.set_train(False)
-    load_weights(network, checkpoint, path)
-    logger.info("loaded %s", checkpoint)
+    load_weights(network, resolve(checkpoint, network))
+    logger.info("loaded %s", checkpoint.path)
     return network
 
 

@@ -24,6 +24,7 @@ from tensorboardX import SummaryWriter
 
 from mindformers_ext.atomic_files import whole_file, write_text
 from mindformers_ext.cpu_parallel.rank_job import RankJob, is_cpu_rank
+from mindformers_ext.data.data_position import start_of
 from mindformers_ext.device_peak import device_peak
 from mindformers_ext.errors import TrainingStopped
 from mindformers_ext.topk_bias_callback import read_expert_load, sum_over_ranks
@@ -109,8 +110,7 @@ class TrainingMetrics(Callback):
         """Open the files and find out what a step costs."""
         cb_params = run_context.original_args()
         self.model = real_model(cb_params.train_network)
-        take_loss_parts(self.model)  # a checkpoint may hold the parts of the step it was written in
-        self.first_step = int(cb_params.network.optimizer.global_step.asnumpy().item())
+        self.first_step = start_of(cb_params).step
         self.last_step = cb_params.cur_step_num
         seq_length = self.model.config.seq_length
         self.tokens_per_step = samples_per_step(cb_params.train_dataset) * seq_length
@@ -136,7 +136,7 @@ class TrainingMetrics(Callback):
         steps = cb_params.cur_step_num - self.last_step
         tokens_per_s = self.tokens_per_step * steps / (now - self.clock)
         self.clock, self.last_step = now, cb_params.cur_step_num
-        record = {"step": self.first_step + cb_params.cur_step_num - (cb_params.get("initial_step") or 0)}
+        record = {"step": self.first_step + cb_params.cur_step_num}
         record |= self.losses(cb_params.net_outputs) | self.speed(tokens_per_s)
         if "expert_load" in cb_params:
             self.loads = cb_params.expert_load

@@ -44,6 +44,8 @@ def read_plan(command: list[str], worker_num: int | None = None) -> RunPlan:
 
 def asks_for_this(command: list[str]) -> bool:
     """True when the run splits one graph over devices."""
+    if not any(word.partition("=")[0] == "--config" for word in command):
+        return False
     return is_semi_auto(read_plan(command).config)
 
 
@@ -79,9 +81,14 @@ def run(command: list[str], worker_num: int, log_dir: Path, say: Callable[[str],
         launch.compile_ranks(builder, plan.device_num, folder, plan.pp)
         (folder / "whole").touch()
     say(f"starting {worker_num} ranks; their logs are {log_dir}/worker_*.log")
-    job = RankJob(folder, uuid.uuid4().hex, 0, plan.device_num, plan.pp, plan.cp * plan.mp)
+    job = RankJob(folder, new_name(), 0, plan.device_num, plan.pp, plan.cp * plan.mp)
     train(command, job, log_dir)
     say(f"all {worker_num} ranks have finished")
+
+
+def new_name() -> str:
+    """A name for the shared memory of a job that no other has."""
+    return uuid.uuid4().hex
 
 
 def absolute(command: list[str]) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ def run_reference(builder: Builder, folder: Path) -> dict:
     run_child(
         builder.command("mindformers_ext.cpu_parallel.reference", folder), builder.python_path, folder / "log.txt"
     )
-    return json.loads((folder / "single.json").read_text())
+    return json.loads((folder / "result.json").read_text())
 
 
 def compile_ranks(

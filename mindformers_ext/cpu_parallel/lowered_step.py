@@ -56,12 +56,17 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
         return outputs
 
     def stored(self) -> Iterator[tuple[str, StoredParameter]]:
-        """(name, what this rank holds) of every parameter of its graph, gradient buffers left out."""
+        """(name, what this rank holds) of every parameter of its graph, gradient buffers left out.
+
+        What callbacks change on the model is taken from there; the graph gets it before its next step.
+        """
         whole = self._whole_parameters()
+        current = {ours.name: theirs for ours, theirs in self.mirrored}
         for parameter in self.graph.get_parameters():
             if not parameter.name.startswith(ACCUMULATORS):
                 shape = whole[parameter.name].shape
-                yield parameter.name, StoredParameter(parameter, shape, self._shard(parameter, shape))
+                value = current.get(parameter.name, parameter)
+                yield parameter.name, StoredParameter(value, shape, self._shard(parameter, shape))
 
     def _whole_parameters(self) -> dict[str, Parameter]:
         return {parameter.name: parameter for parameter in self.get_parameters()}
@@ -69,7 +74,7 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
     def _shard(self, parameter: Parameter, full_shape: tuple[int, ...]) -> Shard:
         layout = layout_for(parameter.name, self.rank_facts["layouts"])
         if layout is None or len(layout["tensor_map"]) != len(full_shape):
-            return Shard(tuple((0, size) for size in full_shape))
+            return Shard(tuple((0, size) for size in full_shape), copy=self.job.index)
         return shard_of(parameter.name, full_shape, parameter.shape, layout, self.job.index)
 
     def _load_graph(self) -> None:

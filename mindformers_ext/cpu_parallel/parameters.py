@@ -6,7 +6,7 @@ pipeline stage, slowest axis first, and for every tensor dimension the axis that
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
@@ -14,9 +14,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Shard:
-    """Where one rank's stored array lies in the full parameter: half-open ranges, one per dimension."""
+    """Where one rank's stored array lies in the full parameter: half-open ranges, one per dimension.
+
+    `copy` counts the ranks of the stage before this one that store the same part.
+    """
 
     ranges: tuple[tuple[int, int], ...]
+    copy: int = field(default=0, compare=False)
 
     def cut(self, full: np.ndarray) -> np.ndarray:
         return np.array(full[tuple(slice(a, b) for a, b in self.ranges)], order="C")  # a copy, 0-d stays 0-d
@@ -49,18 +53,18 @@ def shard_of(name: str, full_shape: Sequence[int], stored_shape: Sequence[int], 
         if size % part:
             raise ValueError(f"parameter '{name}': {size} does not divide by {part} (layout {dict(layout)})")
         ranges.append((size // part * place, size // part * (place + 1)))
+    copy = [device for device in range(prod(matrix)) if position(device) == own].index(index)
     if ranges and ranges[0][1] - ranges[0][0] != stored_shape[0]:
         begin, end = ranges[0]
-        pieces = (end - begin) // stored_shape[0]
-        same_slice = [device for device in range(prod(matrix)) if position(device) == own]
-        begin += same_slice.index(index) % pieces * stored_shape[0]
+        copy, piece = divmod(copy, (end - begin) // stored_shape[0])
+        begin += piece * stored_shape[0]
         ranges[0] = (begin, begin + stored_shape[0])
     if tuple(b - a for a, b in ranges) != tuple(stored_shape):
         raise ValueError(
             f"parameter '{name}' is stored as {tuple(stored_shape)}, its layout cuts {tuple(full_shape)} to "
             f"{tuple(b - a for a, b in ranges)} on device {index} of its stage"
         )
-    return Shard(tuple(ranges))
+    return Shard(tuple(ranges), copy)
 
 
 def layout_for(name: str, layouts: Mapping[str, Mapping]) -> Mapping | None:

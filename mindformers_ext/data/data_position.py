@@ -1,4 +1,4 @@
-"""Where training stands in its data, saved so that a resumed run reads exactly the next sample.
+"""Where training stands in its data, kept in the checkpoint so that a resumed run reads exactly the next sample.
 
 MindFormers resumes by counting steps (``dataset.set_init_step``), which is exact while the global batch stays the
 same. A position counts samples instead and knows which data and seed it belongs to, so the number of devices and the
@@ -7,10 +7,10 @@ batch size may change.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from mindformers_ext.atomic_files import write_json
 from mindformers_ext.bin_dataset.blended_dataset import Dataset
 
 
@@ -27,26 +27,28 @@ class DataPosition:
         text = json.dumps(dataset.description, sort_keys=True)
         return cls(consumed_samples, hashlib.sha256(text.encode()).hexdigest()[:32])
 
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON, under a temporary name first."""
-        write_json(path, asdict(self))
 
-    @classmethod
-    def load(cls, path: str | Path) -> "DataPosition":
-        """Read what ``save`` wrote. Raises FileNotFoundError, or ValueError for another kind of file."""
-        try:
-            return cls(**json.loads(Path(path).read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} is no data position ({error})") from error
+def position_of(pipeline: Any, consumed_samples: int) -> DataPosition | None:
+    """The position of a MindSpore pipeline that begins at our loader; None for other data, and on ranks without."""
+    while getattr(pipeline, "children", None):
+        pipeline = pipeline.children[0]
+    dataset = getattr(getattr(pipeline, "source", None), "dataset", None)
+    return DataPosition.of(dataset, consumed_samples) if hasattr(dataset, "description") else None
 
 
-def start_of(path: str | None, here: DataPosition | None) -> int:
-    """First sample to read: 0 without a file, else its count; ``here`` is checked to be the same data."""
-    if path is None:
-        return 0
-    saved = DataPosition.load(path)
-    if here is not None and here.data_hash != saved.data_hash:
-        raise ValueError(
-            f"{path} was saved with other data, sizes, sequence length or seed; its position means nothing"
-        )
-    return saved.consumed_samples
+@dataclass(frozen=True)
+class Start:
+    """Where this process began: all zero for a training from its first step.
+
+    `step` counts the steps of the whole training. `dataset_steps` counts this run's batches in all passes over its
+    data, and `first_sample` the samples left out before the first batch of a pass, because the batch size changed.
+    """
+
+    step: int = 0
+    dataset_steps: int = 0
+    first_sample: int = 0
+
+
+def start_of(cb_params: Mapping[str, Any]) -> Start:
+    """Where the run began, as RestoreCheckpoint left it for the other callbacks."""
+    return cb_params.get("start", Start())

@@ -18,7 +18,6 @@ from mindspore.dataset import GeneratorDataset
 
 from mindformers_ext.bin_dataset.blended_dataset import SPLITS, Dataset, build_datasets
 from mindformers_ext.bin_dataset.gpt_dataset import GPTDatasetConfig
-from mindformers_ext.data.data_position import DataPosition, start_of
 
 COLUMNS = ("input_ids", "labels", "loss_mask", "position_ids", "attention_mask", "actual_seq_len")
 PHASES = {"train": 0, "valid": 1, "eval": 1, "dev": 1, "test": 2}
@@ -99,7 +98,7 @@ class BlendedMegatronDatasetDataLoader:
         num_shards: int | None = None,
         shard_id: int | None = None,
         phase: str = "train",
-        resume_position: str | None = None,
+        first_sample: int = 0,
         **mindformers_options: Any,
     ) -> GeneratorDataset:
         """Samples of one split, sharded by data-parallel rank (sample i goes to shard i % num_shards).
@@ -110,7 +109,7 @@ class BlendedMegatronDatasetDataLoader:
             config: see GPTDatasetConfig, in MindFormers' words, and the data paths.
             column_names: which of COLUMNS, in this order; default input_ids alone.
             shuffle: must be False, the samples are shuffled by ``config.random_seed``.
-            resume_position: a file written by DataPosition.save; the first sample is the next unread one.
+            first_sample: leave out the samples before this one.
             mindformers_options: what CausalLanguageModelDataset passes to every loader (workers, batch size).
         """
         if datasets_type != "GPTDataset":
@@ -121,7 +120,7 @@ class BlendedMegatronDatasetDataLoader:
             raise ValueError(f"data_loader.phase {phase!r} is unknown; choose one of {', '.join(PHASES)}")
         settings, paths = parse_config(config)
         columns = _check_columns(list(column_names or ["input_ids"]), settings)
-        source = _build_source(settings, paths, sizes, PHASES[phase], columns, resume_position)
+        source = _build_source(settings, paths, sizes, PHASES[phase], columns, first_sample)
         return GeneratorDataset(source, column_names=columns, shuffle=False, num_shards=num_shards, shard_id=shard_id)
 
 
@@ -145,14 +144,14 @@ def _build_source(
     sizes: list[int | None],
     split: int,
     columns: list[str],
-    resume_position: str | None,
+    first_sample: int,
 ) -> SampleSource | EmptySource:
     wanted = sizes[split]
     if not _reads_data():
         if wanted is None:
             raise ValueError(f"data_loader.sizes[{split}] must be a number when data is broadcast between ranks")
         logger.info("rank %s gets its data by broadcast and builds no dataset", get_real_rank())
-        return EmptySource(config, columns, wanted - start_of(resume_position, None))
+        return EmptySource(config, columns, wanted - first_sample)
     only = [size if i == split else None for i, size in enumerate(sizes)]
     dataset = _build_one(config, paths, only, split)
     if wanted is not None and len(dataset) < wanted:
@@ -166,11 +165,10 @@ def _build_source(
             f"the {SPLITS[split]} data has no sample of {config.sequence_length} tokens; lower seq_length, give more "
             f"data or raise data_loader.sizes[{split}]"
         )
-    start = start_of(resume_position, DataPosition.of(dataset, 0))
-    if start >= size:
-        raise ValueError(f"{resume_position} stands at sample {start}, but there are only {size} samples to read")
-    logger.info("dataset of %d samples of %d tokens, reading from sample %d", size, config.sequence_length, start)
-    return SampleSource(dataset, columns, start, size)
+    if not 0 <= first_sample < size:
+        raise ValueError(f"data_loader.first_sample is {first_sample}, but must lie in the {size} samples to read")
+    logger.info("dataset of %d samples of %d tokens", size - first_sample, config.sequence_length)
+    return SampleSource(dataset, columns, first_sample, size)
 
 
 def _build_one(config: GPTDatasetConfig, paths: dict[str, Any], sizes: list[int | None], split: int) -> Dataset:

@@ -64,6 +64,7 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
 
     start = time.time()
     gc.freeze()  # MindSpore collects garbage often while it compiles: not among what is there already
+    without_values(cell)
     cell.compile(*inputs)
     seconds = time.time() - start
     phase = compiled_phase(cell)
@@ -89,6 +90,19 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
     }
     write_json(out / "compiled.json", compiled)
     return compiled
+
+
+def without_values(cell) -> None:
+    """Let the compiler give every parameter its rank's shape, but no value: those of a rank of V3 fill the memory.
+
+    Extends: mindspore.parallel._utils (2.9.0), which fills all parameters during compilation unless told by
+    `init_param`, and the optimizer's states always.
+    """
+    from mindspore.parallel import _utils
+
+    for parameter in cell.get_parameters():
+        parameter.init_param = True
+    _utils._init_optimizer_state = lambda parameter, phase: None
 
 
 def compiled_phase(cell) -> str:

@@ -5,6 +5,7 @@ Names are MindFormers' YAML keys; the comment beside a field gives HuggingFace's
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ext.errors import ConfigError
 
-__all__ = ["ConfigError", "DeepseekV2Config", "MoeConfig", "YarnConfig"]
+__all__ = ["ConfigError", "DeepseekV2Config", "LoraConfig", "MoeConfig", "YarnConfig"]
 
 # What MindFormers' Trainer adds to model_config for parts of MindFormers that this model does not use.
 TRAINER_KEYS = ("disable_lazy_inline", "dataset_config", "calculate_per_token_loss")
@@ -75,6 +76,75 @@ class YarnConfig:
         """Build from the YAML's `model_config.scaling_factor` mapping."""
         reject_unknown("model_config.scaling_factor", values, (f.name for f in dataclasses.fields(cls)))
         return cls(**values)
+
+
+ATTENTION_TARGETS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+FFN_TARGETS = ("gate_proj", "up_proj", "down_proj")
+FFN_PLACES = {"mlp": r"mlp", "shared_experts": r"mlp\.shared_experts", "experts": r"mlp\.experts\.\d+"}
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """The `pet_config` of model_config: LoRA adapters (lora.py). Without a rank the model has none.
+
+    target_modules are the leaves of HuggingFace's module names; of FFNs also with their place: `mlp.up_proj` is the
+    dense layers', `shared_experts.up_proj` and `experts.up_proj` the shared and the routed experts', `up_proj` all.
+    """
+
+    lora_rank: int = 0
+    lora_alpha: float = 32.0  # adapters are multiplied by lora_alpha / lora_rank
+    lora_dropout: float = 0.0  # of the adapters' input
+    target_modules: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, values: dict | None) -> "LoraConfig":
+        """Build from the YAML's mapping."""
+        values = dict(values or {})
+        reject_unknown("model_config.pet_config", values, (f.name for f in dataclasses.fields(cls)))
+        return cls(**values)
+
+    def __post_init__(self):
+        name, rank = "model_config.pet_config", self.lora_rank
+        require(isinstance(rank, int) and rank >= 0, f"{name}.lora_rank", rank, "must be a whole number, 0 for none")
+        require(self.lora_alpha > 0, f"{name}.lora_alpha", self.lora_alpha, "must be above 0")
+        require(0 <= self.lora_dropout < 1, f"{name}.lora_dropout", self.lora_dropout, "must be from 0 to below 1")
+        require(bool(rank) == bool(self.target_modules), name, vars(self), "needs both lora_rank and target_modules")
+        legal = {*ATTENTION_TARGETS, *FFN_TARGETS, *(f"{place}.{part}" for place in FFN_PLACES for part in FFN_TARGETS)}
+        for target in self.target_modules:
+            rule = f"can be {', '.join(sorted(legal))}; the router is never adapted"
+            require(target in legal, f"{name}.target_modules", target, rule)
+        routed = {"experts." + part for part in FFN_TARGETS} | set(FFN_TARGETS)
+        require(
+            not (self.lora_dropout and routed & set(self.target_modules)),
+            f"{name}.lora_dropout",
+            self.lora_dropout,
+            "must be 0 with routed experts, whose adapters are added to the weights; name mlp.* and shared_experts.*",
+        )
+
+    @property
+    def scale(self) -> float:
+        """lora_alpha / lora_rank."""
+        return self.lora_alpha / self.lora_rank
+
+    def pattern(self) -> str:
+        """Regular expression of HuggingFace's names of the adapted modules, as PEFT's target_modules takes it."""
+        found = [rf"self_attn\.{name}" for name in ATTENTION_TARGETS if name in self.target_modules]
+        for place, path in FFN_PLACES.items():
+            parts = [p for p in FFN_TARGETS if p in self.target_modules or f"{place}.{p}" in self.target_modules]
+            found += [rf"{path}\.({'|'.join(parts)})"] if parts else []
+        return rf"model\.layers\.\d+\.({'|'.join(found)})"
+
+    def wants(self, module: str) -> bool:
+        """True when the module of this HuggingFace name has an adapter."""
+        return self.lora_rank > 0 and re.fullmatch(self.pattern(), module) is not None
+
+    def has(self, target: str) -> bool:
+        """True for a target, such as `q_a_proj` or `shared_experts.up_proj`, that has adapters."""
+        return self.lora_rank > 0 and (target in self.target_modules or target.split(".")[-1] in self.target_modules)
+
+    def expert_matrices(self) -> int:
+        """LoRA matrices of a layer's routed experts: two for each of gate, up and down that is adapted."""
+        return 2 * sum(self.has(f"experts.{part}") for part in FFN_TARGETS)
 
 
 @dataclass(kw_only=True)
@@ -322,7 +392,9 @@ class DeepseekV2Config(PretrainedConfig):
             given.pop(key, None)
         known = {f.name: f.default for f in dataclasses.fields(self)}
         reject_unknown("model_config", {k: v for k, v in given.items() if k not in ("type", "auto_register")}, known)
-        super().__init__(pet_config=base.get("pet_config"))
+        super().__init__()
+        self.pet_config = base.get("pet_config")
+        self.lora = LoraConfig.from_dict(self.pet_config)
         for key, default in known.items():
             setattr(self, key, given.get(key, default))
         self.moe_config = base.get("moe_config")
@@ -332,11 +404,13 @@ class DeepseekV2Config(PretrainedConfig):
         self._check_sizes()
         self._check_dtypes()
         self._check_positions()
+        self._check_lora()
 
     def to_dict(self) -> dict:
         """All values, ready for JSON."""
         values = super().to_dict()
         values["moe_config"] = values.pop("_moe_config").to_dict()
+        values["lora"] = dataclasses.asdict(values.pop("lora"))
         return values
 
     def default_moe_config(self) -> dict:
@@ -470,4 +544,21 @@ class DeepseekV2Config(PretrainedConfig):
             "model_config.scaling_factor.factor",
             self.yarn and self.yarn.factor,
             "must be at least 1: YaRN extends the context",
+        )
+
+    def _check_lora(self) -> None:
+        """Every target must exist: an adapter that is asked for and missing would go unnoticed."""
+        moe, targets = self.moe_config, self.lora.target_modules
+        dense = moe.expert_num == 1 or moe.first_k_dense_replace > 0
+        routed = moe.expert_num > 1 and moe.first_k_dense_replace < self.num_layers
+        places = {"mlp": dense, "shared_experts": routed and moe.shared_expert_num > 0, "experts": routed}
+        absent = {"q_proj"} if self.q_lora_rank is not None else {"q_a_proj", "q_b_proj"}
+        for target in targets:
+            exists = places[target.split(".")[0]] if "." in target else target not in absent
+            require(exists, "model_config.pet_config.target_modules", target, "this model has no such projection")
+        require(
+            not targets or self.mtp_depth == 0,
+            "model_config.mtp_depth",
+            self.mtp_depth,
+            "must be 0 with pet_config: HuggingFace's models, for which adapters are saved, have no MTP layer",
         )

@@ -10,6 +10,8 @@ import math
 import numpy as np
 from deepseek2_config import DeepseekV2Config
 from flops import flops_per_token
+from hf_weights import HuggingFaceWeights
+from lora import ExpertAdapters, LoraAdapter, freeze_base, save_peft
 from mindformers.core.loss import CrossEntropyLoss
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
@@ -71,6 +73,26 @@ class Linear(nn.Cell):
         return ops.cast(y, self.out_type)
 
 
+class AdaptedLinear(Linear):
+    """A Linear with a LoRA adapter beside its weight."""
+
+    def __init__(self, config, in_dim: int, out_dim: int, axes: str):
+        super().__init__(config, in_dim, out_dim, axes)
+        self.lora = LoraAdapter(config, in_dim, out_dim, axes)
+        self.add_lora = ops.Add()
+        shard(self, f"adapted_{axes}", config)
+
+    def construct(self, x):
+        x = ops.cast(x, self.compute_dtype)
+        y = self.add_lora(self.matmul(x, ops.cast(self.weight, self.compute_dtype)), self.lora(x))
+        return ops.cast(y, self.out_type)
+
+
+def projection(config, target: str, in_dim: int, out_dim: int, axes: str) -> Linear:
+    """A Linear, with an adapter if pet_config names `target`."""
+    return (AdaptedLinear if config.lora.has(target) else Linear)(config, in_dim, out_dim, axes)
+
+
 def rope_tables(config) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin (max_position_embeddings, rope_dim) float32, each angle twice for its pair (facts 7, 8)."""
     dim, yarn = config.qk_rope_head_dim, config.yarn
@@ -116,18 +138,20 @@ class RotaryEmbedding(nn.Cell):
         self.rotary_dtype = getattr(mstype, config.rotary_dtype)
         cos, sin = rope_tables(config)
         self.cos, self.sin = Tensor(cos, self.rotary_dtype), Tensor(sin, self.rotary_dtype)
-        self.rotary = rotary(config)
+        self.rotary, self.rotary_at = rotary(config), rotary(config)  # tables of one sequence, tables of each
         shard(self.rotary, axes, config)
+        shard(self.rotary_at, f"{axes}_at", config)
 
     def construct(self, x, position_ids=None):
         """x (B, N, S, D); position_ids (B, S) or None for 0..S-1."""
+        y = ops.cast(x, self.rotary_dtype)
         if position_ids is None:
             seq, dim = x.shape[2], x.shape[3]
             cos, sin = self.cos[:seq].reshape((1, 1, seq, dim)), self.sin[:seq].reshape((1, 1, seq, dim))
-        else:
-            cos = ops.gather(self.cos, position_ids, 0).expand_dims(1)  # (B, 1, S, D)
-            sin = ops.gather(self.sin, position_ids, 0).expand_dims(1)
-        return ops.cast(self.rotary(ops.cast(x, self.rotary_dtype), cos, sin), x.dtype)
+            return ops.cast(self.rotary(y, cos, sin), x.dtype)
+        cos = ops.gather(self.cos, position_ids, 0).expand_dims(1)  # (B, 1, S, D)
+        sin = ops.gather(self.sin, position_ids, 0).expand_dims(1)
+        return ops.cast(self.rotary_at(y, cos, sin), x.dtype)
 
 
 class MultiHeadLatentAttention(nn.Cell):
@@ -135,20 +159,22 @@ class MultiHeadLatentAttention(nn.Cell):
 
     def __init__(self, config):
         super().__init__()
-        heads, hidden = config.num_heads, config.hidden_size
+        heads, hidden, query = config.num_heads, config.hidden_size, config.num_heads * config.qk_head_dim
         self.num_heads, self.nope, self.rope = heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         self.value_dim, self.latent = config.v_head_dim, config.kv_lora_rank
         if config.q_lora_rank is None:
-            self.q_proj = Linear(config, hidden, heads * config.qk_head_dim, "column_parallel")
+            self.q_proj = projection(config, "q_proj", hidden, query, "column_parallel")
         else:
-            self.q_a_proj = Linear(config, hidden, config.q_lora_rank, "latent")
+            self.q_a_proj = projection(config, "q_a_proj", hidden, config.q_lora_rank, "latent")
             self.q_a_layernorm = RMSNorm(config, config.q_lora_rank, "latent_norm")
-            self.q_b_proj = Linear(config, config.q_lora_rank, heads * config.qk_head_dim, "column_parallel")
+            self.q_b_proj = projection(config, "q_b_proj", config.q_lora_rank, query, "column_parallel")
         self.has_q_lora = config.q_lora_rank is not None
-        self.kv_a_proj_with_mqa = Linear(config, hidden, self.latent + self.rope, "latent")
+        self.kv_a_proj_with_mqa = projection(config, "kv_a_proj_with_mqa", hidden, self.latent + self.rope, "latent")
         self.kv_a_layernorm = RMSNorm(config, self.latent, "latent_norm")
-        self.kv_b_proj = Linear(config, self.latent, heads * (self.nope + self.value_dim), "column_parallel")
-        self.o_proj = Linear(config, heads * self.value_dim, hidden, "row_parallel")
+        self.kv_b_proj = projection(
+            config, "kv_b_proj", self.latent, heads * (self.nope + self.value_dim), "column_parallel"
+        )
+        self.o_proj = projection(config, "o_proj", heads * self.value_dim, hidden, "row_parallel")
         self.query_rotary = RotaryEmbedding(config, "query_rotary")
         self.key_rotary = RotaryEmbedding(config, "key_rotary")
         self.core_attention = core_attention(config, softmax_scale(config))
@@ -196,13 +222,13 @@ def part(strided_slice, x, start, width):
 
 
 class FeedForward(nn.Cell):
-    """SwiGLU: down(silu(gate(x)) * up(x)); the dense FFN and the shared experts."""
+    """SwiGLU: down(silu(gate(x)) * up(x)); the dense FFN (`place` mlp) and the shared experts (shared_experts)."""
 
-    def __init__(self, config, width: int):
+    def __init__(self, config, width: int, place: str = "mlp"):
         super().__init__()
-        self.gate_proj = Linear(config, config.hidden_size, width, "column_parallel")
-        self.up_proj = Linear(config, config.hidden_size, width, "column_parallel")
-        self.down_proj = Linear(config, width, config.hidden_size, "row_parallel")
+        self.gate_proj = projection(config, f"{place}.gate_proj", config.hidden_size, width, "column_parallel")
+        self.up_proj = projection(config, f"{place}.up_proj", config.hidden_size, width, "column_parallel")
+        self.down_proj = projection(config, f"{place}.down_proj", width, config.hidden_size, "row_parallel")
         self.swiglu = swiglu(config)
         shard(self.swiglu, "feed_forward", config)
 
@@ -220,6 +246,13 @@ class Experts(nn.Cell):
         experts, hidden, width = moe.expert_num, config.hidden_size, moe.moe_intermediate_size
         self.gate_up_proj = Parameter(initializer(init, (experts, hidden, 2 * width), dtype), name="gate_up_proj")
         self.down_proj = Parameter(initializer(init, (experts, width, hidden), dtype), name="down_proj")
+        self.adapted = config.lora.expert_matrices() > 0
+        if self.adapted:
+            self.lora = ExpertAdapters(config)
+
+    def adapters(self):
+        """The LoRA adapters' matrices, () without."""
+        return self.lora() if self.adapted else ()
 
 
 class MixtureOfExperts(nn.Cell):
@@ -236,14 +269,17 @@ class MixtureOfExperts(nn.Cell):
         self.experts = Experts(config)
         self.has_shared = moe.shared_expert_num > 0
         if self.has_shared:
-            self.shared_experts = FeedForward(config, moe.shared_expert_num * moe.moe_intermediate_size)
+            self.shared_experts = FeedForward(
+                config, moe.shared_expert_num * moe.moe_intermediate_size, "shared_experts"
+            )
             self.add_shared = ops.Add()
         policy = DroplessDispatch if moe.use_gmm else CapacityDispatch
         self.dispatch = policy(config, expert_group(config))
         self.balance = BalanceLoss(config)
         self.counts_unbiased = self.balance.active and self.gate.has_bias
         self.compute_dtype, self.out_type = getattr(mstype, config.compute_dtype), activation_type(config)
-        self.local = run_locally(self._local, self._local_shapes, self._local_types, config)
+        program = self._adapted if self.experts.adapted else self._local
+        self.local = run_locally(program, self._local_shapes, self._local_types, config)
         self.count_mul, self.count = ops.Mul(), ops.ReduceSum()
         self.add_load = ops.AssignAdd().recompute(False)  # a recomputed forward must not count again
         shard(self, "mixture_of_experts", config)
@@ -252,7 +288,9 @@ class MixtureOfExperts(nn.Cell):
         """x (T, H), token_mask (T, 1) float32 (0 on padding) -> y (T, H) and this layer's balance loss, (1,)."""
         gate_up = ops.cast(self.experts.gate_up_proj, self.compute_dtype)
         down = ops.cast(self.experts.down_proj, self.compute_dtype)
-        y, chosen, counted, scores, logits = self.local(x, self.gate.weight, self.gate.bias(), gate_up, down)
+        y, chosen, counted, scores, logits = self.local(
+            x, self.gate.weight, self.gate.bias(), gate_up, down, *self.experts.adapters()
+        )
         loss = no_loss()
         if self.training:
             self.add_load(self.gate.expert_load, self.count(self.count_mul(ops.stop_gradient(chosen), token_mask), 0))
@@ -260,6 +298,10 @@ class MixtureOfExperts(nn.Cell):
         if self.has_shared:
             y = self.add_shared(y, self.shared_experts(x))
         return y, loss
+
+    def _adapted(self, x, gate_weight, bias, gate_up, down, *adapters):
+        """`_local` with the adapters added to the experts; apart, since the compiler takes no programs of any width."""
+        return self._local(x, gate_weight, bias, *self.experts.lora.add_to(gate_up, down, adapters))
 
     def _local(self, x, gate_weight, bias, gate_up, down):
         """(y (T, H); chosen, counted, scores, logits (T, E)) of this device's tokens.
@@ -428,6 +470,8 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
         shard(self, "causal_lm", config)
         unit = np.eye(4, dtype=np.float32)
         self.is_main, self.is_mtp, self.is_balance, self.is_count = (Tensor(row) for row in unit)
+        if config.lora.lora_rank:
+            freeze_base(self)
         if config.checkpoint_name_or_path:
             self.load_checkpoint(config)
 
@@ -502,6 +546,14 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
         """Move every router's bias one step towards balance (facts 4); once per optimizer step, before saving."""
         for _, router in self.moe_routers():
             router.update_bias()
+
+    def huggingface_weights(self, folder: str) -> HuggingFaceWeights:
+        """The weights of this model in a HuggingFace folder. Raises ConfigError where the folder does not fit."""
+        return HuggingFaceWeights(folder, self.config)
+
+    def save_adapter(self, folder: str, values: dict[str, np.ndarray], base: str = "") -> None:
+        """Write LoRA adapters, whole arrays by our names, as a folder of the peft package."""
+        save_peft(folder, self.config, values, base)
 
     def flops_per_token(self, seq_length: int | None = None) -> float:
         """Forward and backward FLOPs of one token at the given (default: the configured) sequence length."""

@@ -67,7 +67,10 @@ def plans(config) -> dict[str, dict[str, tuple]]:
         },
         "core_attention": attention_plan(),
         "query_rotary": rotary_plan(heads()),
+        "query_rotary_at": rotary_plan(heads(), "dp"),
         "key_rotary": rotary_plan(("dp", NONE, "cp", NONE)),
+        "key_rotary_at": rotary_plan(("dp", NONE, "cp", NONE), "dp"),
+        **lora_plans(tokens, width),
         # feed-forward
         "feed_forward": {"silu": (width,), "gate_mul": (width, width)},
         "decoder_layer": {"add_attention": (tokens, tokens), "add_mlp": (tokens, tokens)},
@@ -89,10 +92,29 @@ def plans(config) -> dict[str, dict[str, tuple]]:
     }
 
 
-def experts_plan() -> tuple:
-    """Layouts of the per-device MoE program on the grid (edp, ep): inputs, then outputs."""
+def lora_plans(tokens: tuple, width: tuple) -> dict[str, dict[str, tuple]]:
+    """LoRA: x (T, in), lora_a (rank, in), lora_b (out, rank), split where the projection beside them is.
+
+    `dropout` takes x; `adapted` adds the adapter to the projection's output. The rank is never split.
+    """
+    whole, x = (NONE, NONE), (ROWS, NONE)
+    return {
+        "lora_column_parallel": {"dropout": (x,), "down": (x, whole), "up": (x, ("mp", NONE))},
+        "lora_row_parallel": {"dropout": (width,), "down": (width, (NONE, "mp")), "up": (x, whole)},
+        "lora_latent": {"dropout": (tokens,), "down": (tokens, whole), "up": (tokens, whole)},
+        "adapted_column_parallel": {"add_lora": (width, width)},
+        "adapted_row_parallel": {"add_lora": (tokens, tokens)},
+        "adapted_latent": {"add_lora": (tokens, tokens)},
+    }
+
+
+def experts_plan(adapters: int = 0) -> tuple:
+    """Layouts of the per-device MoE program on the grid (edp, ep): inputs, then outputs.
+
+    `adapters`: number of LoRA matrices (E, ., .), which lie with their experts.
+    """
     tokens = (("edp", "ep"), NONE)
-    inputs = (tokens, (NONE, NONE), (NONE,), ("ep", NONE, NONE), ("ep", NONE, NONE))
+    inputs = (tokens, (NONE, NONE), (NONE,)) + (("ep", NONE, NONE),) * (2 + adapters)
     return inputs, (tokens,) * 5
 
 
@@ -120,14 +142,15 @@ def attention_plan() -> dict[str, tuple]:
         "weigh_value": (heads(), whole),
         "causal": (heads(), whole, whole, (NONE, NONE)),
         "masked": (heads(), whole, whole, ("dp", NONE, "cp", NONE)),
+        "borrow": (whole,),
         "pad_value": (whole, whole),
         "cut_value": (heads(),),
     }
 
 
-def rotary_plan(x: tuple) -> dict[str, tuple]:
-    """Rotary operators on x (B, N, S, D) with tables (1, 1, S, D)."""
-    table = (NONE, NONE, x[2], NONE)
+def rotary_plan(x: tuple, batch: str = NONE) -> dict[str, tuple]:
+    """Rotary operators on x (B, N, S, D) with tables (1, 1, S, D), or (B, 1, S, D) with `batch` on dp."""
+    table = (batch, NONE, x[2], NONE)
     turn = dict.fromkeys(("first_cos", "first_sin", "second_cos", "second_sin"), (x, table))
     return {
         "rotary": (x, table, table),
@@ -229,7 +252,7 @@ def run_locally(function, shapes, types, config):
     p = config.parallel_config
     devices = p.data_parallel * p.context_parallel * p.model_parallel
     grid = Layout((devices // p.expert_parallel, p.expert_parallel), ("edp", "ep"))
-    inputs, outputs = experts_plan()
+    inputs, outputs = experts_plan(config.lora.expert_matrices())
     morph = ops.Morph(function, shapes, types).add_prim_attr("self_define_shard", True)
     morph.shard(in_strategy=tuple(grid(*x) for x in inputs), out_strategy=tuple(grid(*x) for x in outputs))
     return morph

@@ -7,21 +7,35 @@ layer numbers come from the configuration, never from sorting strings.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-__all__ = ["Entry", "from_huggingface", "name_table", "parameter_count", "to_huggingface"]
+__all__ = ["Entry", "boxes", "from_huggingface", "name_table", "parameter_count", "to_huggingface", "write_part"]
+
+Box = tuple[tuple[int, int], ...]  # (start, stop) on each axis
+TRANSPOSE_ROWS = 32  # rows of a strip that is transposed at once: a cache line of bfloat16
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One of our parameters and its HuggingFace tensors, in order; `layout` says how several lie in ours."""
+    """One of our parameters and its HuggingFace tensors, in order; `layout` says how they lie in ours."""
 
     ours: str
     shape: tuple[int, ...]  # ours
     theirs: tuple[str, ...]
-    layout: str = "same"  # same | gate_up: (gate, up) of every expert | down: of every expert
+    layout: str = "same"  # same | gate_up: (gate, up) of every expert | down: of every expert | stacked: all experts
     copies: tuple[str, ...] = ()  # tensors that HuggingFace stores again
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        """Shape of each HuggingFace tensor."""
+        if self.layout == "same":
+            return self.shape
+        experts, rows, columns = self.shape
+        if self.layout == "stacked":
+            return experts, columns, rows
+        return (columns // 2 if self.layout == "gate_up" else columns), rows
 
 
 def parameter_count(config, mtp: bool = False) -> int:
@@ -29,14 +43,18 @@ def parameter_count(config, mtp: bool = False) -> int:
     return sum(math.prod(e.shape) for e in name_table(config) if mtp or not e.ours.startswith("mtp."))
 
 
-def name_table(config) -> Iterator[Entry]:
-    """Every parameter a checkpoint holds, MTP's layers last (HF `model.layers.{num_layers + depth}`)."""
+def name_table(config, stacked: bool = False) -> Iterator[Entry]:
+    """Every parameter a checkpoint holds, MTP's layers last (HF `model.layers.{num_layers + depth}`).
+
+    `stacked`: the HuggingFace files hold the experts of a layer in two tensors, `experts.gate_up_proj` (E, 2F, H) and
+    `experts.down_proj` (E, H, F), as transformers 5 keeps them in memory, instead of three for every expert.
+    """
     hidden, vocab = config.hidden_size, config.vocab_size
     aliases = [f"model.layers.{i}" for i in range(config.num_layers, config.num_layers + config.mtp_depth)]
     copies = tuple(f"{alias}.embed_tokens.weight" for alias in aliases)
     yield Entry("model.embed_tokens.weight", (vocab, hidden), ("model.embed_tokens.weight",), copies=copies)
     for i in range(config.num_layers):
-        yield from layer_table(config, i, f"model.layers.{i}", f"model.layers.{i}")
+        yield from layer_table(config, i, f"model.layers.{i}", f"model.layers.{i}", stacked)
     yield Entry("model.norm.weight", (hidden,), ("model.norm.weight",))
     copies = tuple(f"{alias}.shared_head.head.weight" for alias in aliases)
     yield Entry("lm_head.weight", (vocab, hidden), ("lm_head.weight",), copies=copies)
@@ -46,10 +64,10 @@ def name_table(config) -> Iterator[Entry]:
         yield Entry(f"{ours}.hnorm.weight", (hidden,), (f"{theirs}.hnorm.weight",))
         yield Entry(f"{ours}.eh_proj.weight", (hidden, 2 * hidden), (f"{theirs}.eh_proj.weight",))
         yield Entry(f"{ours}.shared_head_norm.weight", (hidden,), (f"{theirs}.shared_head.norm.weight",))
-        yield from layer_table(config, config.num_layers + depth, f"{ours}.layer", theirs)
+        yield from layer_table(config, config.num_layers + depth, f"{ours}.layer", theirs, stacked)
 
 
-def layer_table(config, index: int, ours: str, theirs: str) -> Iterator[Entry]:
+def layer_table(config, index: int, ours: str, theirs: str, stacked: bool) -> Iterator[Entry]:
     """The parameters of decoder layer `index`, called `ours` here and `theirs` there."""
     shapes = {"input_layernorm": (config.hidden_size,), "post_attention_layernorm": (config.hidden_size,)}
     shapes |= {f"self_attn.{name}": shape for name, shape in attention_shapes(config).items()}
@@ -62,7 +80,7 @@ def layer_table(config, index: int, ours: str, theirs: str) -> Iterator[Entry]:
     for name, shape in shapes.items():
         yield Entry(f"{ours}.{name}.weight", shape, (f"{theirs}.{name}.weight",))
     if config.is_moe_layer(index):
-        yield from expert_table(config, f"{ours}.mlp", f"{theirs}.mlp")
+        yield from expert_table(config, f"{ours}.mlp", f"{theirs}.mlp", stacked)
 
 
 def attention_shapes(config) -> dict[str, tuple[int, ...]]:
@@ -91,7 +109,7 @@ def ffn_shapes(name: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]
     }
 
 
-def expert_table(config, ours: str, theirs: str) -> Iterator[Entry]:
+def expert_table(config, ours: str, theirs: str, stacked: bool) -> Iterator[Entry]:
     """Router and routed experts of one layer."""
     moe, hidden = config.moe_config, config.hidden_size
     count, width = moe.expert_num, moe.moe_intermediate_size
@@ -99,33 +117,90 @@ def expert_table(config, ours: str, theirs: str) -> Iterator[Entry]:
     if moe.topk_method == "noaux_tc":
         bias = "gate.e_score_correction_bias"
         yield Entry(f"{ours}.{bias}", (count,), (f"{theirs}.{bias}",))
+    gate_up_shape, down_shape = (count, hidden, 2 * width), (count, width, hidden)
+    if stacked:
+        for name, shape in (("gate_up_proj", gate_up_shape), ("down_proj", down_shape)):
+            yield Entry(f"{ours}.experts.{name}", shape, (f"{theirs}.experts.{name}",), "stacked")
+        return
     experts = [f"{theirs}.experts.{i}" for i in range(count)]
     gate_up = tuple(f"{expert}.{part}_proj.weight" for expert in experts for part in ("gate", "up"))
-    yield Entry(f"{ours}.experts.gate_up_proj", (count, hidden, 2 * width), gate_up, "gate_up")
+    yield Entry(f"{ours}.experts.gate_up_proj", gate_up_shape, gate_up, "gate_up")
     down = tuple(f"{expert}.down_proj.weight" for expert in experts)
-    yield Entry(f"{ours}.experts.down_proj", (count, width, hidden), down, "down")
+    yield Entry(f"{ours}.experts.down_proj", down_shape, down, "down")
 
 
-def from_huggingface(entry: Entry, load: Callable[[str], np.ndarray]) -> np.ndarray:
-    """Our parameter of `entry`; `load` returns a HuggingFace tensor by name.
+def boxes(entry: Entry, first: int, last: int) -> Iterator[tuple[str, Box]]:
+    """Where each HuggingFace tensor lies in our parameter, for those that touch rows first..last of its first axis.
 
-    gate_up is (E, H, 2F): gate beside up, both transposed from HuggingFace's (F, H); down is (E, F, H).
+    Gate lies beside up, (E, H, 2F); experts are transposed, HuggingFace's (F, H) to our (H, F).
     """
-    tensors = [load(name) for name in entry.theirs]
+    whole = tuple((0, size) for size in entry.shape)
+    if entry.layout in ("same", "stacked"):
+        yield entry.theirs[0], whole
+        return
+    for expert in range(first, last):
+        if entry.layout == "down":
+            yield entry.theirs[expert], ((expert, expert + 1), *whole[1:])
+            continue
+        half = entry.shape[2] // 2
+        for part, name in enumerate(entry.theirs[2 * expert : 2 * expert + 2]):
+            yield name, ((expert, expert + 1), whole[1], (part * half, (part + 1) * half))
+
+
+def from_huggingface(entry: Entry, load: Callable[[str], Any], slices: tuple[slice, ...] = ()) -> np.ndarray:
+    """Our parameter of `entry`, or the part `slices` of it (one slice of step 1 for each leading axis).
+
+    `load` returns a HuggingFace tensor by name; only the needed part of it is indexed, so it may read lazily.
+    """
+    slices = slices + (slice(None),) * (len(entry.shape) - len(slices))
+    wanted = tuple(part.indices(size)[:2] for part, size in zip(slices, entry.shape, strict=True))
     if entry.layout == "same":
-        return tensors[0]
-    if entry.layout == "down":
-        return np.stack([tensor.T for tensor in tensors])
-    pairs = zip(tensors[::2], tensors[1::2], strict=True)
-    return np.stack([np.concatenate((gate.T, up.T), axis=1) for gate, up in pairs])
+        return load(entry.theirs[0])[tuple(slice(*bounds) for bounds in wanted)]
+    result = None
+    for name, box in boxes(entry, *wanted[0]):
+        common = overlap(wanted, box)
+        if common is None:
+            continue
+        place, (experts, rows, columns) = common
+        values = load(name)[(experts, columns, rows) if entry.layout == "stacked" else (columns, rows)]
+        if result is None:
+            result = np.empty([max(stop - start, 0) for start, stop in wanted], values.dtype)
+        for one, value in zip(result[place], values.reshape(-1, *values.shape[-2:]), strict=True):
+            transpose_into(one, value)
+    return np.empty([max(b - a, 0) for a, b in wanted], np.float32) if result is None else result
+
+
+def overlap(wanted: Box, box: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """What two boxes share, as slices of the first and of the second; None when nothing."""
+    shared = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, box, strict=True)]
+    if any(start >= stop for start, stop in shared):
+        return None
+    here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, wanted, strict=True))
+    there = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, box, strict=True))
+    return here, there
+
+
+def transpose_into(place: np.ndarray, value: np.ndarray) -> None:
+    """place = value.T, as raw bits (numpy copies bfloat16 slowly) and in strips that suit the cache."""
+    raw = np.dtype(f"u{value.dtype.itemsize}")
+    place, value = place.view(raw), value.view(raw)
+    for row in range(0, len(value), TRANSPOSE_ROWS):
+        place[:, row : row + TRANSPOSE_ROWS] = value[row : row + TRANSPOSE_ROWS].T
 
 
 def to_huggingface(entry: Entry, value: np.ndarray) -> dict[str, np.ndarray]:
     """The HuggingFace tensors of our parameter `value`, stored copies included."""
     if entry.layout == "same":
         return dict.fromkeys(entry.theirs + entry.copies, value)
-    if entry.layout == "down":
-        parts = [expert.T for expert in value]
-    else:
-        parts = [half.T for expert in value for half in np.split(expert, 2, axis=1)]
-    return {name: np.ascontiguousarray(part) for name, part in zip(entry.theirs, parts, strict=True)}
+    return {name: write_part(entry, value, box) for name, box in boxes(entry, 0, len(value))}
+
+
+def write_part(entry: Entry, ours: Any, box: Box) -> np.ndarray:
+    """The HuggingFace tensor that lies at `box` of our parameter `ours`; reads only that part."""
+    values = ours[tuple(slice(*bounds) for bounds in box)]
+    if entry.layout == "same":
+        return values
+    result = np.empty((len(values), *values.shape[:0:-1]), values.dtype)
+    for place, value in zip(result, values, strict=True):
+        transpose_into(place, value)
+    return result if entry.layout == "stacked" else result[0]

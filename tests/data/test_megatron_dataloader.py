@@ -9,12 +9,13 @@ import yaml
 from mindformers.dataset import build_dataset
 from mindformers.dataset.blended_datasets import gpt_dataset as upstream
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
+from mindspore.dataset import GeneratorDataset
 
 from mindformers_ext.bin_dataset.blended_dataset import build_datasets
 from mindformers_ext.bin_dataset.gpt_dataset import GPTDatasetConfig, sample_columns
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, IndexedDatasetWriter, loss_mask_prefix
 from mindformers_ext.data import BlendedMegatronDatasetDataLoader
-from mindformers_ext.data.data_position import DataPosition
+from mindformers_ext.data.data_position import DataPosition, position_of
 
 YAML = """
 train_dataset_task:
@@ -83,11 +84,9 @@ def test_shards_are_disjoint_and_whole(prefix):
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 12, 39])
-def test_position_is_restored_exactly_with_other_shards(consumed, prefix, tmp_path):
+def test_first_sample_is_the_same_with_other_shards(consumed, prefix):
     everything = [row[0] for row in rows(load(prefix))]
-    dataset = build_datasets(GPTDatasetConfig(sequence_length=32), [40, None, None], ["1", prefix], only=0)[0]
-    DataPosition.of(dataset, consumed).save(tmp_path / "position.json")
-    options = {"resume_position": str(tmp_path / "position.json")}
+    options = {"first_sample": consumed}
     rest = [row[0] for row in rows(load(prefix, loader=options))]
     np.testing.assert_array_equal(rest, everything[consumed:])
     half = rows(load(prefix, loader={**options, "num_shards": 2, "shard_id": 0}))
@@ -101,11 +100,19 @@ def test_skipping_steps_as_mindformers_does_equals_the_position(prefix):
     np.testing.assert_array_equal([row[0] for row in rows(resumed)], [row[0] for row in everything[3:]])
 
 
-def test_position_of_other_data_is_refused(prefix, corpus, tmp_path):
+def test_position_knows_its_data(prefix):
+    first = position_of(load(prefix).batch(4).take(3), 5)
+    assert first == position_of(load(prefix, columns=("labels",)).batch(2), 5)
     dataset = build_datasets(GPTDatasetConfig(sequence_length=32), [40, None, None], ["1", prefix], only=0)[0]
-    DataPosition.of(dataset, 5).save(tmp_path / "position.json")
-    with pytest.raises(ValueError, match="position.json was saved with other data"):
-        load(prefix, seed=4321, loader={"resume_position": str(tmp_path / "position.json")})
+    assert first == DataPosition.of(dataset, 5)
+    assert first.data_hash != position_of(load(prefix, seed=4321), 5).data_hash
+    assert position_of(GeneratorDataset([(1,)], ["a"]).batch(1), 5) is None
+
+
+@pytest.mark.parametrize("first", [-1, 40])
+def test_first_sample_beyond_the_data(first, prefix):
+    with pytest.raises(ValueError, match=f"first_sample is {first}"):
+        load(prefix, loader={"first_sample": first})
 
 
 def test_eod_columns_equal_mindformers(prefix):

@@ -1,9 +1,7 @@
-"""Small parts of the run: device peak, metrics file, checkpoint search, text generation, corpus and tokenizer tools."""
+"""Small parts of the run: device peak, metrics file, text generation, corpus and tokenizer tools."""
 
 import json
 import math
-import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +11,7 @@ from dataset_tools.make_sample_corpus import reference_articles, to_wikitext
 from dataset_tools.train_tokenizer import train
 from dataset_tools.unigram_entropy import unigram_entropy
 from mindformers_ext.bin_dataset.text_sources import is_heading
-from mindformers_ext.checkpoint_files import find_checkpoint, single_file_folder
 from mindformers_ext.device_peak import ASCEND_910B_TFLOPS, device_peak
-from mindformers_ext.errors import ConfigError
 from mindformers_ext.text_generation import generate, pick_token
 from mindformers_ext.training_metrics import keep_lines_until, plot
 
@@ -40,27 +36,6 @@ def test_plot_without_mtp_and_experts(tmp_path: Path) -> None:
     record = {"step": 1, "loss": 2.0, "main_loss": 2.0, "mtp_loss": None, "expert_load": {}}
     plot([record, record | {"step": 2, "loss": 1.5}], {}, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 1000 and len(list(tmp_path.iterdir())) == 1
-
-
-def test_find_checkpoint(tmp_path: Path) -> None:
-    for location in (None, "", str(tmp_path / "none"), str(tmp_path)):
-        with pytest.raises(ConfigError, match="y.yaml: load_checkpoint is"):
-            find_checkpoint(location, "y.yaml")
-    rank = tmp_path / "rank_0"
-    rank.mkdir()
-    for age, name in enumerate(["b.safetensors", "a.safetensors"]):
-        (rank / name).write_bytes(b"")
-        os.utime(rank / name, (time.time() + age,) * 2)
-    assert find_checkpoint(str(tmp_path), "y.yaml").name == "a.safetensors"  # the newest
-    (rank / "meta.json").write_text(json.dumps({"last_ckpt_file": "b.safetensors"}))
-    assert find_checkpoint(str(tmp_path), "y.yaml").name == "b.safetensors"
-    assert find_checkpoint(str(rank), "y.yaml", "a.safetensors").name == "a.safetensors"
-    assert find_checkpoint(str(rank / "a.safetensors"), "y.yaml") == rank / "a.safetensors"
-    with pytest.raises(ConfigError, match="resume_training is 'c'"):
-        find_checkpoint(str(tmp_path), "y.yaml", "c")
-    folder = single_file_folder(rank / "b.safetensors", tmp_path / "out")
-    folder = single_file_folder(rank / "a.safetensors", tmp_path / "out")
-    assert [path.resolve() for path in folder.iterdir()] == [(rank / "a.safetensors").resolve()]
 
 
 def test_generation_stops_at_the_end_token_the_limit_and_the_context() -> None:

@@ -1,0 +1,236 @@
+"""Write a checkpoint: every rank its own file, the first one the rest.
+
+No rank talks to another. All write into one temporary folder, which must lie on a file system that all see; the first
+rank waits for the files of the others, checks that together they hold every parameter, and renames the folder. A
+checkpoint is thus whole or not there, whenever the run is killed; `latest` is renamed into place after it.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from mindformers_ext.atomic_files import flush, write_json, write_text
+from mindformers_ext.errors import TrainingStopped
+from mindformers_ext.safetensors_files import NAMES
+from mindformers_ext.sharded_checkpoint.layout import (
+    BLOCK_BYTES,
+    Entry,
+    Layout,
+    Meta,
+    Piece,
+    StoredFile,
+    StoredPiece,
+    write_signed_json,
+)
+
+LATEST = "latest"
+PARTIAL = ".partial_"  # before the name of a step that is being written
+REMOVED = ".removed_"  # before the name of one that is being deleted
+POLL_SECONDS = 0.05
+TIMEOUT_SECONDS = 1800.0
+
+
+def step_name(step: int) -> str:
+    """Name of a step's folder."""
+    return f"step_{step:06d}"
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    """A rank's part of a checkpoint."""
+    return folder / f"rank_{rank:04d}.safetensors"
+
+
+def saved_steps(root: Path) -> list[Path]:
+    """Folders of the whole checkpoints in `root`, oldest step first."""
+    found = [path for path in root.glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+class Saver:
+    """Saves the steps of one run from one rank.
+
+    Args:
+        root: folder of the checkpoints, the same for all ranks.
+        rank, ranks: this process and the number of processes.
+        keep: newest steps to keep.
+        in_background: copy the arrays and write them in a thread; the next save waits for it.
+        timeout: seconds that the first rank waits for the others.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        rank: int = 0,
+        ranks: int = 1,
+        keep: int = 5,
+        in_background: bool = False,
+        timeout: float = TIMEOUT_SECONDS,
+    ):
+        self.root, self.rank, self.ranks, self.keep, self.timeout = Path(root), rank, ranks, keep, timeout
+        self.pool = ThreadPoolExecutor(1) if in_background else None
+        self.running: Future | None = None
+
+    def clear(self) -> None:
+        """Remove what a run that was killed left half written; every rank calls it before the first step.
+
+        The first rank does it, and no other can be saving yet, since a step needs all ranks.
+        """
+        if self.rank == 0:
+            for leftover in [*self.root.glob(f"{PARTIAL}step_*"), *self.root.glob(f"{REMOVED}step_*")]:
+                shutil.rmtree(leftover)
+
+    def save(self, meta: Meta, pieces: Mapping[str, Piece], private: Mapping[str, Any] | None = None) -> None:
+        """Save this rank's part of a step. `private` is what this rank alone needs, anything that JSON can hold.
+
+        Raises:
+            TrainingStopped: this save, or the one before in the background, failed.
+        """
+        self.wait()
+        private = dict(private or {})
+        if self.pool is None:
+            self._save(meta, pieces, private)
+        else:
+            copies = {name: Piece(piece.array.copy(), piece.slot) for name, piece in pieces.items()}
+            self.running = self.pool.submit(self._save, meta, copies, private)
+
+    def wait(self) -> None:
+        """Wait until the last save is whole; raises what it raised."""
+        if self.running is not None:
+            running, self.running = self.running, None
+            running.result()
+
+    def _save(self, meta: Meta, pieces: Mapping[str, Piece], private: dict[str, Any]) -> None:
+        partial = self.root / f"{PARTIAL}{step_name(meta.step)}"
+        try:
+            write_part(partial, self.rank, pieces, private)
+            if self.rank == 0:
+                publish(partial, meta, self.timeout)
+                remove_old(self.root, self.keep)
+        except OSError as error:
+            raise TrainingStopped(
+                f"{partial}: cannot save step {meta.step}: {error.strerror or error}; make room or give another "
+                "output_dir, and resume from the last checkpoint"
+            ) from error
+
+
+def write_part(partial: Path, rank: int, pieces: Mapping[str, Piece], private: Mapping[str, Any]) -> None:
+    """Write one rank's file, and its part of the layout when the file is on the disk."""
+    partial.mkdir(parents=True, exist_ok=True)
+    own = {name: piece for name, piece in pieces.items() if piece.slot.copy == 0}
+    layout = Layout()
+    offset, tensors = 0, {}
+    for name, piece in own.items():
+        end = offset + piece.array.nbytes
+        tensors[name] = {
+            "dtype": NAMES[piece.array.dtype],
+            "shape": list(piece.array.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    header = json.dumps({"__metadata__": {"private": json.dumps(private)}, **tensors}).encode()
+    header += b" " * (-len(header) % 8)
+    header = len(header).to_bytes(8, "little") + header
+    with open(rank_file(partial, rank), "wb") as stream:
+        stream.write(header)
+        for name, piece in own.items():
+            checksums = []
+            for block in blocks(piece.array):
+                stream.write(block)
+                checksums.append(xxhash.xxh3_64_hexdigest(block))
+            stored = StoredPiece(rank, piece.slot.ranges, tuple(checksums))
+            layout.entries[name] = Entry(piece.slot.full_shape, tensors[name]["dtype"], [stored])
+        stream.flush()
+        os.fsync(stream.fileno())
+    layout.files[rank] = StoredFile(len(header) + offset, xxhash.xxh3_64_hexdigest(header))
+    write_json(part_file(partial, rank), layout.to_json())
+
+
+def part_file(partial: Path, rank: int) -> Path:
+    """A rank's part of the layout, until the first rank has put them together."""
+    return partial / f"rank_{rank:04d}.json"
+
+
+def blocks(array: np.ndarray) -> Iterator[memoryview]:
+    """The bytes of an array, BLOCK_BYTES at a time."""
+    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    for begin in range(0, len(raw), BLOCK_BYTES):
+        yield raw[begin : begin + BLOCK_BYTES]
+
+
+def publish(partial: Path, meta: Meta, timeout: float) -> Path:
+    """Wait for all ranks' parts, check them, and give the folder its name; returns it.
+
+    Raises:
+        TrainingStopped: a rank did not write in time, or the parts do not make up every parameter.
+    """
+    layout = Layout()
+    for rank in range(meta.ranks):
+        wait_for(part_file(partial, rank), rank, meta, timeout)
+        try:
+            layout.add(Layout.from_json(json.loads(part_file(partial, rank).read_bytes())))
+        except ValueError as error:
+            raise TrainingStopped(f"{partial}: step {meta.step} cannot be saved: {error}; the ranks diverged") from None
+        part_file(partial, rank).unlink()
+    lost = layout.incomplete()
+    if lost:
+        raise TrainingStopped(
+            f"{partial}: step {meta.step} cannot be saved: no rank holds some elements of {len(lost)} parameters, the "
+            f"first is {lost[0]!r}"
+        )
+    write_signed_json(partial / "layout.json", layout.to_json())
+    write_signed_json(partial / "meta.json", asdict(meta))
+    flush(partial)
+    return rename(partial)
+
+
+def wait_for(path: Path, rank: int, meta: Meta, timeout: float) -> None:
+    """Wait until a rank's part of the layout is there."""
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TrainingStopped(
+                f"{path.parent}: rank {rank} of {meta.ranks} has not written its part of step {meta.step} after "
+                f"{timeout:.0f} s; see that rank's log, and that all ranks see this folder"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def rename(partial: Path) -> Path:
+    """Give a whole checkpoint its name and make it the latest; one of the same name gives way."""
+    root, final = partial.parent, partial.with_name(partial.name.removeprefix(PARTIAL))
+    if final.exists():  # a run that went back to an earlier step writes this one again
+        others = [path for path in saved_steps(root) if path != final]
+        if others:
+            write_text(root / LATEST, others[-1].name, durable=True)
+        else:
+            (root / LATEST).unlink(missing_ok=True)
+        remove(final)
+    os.rename(partial, final)
+    flush(root)
+    write_text(root / LATEST, final.name, durable=True)
+    return final
+
+
+def remove_old(root: Path, keep: int) -> None:
+    """Delete the lowest steps until `keep` are left; the latest always stays."""
+    latest = (root / LATEST).read_text(encoding="utf-8")
+    old = [path for path in saved_steps(root) if path.name != latest]
+    for path in old[: max(len(old) + 1 - keep, 0)]:
+        remove(path)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint so that no half of it ever bears its name."""
+    doomed = folder.with_name(f"{REMOVED}{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)

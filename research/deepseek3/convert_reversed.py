@@ -1,0 +1,170 @@
+"""Our checkpoint to a HuggingFace folder that transformers and vLLM read.
+
+    python research/deepseek3/convert_reversed.py --input DIR --output HF_DIR --hf_assets_path HF_DIR \
+        [--export_dtype bf16] [--merge_lora ADAPTER_DIR]
+
+--input is a folder of convert_weight.py, a checkpoint of a training run in any layout, or a HuggingFace folder.
+config.json and the tokenizer's files come from --hf_assets_path (the original model's folder, or one made by
+scripts/make_hf_assets.py); config.json is corrected to what the files hold. Interrupted runs go on when repeated.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hf_config import config_from_hf, corrected, read_config
+from hf_weights import BIAS, DTYPES, HF_INDEX, HuggingFaceWeights, cast, rows_of_piece
+from lora import MergedWeights
+from weights import Entry, boxes, name_table, write_part
+
+from mindformers_ext.atomic_files import whole_file, write_json
+from mindformers_ext.errors import ConfigError, UserError
+from mindformers_ext.pretrained import fingerprint, is_huggingface
+from mindformers_ext.safetensors_files import Output, write_folder
+from mindformers_ext.sharded_checkpoint.layout import is_state
+from mindformers_ext.sharded_checkpoint.reader import Source, open_source
+
+TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+ASSETS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, type=Path, help="our checkpoint, or a HuggingFace folder")
+    parser.add_argument("--output", required=True, type=Path, help="HuggingFace folder to write")
+    parser.add_argument("--hf_assets_path", required=True, type=Path, help="folder of config.json and the tokenizer")
+    parser.add_argument("--export_dtype", choices=DTYPES, default="bf16", help="type of the weights (default bf16)")
+    parser.add_argument("--merge_lora", type=Path, help="folder of an adapter in PEFT's format, added to the weights")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="files written at a time (default: cores)")
+    return parser
+
+
+def audit(entries: list[Entry], weights: Source, where: str | Path) -> int:
+    """Check that the source has every parameter in its shape and no other layer; return how many tensors stay out.
+
+    Raises:
+        ConfigError: names the first parameter that is missing, unknown, of another shape, or a bias not finite.
+    """
+    names, wanted = set(weights.names()), {entry.ours for entry in entries}
+    missing = [entry.ours for entry in entries if entry.ours not in names]
+    if missing:
+        raise ConfigError(f"{where}: parameter {missing[0]!r} (and {len(missing) - 1} more) is missing")
+    rest = names - wanted
+    unknown = sorted(n for n in rest if n.startswith(("model.", "mtp.", "lm_head.")) and is_state(n))
+    if unknown:
+        raise ConfigError(
+            f"{where}: parameter {unknown[0]!r} (and {len(unknown) - 1} more) is not of the model that "
+            "--hf_assets_path describes; give the config.json of this model"
+        )
+    for entry in entries:
+        shape = tuple(weights.read(entry.ours).shape)
+        if shape != entry.shape:
+            raise ConfigError(
+                f"{where}: {entry.ours} has shape {shape}, but config.json of --hf_assets_path needs {entry.shape}"
+            )
+        if entry.ours.endswith(BIAS) and not np.isfinite(weights.read(entry.ours)[:]).all():
+            raise ConfigError(f"{where}: {entry.ours} has values that are not finite")
+    return len(rest)
+
+
+def outputs(entries: list[Entry], weights: Source, dtype: np.dtype) -> Iterable[Output]:
+    """Every HuggingFace tensor in `dtype`, router biases in float32, to be written piece by piece."""
+    for entry in entries:
+        kind = np.dtype(np.float32) if entry.ours.endswith(BIAS) else dtype
+        ours = weights.read(entry.ours)
+        for name, box in boxes(entry, 0, entry.shape[0]):
+            rows = rows_of_piece(entry.their_shape, kind)
+            axis = 0 if entry.layout == "same" else 2  # of ours: the rows of theirs
+            pieces = [partial(piece, entry, ours, part, kind, name) for part in cut(box, axis, rows)]
+            for stored in (name, *entry.copies):
+                yield Output(stored, entry.their_shape, kind, pieces)
+
+
+def cut(box: tuple, axis: int, rows: int) -> list[tuple]:
+    """A box in parts of `rows` along one axis."""
+    start, stop = box[axis]
+    return [(*box[:axis], (row, min(row + rows, stop)), *box[axis + 1 :]) for row in range(start, stop, rows)]
+
+
+def piece(entry: Entry, ours, box: tuple, dtype: np.dtype, name: str) -> np.ndarray:
+    """The part of a HuggingFace tensor that lies at `box` of ours."""
+    return cast(write_part(entry, ours, box), dtype, name)
+
+
+def copy_assets(source: Path, output: Path) -> list[str]:
+    """Copy the tokenizer's files; return their names."""
+    files = sorted({file for pattern in ASSETS for file in source.glob(pattern) if file.is_file()})
+    for file in files:
+        if not (output / file.name).exists() or not file.samefile(output / file.name):
+            with whole_file(output / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+    return [file.name for file in files]
+
+
+def convert(arguments: list[str] | None = None) -> None:
+    """Parse, check everything, write, report."""
+    args = build_parser().parse_args(arguments)
+    if args.workers < 1:
+        raise ConfigError(f"--workers is {args.workers}, but must be at least 1")
+    if args.output.resolve() == args.input.resolve():
+        raise ConfigError(f"--output {args.output} is the input; give another folder")
+    start = time.perf_counter()
+    values = read_config(args.hf_assets_path)
+    weights: Source = HuggingFaceWeights(args.input) if is_huggingface(args.input) else open_source(args.input)
+    mtp_depth = int(any(name.startswith("mtp.") for name in weights.names()))
+    entries = list(name_table(config_from_hf(values, mtp_depth, args.hf_assets_path / "config.json")))
+    left_out = audit(entries, weights, args.input)
+    source = f"{fingerprint(weights)} {args.export_dtype}"
+    if args.merge_lora:
+        weights = MergedWeights(weights, entries, args.merge_lora)
+        source += fingerprint(weights.adapter)
+    print(f"{args.input}: {len(entries):,} parameters used once each, {left_out:,} other tensors left out", flush=True)
+    done = write_folder(
+        args.output,
+        outputs(entries, weights, DTYPES[args.export_dtype]),
+        HF_INDEX.partition(".")[0],
+        source,
+        {"format": "pt"},
+        args.workers,
+    )
+    config = corrected(values, mtp_depth, TORCH_NAMES[args.export_dtype])
+    write_json(args.output / "config.json", config)
+    copied = copy_assets(args.hf_assets_path, args.output)
+    seconds = time.perf_counter() - start
+    print(
+        f"wrote {done.tensors:,} tensors, {done.bytes / 1e9:.2f} GB, to {done.files} files of {args.output} "
+        f"({done.files_kept} were done before) in {seconds:.1f} s; config.json with {mtp_depth} MTP layers; "
+        f"copied {', '.join(copied) or 'no tokenizer files'}"
+    )
+
+
+def main() -> int:
+    """Run; the user's errors end as one sentence."""
+    try:
+        convert()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Read a HuggingFace folder as our parameters: by name, any part of each, FP8 dequantised, audited first."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from hf_config import compare, config_from_hf, read_config
+from ml_dtypes import bfloat16
+from weights import Entry, from_huggingface, name_table
+
+from mindformers_ext.errors import ConfigError
+from mindformers_ext.safetensors_files import Output, StoredTensor, read_folder, read_index
+from mindformers_ext.sharded_checkpoint.reader import Source
+
+__all__ = ["Audit", "Dequantised", "HuggingFaceWeights", "audit_names"]
+
+HF_INDEX = "model.safetensors.index.json"
+BLOCK = 128  # rows and columns that share one FP8 scale (DeepSeek-V3 README_WEIGHTS.md)
+SCALE = "_scale_inv"  # of X.weight: X.weight_scale_inv
+FP8 = np.dtype("float8_e4m3fn")
+FLOATS = ("float32", "float16", "bfloat16")
+BIAS = "e_score_correction_bias"
+PIECE_BYTES = 2**20  # read and written at a time; fits into a cache
+DTYPES = {"bf16": np.dtype(bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Counts of a source that fits: each of its tensors is used once, each parameter is filled once."""
+
+    tensors: int
+    scales: int  # FP8
+    copies: int  # of the tensors: stored again by HuggingFace (embedding and head of the MTP layer)
+    parameters: int
+    left_out: int  # tensors of an MTP layer that the model does not have
+
+    def __str__(self) -> str:
+        left_out = f", {self.left_out:,} of the MTP layer left out" if self.left_out else ""
+        return (
+            f"{self.tensors:,} tensors ({self.copies} of them stored copies) and {self.scales:,} FP8 scales used once "
+            f"each{left_out}; {self.parameters:,} parameters filled once each"
+        )
+
+
+def audit_names(entries: list[Entry], names: Iterable[str], where: str | Path, skip: str = "") -> Audit:
+    """Compare the tensors of a source with the name table; `skip` is the prefix of a layer to leave out.
+
+    Raises:
+        ConfigError: names the first tensor that is unknown, missing, wanted twice, or a scale without its weight.
+    """
+    names = set(names)
+    left_out = {name for name in names if skip and name.startswith(skip)}
+    scales = {name for name in names - left_out if name.endswith(SCALE)}
+    tensors = names - left_out - scales
+    wanted = [name for entry in entries for name in entry.theirs]
+    copies = {name for entry in entries for name in entry.copies}
+    if len(set(wanted) | copies) != len(wanted) + len(copies):
+        raise AssertionError("the name table uses a tensor twice")
+    for problem, found in (
+        ("has no place in this model", tensors - set(wanted) - copies),
+        ("is missing", set(wanted) - tensors),
+        ("is a scale without its weight", {name for name in scales if name.removesuffix(SCALE) not in tensors}),
+    ):
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise ConfigError(f"{where}: tensor {min(found)!r}{more} {problem}; check config.json and the files")
+    return Audit(len(tensors), len(scales), len(tensors & copies), len(entries), len(left_out))
+
+
+@dataclass(frozen=True)
+class Dequantised:
+    """An FP8 matrix and its scales, as float32: W = block * scale, edge blocks cropped (facts 12)."""
+
+    weight: StoredTensor
+    scale: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, columns)."""
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float32."""
+        return np.dtype(np.float32)
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        slices = slices + (slice(None),) * (2 - len(slices))
+        (top, bottom), (left, right) = (part.indices(size)[:2] for part, size in zip(slices, self.shape, strict=True))
+        result = self.weight[top:bottom, left:right].astype(np.float32)
+        columns = np.arange(left, right) // BLOCK
+        scale = self.scale[:].astype(np.float32)
+        for block in range(top // BLOCK, -(-bottom // BLOCK)):
+            rows = slice(max(block * BLOCK - top, 0), (block + 1) * BLOCK - top)
+            result[rows] *= scale[block, columns]
+        return result
+
+
+@dataclass(frozen=True)
+class LazyParameter:
+    """One of our parameters in a HuggingFace folder; indexing reads only what the slices need."""
+
+    entry: Entry
+    load: Callable[[str], StoredTensor | Dequantised]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Ours."""
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The stored type; float32 for what is stored as FP8."""
+        return self.load(self.entry.theirs[0]).dtype
+
+    def __getitem__(self, slices) -> np.ndarray:
+        slices = slices if isinstance(slices, tuple) else (slices,)
+        return from_huggingface(self.entry, self.load, () if slices == (...,) else slices)
+
+
+class HuggingFaceWeights(Source):
+    """The parameters of a model in a HuggingFace folder, by our names. Opening reads names and shapes and audits them.
+
+    `read` gives a parameter as an object with `shape` that reads only what it is indexed with.
+
+    Args:
+        folder: config.json and *.safetensors, with an index where there are several files.
+        config: the model to fill, None to take it from config.json. An MTP layer in the files that this model does
+            not have is left out.
+
+    Raises:
+        ConfigError: the folder is damaged or is another model's; names the file, tensor or key.
+    """
+
+    def __init__(self, folder: str | Path, config=None):
+        self.path = Path(folder)
+        values = read_config(self.path)
+        self.tensors = read_folder(self.path, HF_INDEX)
+        self.config = config or config_from_files(self.path, values, self.tensors)
+        compare(self.config, values, self.path / "config.json")
+        entries = list(name_table(self.config, is_stacked(self.tensors)))
+        self.entries = {entry.ours: entry for entry in entries}
+        skip = "" if self.config.mtp_depth else mtp_prefix(self.config.num_layers)
+        self.audit = audit_names(entries, self.tensors, self.path, skip)
+        self._check_tensors()
+
+    def read(self, name: str) -> LazyParameter:
+        """One of our parameters by name."""
+        return LazyParameter(self.entries[name], self.load)
+
+    def names(self) -> list[str]:
+        """Our names of all parameters."""
+        return list(self.entries)
+
+    def load(self, name: str) -> StoredTensor | Dequantised:
+        """A HuggingFace tensor by its own name."""
+        scale = self.tensors.get(name + SCALE)
+        return Dequantised(self.tensors[name], scale) if scale else self.tensors[name]
+
+    def _check_tensors(self) -> None:
+        """Shapes, types, scales, finite biases, equal copies."""
+        for entry in self.entries.values():
+            for name in entry.theirs + entry.copies:
+                if name in self.tensors:
+                    self._check_tensor(name, entry.their_shape)
+            if entry.ours.endswith(BIAS) and not np.isfinite(self.tensors[entry.theirs[0]][:]).all():
+                raise ConfigError(f"{self.path}: {entry.theirs[0]} has values that are not finite; get the file again")
+            for copy in entry.copies:
+                if copy in self.tensors and not self._equal(entry.theirs[0], copy):
+                    raise ConfigError(
+                        f"{self.path}: {copy} differs from {entry.theirs[0]}, of which it should be a copy; this "
+                        "model shares the two: remove the copy, or the MTP layer and num_nextn_predict_layers"
+                    )
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        tensor, scale = self.tensors[name], self.tensors.get(name + SCALE)
+        if tensor.shape != shape:
+            raise ConfigError(
+                f"{self.path}: {name} has shape {tensor.shape}, but this model needs {shape}; check config.json"
+            )
+        if tensor.dtype == FP8:
+            if scale is None:
+                raise ConfigError(f"{self.path}: {name} is FP8, but its scale {name + SCALE} is missing")
+            blocks = tuple(-(-size // BLOCK) for size in shape)
+            if scale.shape != blocks or scale.dtype.name not in FLOATS:
+                raise ConfigError(
+                    f"{self.path}: {name + SCALE} is {scale.dtype.name} {scale.shape}, but blocks of {BLOCK} x {BLOCK} "
+                    f"of {shape} need float32 {blocks}"
+                )
+        elif tensor.dtype.name not in FLOATS:
+            raise ConfigError(f"{self.path}: {name} is {tensor.dtype.name}, but must be one of {', '.join(FLOATS)}")
+        elif scale is not None:
+            raise ConfigError(f"{self.path}: {name} is {tensor.dtype.name}, but has a scale {name + SCALE}")
+
+    def _equal(self, one: str, other: str) -> bool:
+        first, second = self.tensors[one], self.tensors[other]
+        rows = rows_of_piece(first.shape, first.dtype)
+        return first.dtype == second.dtype and all(
+            np.array_equal(first[row : row + rows].view(np.uint8), second[row : row + rows].view(np.uint8))
+            for row in range(0, first.shape[0], rows)
+        )
+
+
+def is_stacked(names: Iterable[str]) -> bool:
+    """True when the experts of a layer are two tensors."""
+    return any(name.endswith("mlp.experts.gate_up_proj") for name in names)
+
+
+def mtp_prefix(num_layers: int) -> str:
+    """How the names of the MTP layer begin (facts 11)."""
+    return f"model.layers.{num_layers}."
+
+
+def config_from_files(folder: Path, values: dict, names: Iterable[str]):
+    """The configuration of a HuggingFace folder; whether it has an MTP layer is read from its tensors."""
+    prefix = mtp_prefix(values.get("num_hidden_layers", 0))
+    return config_from_hf(values, int(any(name.startswith(prefix) for name in names)), folder / "config.json")
+
+
+def audit_index(folder: Path) -> Audit:
+    """Audit the names of a folder of which only config.json and the index are there."""
+    values, names = read_config(folder), read_index(folder / HF_INDEX)
+    config = config_from_files(folder, values, names)
+    return audit_names(list(name_table(config, is_stacked(names))), names, folder / HF_INDEX)
+
+
+def rows_of_piece(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Rows of a matrix or vector that make a piece of PIECE_BYTES."""
+    return max(PIECE_BYTES // max(math.prod(shape[1:]) * dtype.itemsize, 1), 1)
+
+
+def pieces_of(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[tuple[slice, ...]]:
+    """Slices that cut a parameter into pieces, in C order: rows of a matrix, rows of each expert of a stack."""
+    rows = rows_of_piece(shape[-2:], dtype)
+    if len(shape) < 3:
+        yield from ((slice(row, row + rows),) for row in range(0, shape[0], rows))
+        return
+    for expert in range(shape[0]):
+        yield from ((slice(expert, expert + 1), slice(row, row + rows)) for row in range(0, shape[1], rows))
+
+
+def outputs(weights: HuggingFaceWeights, dtype: np.dtype) -> Iterator[Output]:
+    """Every parameter in `dtype`, router biases in float32, to be written piece by piece."""
+    for name in weights.names():
+        kind = np.dtype(np.float32) if name.endswith(BIAS) else dtype
+        parameter = weights.read(name)
+        pieces = [partial(piece, parameter, slices, kind, name) for slices in pieces_of(parameter.shape, kind)]
+        yield Output(name, parameter.shape, kind, pieces)
+
+
+def piece(parameter: LazyParameter, slices: tuple[slice, ...], dtype: np.dtype, name: str) -> np.ndarray:
+    """Part of a parameter in `dtype`."""
+    return cast(parameter[slices], dtype, name)
+
+
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Values in another type, rounded to nearest even.
+
+    Raises:
+        ConfigError: a value is beyond float16.
+    """
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        result = values.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(result).all():
+        raise ConfigError(f"{name}: has values that float16 cannot hold (65504 at most); choose bf16 or fp32")
+    return result

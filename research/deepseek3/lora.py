@@ -1,0 +1,302 @@
+"""LoRA (arXiv 2106.09685): adapters beside the frozen projections, PEFT's folder format, and merging.
+
+The model builds a `LoraAdapter` (or `ExpertAdapters`) where `model_config.pet_config` asks for one; everything else
+about adapters is in this file, their layouts in sharding.py. MindFormers' own pet/ wraps models of its own and saves
+a format that nobody else reads; a pet_config with `pet_type` would start it and is refused.
+
+Shapes are PEFT's: lora_a (rank, in), lora_b (out, rank), of routed experts with the experts' axis in front.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from deepseek2_config import FFN_TARGETS, LoraConfig
+from mindspore import Parameter, nn, ops
+from mindspore import dtype as mstype
+from mindspore.common.initializer import Uniform, initializer
+from safetensors.numpy import save_file
+from sharding import shard
+from weights import Entry, boxes, name_table, overlap
+
+from mindformers_ext.atomic_files import whole_file, write_json
+from mindformers_ext.errors import ConfigError
+from mindformers_ext.safetensors_files import StoredTensor, read_header
+from mindformers_ext.sharded_checkpoint.reader import Source
+
+__all__ = [
+    "ExpertAdapters",
+    "LoraAdapter",
+    "MergedWeights",
+    "PeftFolder",
+    "adapter_entries",
+    "freeze_base",
+    "save_peft",
+]
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# Options of PEFT that change the arithmetic and that merging here does not know.
+UNSUPPORTED = (
+    "use_dora",
+    "use_rslora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+)
+
+
+def parameters_of(
+    lora: LoraConfig, dtype: Any, in_dim: int, out_dim: int, *experts: int
+) -> tuple[Parameter, Parameter]:
+    """lora_a, uniform as PEFT starts it, and lora_b, zero: training begins from the model as it was."""
+    bound = 1 / math.sqrt(in_dim)  # Kaiming uniform with a = sqrt(5)
+    a = initializer(Uniform(bound), (*experts, lora.lora_rank, in_dim), dtype)
+    b = initializer("zeros", (*experts, out_dim, lora.lora_rank), dtype)
+    return Parameter(a, name="lora_a"), Parameter(b, name="lora_b")
+
+
+class LoraAdapter(nn.Cell):
+    """alpha / rank * B A dropout(x), to be added to a projection of the same x."""
+
+    def __init__(self, config, in_dim: int, out_dim: int, axes: str):
+        super().__init__()
+        lora = config.lora
+        self.lora_a, self.lora_b = parameters_of(lora, in_dim, out_dim)
+        self.scale, self.compute_dtype = lora.scale, getattr(mstype, config.compute_dtype)
+        self.drops = lora.lora_dropout > 0
+        self.dropout = ops.Dropout(keep_prob=1 - lora.lora_dropout)
+        self.down, self.up = ops.MatMul(transpose_b=True), ops.MatMul(transpose_b=True)
+        shard(self, f"lora_{axes}", config)
+
+    def construct(self, x):
+        """(T, out) <- x (T, in), which is in the compute dtype."""
+        if self.drops and self.training:
+            x = self.dropout(x)[0]
+        latent = self.down(x, ops.cast(self.lora_a, self.compute_dtype)) * self.scale  # (T, rank)
+        return self.up(latent, ops.cast(self.lora_b, self.compute_dtype))
+
+
+class AdapterPair(nn.Cell):
+    """lora_a (E, rank, in) and lora_b (E, out, rank) of one of the routed experts' matrices."""
+
+    def __init__(self, config, in_dim: int, out_dim: int):
+        super().__init__()
+        self.lora_a, self.lora_b = parameters_of(config.lora, in_dim, out_dim, config.moe_config.expert_num)
+
+
+class ExpertAdapters(nn.Cell):
+    """alpha / rank * (B A)^T for every routed expert, added to its weights before they meet the tokens.
+
+    So the dispatch stays as it is, at the price of one more copy of a layer's local experts. Dropout, which would act
+    on tokens, is not possible here.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        hidden, width = config.hidden_size, config.moe_config.moe_intermediate_size
+        self.scale, self.compute_dtype = config.lora.scale, getattr(mstype, config.compute_dtype)
+        self.width = width
+        parts = [part for part in FFN_TARGETS if config.lora.has(f"experts.{part}")]
+        for part in parts:
+            sizes = (width, hidden) if part == "down_proj" else (hidden, width)
+            self.insert_child_to_cell(part, AdapterPair(config, *sizes))
+        self.gate, self.up, self.down = (2 * parts.index(p) if p in parts else -1 for p in FFN_TARGETS)
+        self.pairs = [self._cells[part] for part in parts]
+        self.product = ops.BatchMatMul(transpose_a=True, transpose_b=True)
+
+    def construct(self):
+        """lora_a and lora_b of each adapted matrix, in the compute dtype."""
+        matrices = ()
+        for pair in self.pairs:
+            a, b = ops.cast(pair.lora_a, self.compute_dtype), ops.cast(pair.lora_b, self.compute_dtype)
+            matrices = matrices + (a, b)
+        return matrices
+
+    def add_to(self, gate_up, down, matrices):
+        """gate_up (L, H, 2F) and down (L, F, H) with the adapters of the same L experts added."""
+        gate = self._product(matrices, self.gate, gate_up[:, :, : self.width])
+        up = self._product(matrices, self.up, gate_up[:, :, self.width :])
+        return gate_up + ops.concat((gate, up), -1), down + self._product(matrices, self.down, down)
+
+    def _product(self, matrices, place, like):
+        if place < 0:
+            return ops.zeros_like(like)
+        return self.product(matrices[place], matrices[place + 1]) * self.scale
+
+
+def is_adapter(name: str) -> bool:
+    """True for the parameters of an adapter."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def freeze_base(network: nn.Cell) -> None:
+    """Leave only the adapters trainable."""
+    for parameter in network.get_parameters():
+        if not is_adapter(parameter.name):
+            parameter.requires_grad = False
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter of ours (`….lora_a`, `….lora_b`) and the HuggingFace modules it belongs to, by expert."""
+
+    ours: str
+    modules: tuple[str, ...]  # one, or one for each expert
+
+
+def adapter_entries(config) -> Iterator[AdapterEntry]:
+    """Every adapter of the model that `config` describes."""
+    for entry in name_table(config):
+        modules = [name.removesuffix(".weight") for name in entry.theirs]
+        if entry.layout == "same":
+            if config.lora.wants(modules[0]):
+                yield AdapterEntry(f"{entry.ours.removesuffix('.weight')}.lora", tuple(modules))
+            continue
+        experts = entry.ours.rpartition(".")[0]
+        for part in dict.fromkeys(module.rpartition(".")[2] for module in modules):
+            chosen = tuple(module for module in modules if module.endswith(f".{part}"))
+            if config.lora.wants(chosen[0]):
+                yield AdapterEntry(f"{experts}.lora.{part}", chosen)
+
+
+def save_peft(folder: str | Path, config, values: dict[str, np.ndarray], base: str = "") -> None:
+    """Write a folder that the peft package reads: adapter_model.safetensors, adapter_config.json.
+
+    Args:
+        values: our parameters `….lora_a` and `….lora_b` by name, whole.
+        base: base_model_name_or_path, the folder of the model that was adapted.
+    """
+    folder, tensors = Path(folder), {}
+    for entry in adapter_entries(config):
+        for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+            value = values[f"{entry.ours}.{ours}"]
+            parts = value if value.ndim == 3 else [value]
+            for module, part in zip(entry.modules, parts, strict=True):
+                tensors[f"{PEFT_PREFIX}{module}.{theirs}.weight"] = np.ascontiguousarray(part, np.float32)
+    lora = config.lora
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.lora_rank,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": lora.pattern(),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with whole_file(folder / ADAPTER_FILE) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(folder / ADAPTER_CONFIG, settings)
+
+
+class PeftFolder:
+    """The adapter in a PEFT folder: (lora_A, lora_B) by HuggingFace module, and alpha / rank.
+
+    Raises:
+        ConfigError: not an adapter of LoRA, one half missing, or an option that is not known here.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder)
+        path = self.path / ADAPTER_CONFIG
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            self.scale = settings["lora_alpha"] / settings["r"]
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise ConfigError(f"{path}: not the configuration of a LoRA adapter: {error}") from None
+        wrong = [key for key in UNSUPPORTED if settings.get(key)]
+        wrong += [key for key, value in (("peft_type", "LORA"), ("bias", "none")) if settings.get(key, value) != value]
+        if wrong:
+            raise ConfigError(f"{path}: {wrong[0]} is {settings[wrong[0]]!r}, which merging does not support")
+        if not (self.path / ADAPTER_FILE).is_file():
+            raise ConfigError(f"{self.path / ADAPTER_FILE} is missing; give the folder that training wrote")
+        self.modules = self._read_modules(settings["r"])
+
+    def _read_modules(self, rank: int) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+        halves: dict[str, dict[str, StoredTensor]] = {}
+        for name, tensor in read_header(self.path / ADAPTER_FILE)[0].items():
+            match = PEFT_NAME.fullmatch(name)
+            if not match:
+                raise ConfigError(f"{self.path / ADAPTER_FILE}: {name!r} is not of a LoRA adapter")
+            halves.setdefault(match[1], {})[match[2]] = tensor
+        for module, pair in halves.items():
+            if len(pair) < 2 or pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
+                shapes = {half: tensor.shape for half, tensor in pair.items()}
+                raise ConfigError(f"{self.path}: {module} has {shapes}, but needs A ({rank}, in) and B (out, {rank})")
+        return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
+
+
+class MergedWeights(Source):
+    """A source of weights with an adapter added: W + alpha / rank * B A, in float32.
+
+    Raises:
+        ConfigError: the adapter has a module that the model lacks, or of another shape.
+    """
+
+    def __init__(self, weights: Source, entries: list[Entry], folder: str | Path):
+        self.weights, self.adapter, self.path = weights, PeftFolder(folder), weights.path
+        self.entries = {entry.ours: entry for entry in entries}
+        shapes = {name.removesuffix(".weight"): entry.their_shape for entry in entries for name in entry.theirs}
+        for module, (a, b) in self.adapter.modules.items():
+            if shapes.get(module) != (b.shape[0], a.shape[1]):
+                raise ConfigError(
+                    f"{folder}: adapts {module} of shape {(b.shape[0], a.shape[1])}, but the model has "
+                    f"{shapes.get(module, 'no such module')}; give the adapter of this model"
+                )
+
+    def names(self) -> list[str]:
+        """The base's."""
+        return self.weights.names()
+
+    def read(self, name: str) -> Any:
+        """A parameter, merged where the adapter has a part of it."""
+        entry = self.entries[name]
+        adapted = any(theirs.removesuffix(".weight") in self.adapter.modules for theirs in entry.theirs)
+        return MergedParameter(self.weights.read(name), entry, self.adapter) if adapted else self.weights.read(name)
+
+
+@dataclass(frozen=True)
+class MergedParameter:
+    """A parameter with its adapter added; indexing computes only the asked part."""
+
+    base: Any
+    entry: Entry
+    adapter: PeftFolder
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The base's."""
+        return self.entry.shape
+
+    def __getitem__(self, slices) -> np.ndarray:
+        slices = slices if isinstance(slices, tuple) else (slices,)
+        slices = slices + (slice(None),) * (len(self.shape) - len(slices))
+        wanted = tuple(part.indices(size)[:2] for part, size in zip(slices, self.shape, strict=True))
+        result = self.base[slices].astype(np.float32)
+        for name, box in boxes(self.entry, *wanted[0]):
+            pair = self.adapter.modules.get(name.removesuffix(".weight"))
+            common = overlap(wanted, box) if pair else None
+            if common is None:
+                continue
+            (place, part), (a, b) = common, pair
+            if self.entry.layout == "same":
+                result[place] += self.adapter.scale * (b[part[0]].astype(np.float32) @ a[:, part[1]].astype(np.float32))
+            else:
+                delta = b[part[2]].astype(np.float32) @ a[:, part[1]].astype(np.float32)
+                result[place] += self.adapter.scale * delta.T
+        return result
+
+
+def adapter_values(network: nn.Cell) -> dict[str, np.ndarray]:
+    """The adapters of a network as numpy float32, by name."""
+    return {p.name: p.asnumpy() for p in network.get_parameters() if is_adapter(p.name)}

@@ -1,0 +1,188 @@
+"""A run that was stopped, also by kill -9 at any moment, and resumed gives bit for bit what an unbroken run gives."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mindformers.tools.register import MindFormerConfig
+from safetensors.numpy import load_file, save_file
+
+from mindformers_ext.errors import ConfigError
+from mindformers_ext.run_modes import find_checkpoint
+from mindformers_ext.sharded_checkpoint.audit import differences, verify_all
+from mindformers_ext.sharded_checkpoint.reader import open_source
+
+from .conftest import ROOT, TOY, run_mindformer
+
+EXACT = ("loss", "main_loss", "grad_norm", "lr", "expert_load")
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_same_steps(folder: Path, reference: Path) -> list[int]:
+    """Every recorded step equals the reference's; returns the steps."""
+    expected = {record["step"]: record for record in metrics(reference)}
+    found = metrics(folder)
+    for record in found:
+        for key in EXACT:
+            assert record[key] == expected[record["step"]][key], (record["step"], key)
+    return [record["step"] for record in found]
+
+
+def resume(toy_folder: Path, output: str, location: str, *arguments: str, step: str = "True"):
+    return run_mindformer(
+        toy_folder, "--output_dir", output, "--load_checkpoint", location, "--resume_training", step, *arguments
+    )
+
+
+# In the middle of the first and of the second pass over the data.
+@pytest.mark.parametrize("step", [4, pytest.param(12, marks=pytest.mark.slow)])
+def test_resumed_run_equals_the_straight_one(trained: Path, toy_folder: Path, step: int) -> None:
+    """Losses, every parameter of the last checkpoint, and its random state."""
+    output = f"resumed_{step}"
+    result = resume(toy_folder, output, "straight/checkpoint", "--runner_config.epochs", "2", step=f"step_{step:06d}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert check_same_steps(toy_folder / output, trained) == list(range(step + 1, 17))
+    ends = [open_source(folder / "checkpoint") for folder in (trained, toy_folder / output)]
+    assert not list(differences(*ends))
+    assert ends[0].meta == ends[1].meta and ends[0].private(0) == ends[1].private(0)
+
+
+def test_weights_alone_start_a_new_training(trained: Path, toy_folder: Path) -> None:
+    """Without resume_training, here from a plain file: its weights, a new optimizer, the data from its start."""
+    tensors = load_file(trained / "checkpoint/step_000016/rank_0000.safetensors")
+    save_file({name: tensors[name] for name in tensors if "adam" not in name}, toy_folder / "plain.safetensors")
+    result = run_mindformer(toy_folder, "--output_dir", "new", "--load_checkpoint", "plain.safetensors")
+    assert result.returncode == 0, result.stderr[-3000:]
+    found, before = metrics(toy_folder / "new"), metrics(trained)
+    assert [record["step"] for record in found] == list(range(1, 9))
+    assert found[0]["lr"] == 0 and found[0]["expert_load"] == before[0]["expert_load"]  # the same first batch
+    assert found[0]["loss"] < before[0]["loss"] - 0.05
+    assert int(open_source(toy_folder / "new/checkpoint").read("global_step")[0]) == 8
+
+
+def test_another_batch_size_goes_on_at_the_same_sample(trained: Path, toy_folder: Path) -> None:
+    """After 4 steps of 4 samples, batches of 3: the next one holds samples 16, 17 and 18, whatever came before."""
+    arguments = ["--runner_config.batch_size", "3", "--callbacks.0.save_checkpoint_steps", "2"]
+    result = resume(toy_folder, "batch", "straight/checkpoint", *arguments, step="step_000004")
+    assert result.returncode == 0, result.stderr[-3000:]
+    records = metrics(toy_folder / "batch")
+    assert [record["step"] for record in records] == [5, 6, 7, 8, 9]  # 16 samples are left: five batches
+    expected = sample_loads(toy_folder)
+    for index, record in enumerate(records):
+        load = expected[16 + 3 * index : 19 + 3 * index].sum(0)
+        assert record["expert_load"]["toy"]["max"] == load.max()
+        assert record["expert_load"]["toy"]["min"] == load.min()
+    meta = open_source(toy_folder / "batch/checkpoint", "step_000006").meta
+    assert (meta.epoch, meta.consumed_samples) == (0, 22)
+
+
+def sample_loads(toy_folder: Path) -> np.ndarray:
+    """Tokens per expert of every training sample, (32, 4), in the order of the data."""
+    from mindformers_ext.bin_dataset.blended_dataset import build_datasets
+    from mindformers_ext.bin_dataset.gpt_dataset import GPTDatasetConfig
+
+    config = GPTDatasetConfig(random_seed=1234, sequence_length=16, split="1, 0, 0", create_attention_mask=False)
+    dataset = build_datasets(config, [32, None, None], ["1", str(toy_folder / "toy_text_document")])[0]
+    return np.stack([np.bincount(np.asarray(dataset[i]["input_ids"]) % 4, minlength=4) for i in range(32)])
+
+
+REFUSED = [
+    pytest.param(["--model.model_config.vocab_size", "128"], "is of a model with vocab_size 64, not 128", id="model"),
+    pytest.param(
+        ["--train_dataset.data_loader.config.random_seed", "7"],
+        "stands at sample 0 of other data",
+        id="data",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        ["--runner_config.epochs", "1"],
+        "has trained 16 of the 8 steps that runner_config.epochs 1 asks for",
+        id="nothing left",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize("arguments,words", REFUSED)
+def test_what_does_not_fit_is_one_sentence(trained: Path, toy_folder: Path, arguments: list[str], words: str) -> None:
+    command = ["--runner_config.epochs", "2", *arguments]
+    result = resume(toy_folder, "refused", "straight/checkpoint", *command)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert words in result.stderr.strip().splitlines()[-1]
+    assert not (toy_folder / "refused/checkpoint/latest").exists()
+
+
+def test_what_cannot_be_resumed(trained: Path, toy_folder: Path) -> None:
+    config = MindFormerConfig(load_checkpoint=str(toy_folder / "straight/checkpoint"), resume_training="step_000099")
+    with pytest.raises(ConfigError, match="y.yaml: .* has no checkpoint 'step_000099', only step_000004, step_000008"):
+        find_checkpoint(config, "y.yaml")
+    plain = toy_folder / "one.safetensors"
+    save_file({"w": np.zeros(2)}, plain)
+    config = MindFormerConfig(load_checkpoint=str(plain), resume_training=True)
+    with pytest.raises(ConfigError, match="holds weights only; set it to False"):
+        find_checkpoint(config, "y.yaml")
+
+
+SHORT = ["--runner_config.epochs", "2"]
+LONG = ["--runner_config.epochs", "40", "--callbacks.0.save_checkpoint_steps", "3", "--callbacks.0.async_save", "True"]
+
+
+def kill_and_resume(reference: Path, name: str, options: list[str], kills: int, longest: float) -> None:
+    """Kill a run again and again at random moments after its first step, go on each time, compare with an unbroken one.
+
+    `longest` seconds pass at most between a run's first step and its kill. The last run ends by itself.
+    """
+    toy_folder, output = reference.parent, reference.parent / name
+    moments = random.Random(kills)
+    for _ in range(kills):
+        go_on = []
+        if (output / "checkpoint/latest").exists():
+            go_on = ["--load_checkpoint", f"{name}/checkpoint", "--resume_training", "True"]
+        command = [sys.executable, str(ROOT / "run_mindformer.py"), "--config", str(TOY / "train_toy.yaml")]
+        command += ["--register_path", str(TOY), "--output_dir", name, *options, *go_on]
+        kill_after_first_step(command, toy_folder, output / "metrics.jsonl", moments.uniform(0, longest))
+        if (output / "checkpoint/latest").exists():
+            verify_all(open_source(output / "checkpoint"))
+    go_on = ["--load_checkpoint", f"{name}/checkpoint", "--resume_training", "True"]
+    go_on = go_on if (output / "checkpoint/latest").exists() else []
+    result = run_mindformer(toy_folder, "--output_dir", name, *options, *go_on)
+    nothing_left = result.returncode == 2 and "has trained" in result.stderr  # the kill came too late
+    assert nothing_left or result.returncode == 0, result.stderr[-3000:]
+    assert check_same_steps(output, reference) == [record["step"] for record in metrics(reference)]
+    assert not list(differences(open_source(output / "checkpoint"), open_source(reference / "checkpoint")))
+
+
+def kill_after_first_step(command: list[str], folder: Path, metrics_file: Path, seconds: float) -> None:
+    """Start a run, wait until it writes its metrics, and SIGKILL it `seconds` later (it may have ended before)."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1", GLOG_v="3")
+    before = metrics_file.stat().st_mtime_ns if metrics_file.exists() else 0
+    with open(folder / "killed.log", "wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and (not metrics_file.exists() or metrics_file.stat().st_mtime_ns == before):
+        assert time.monotonic() < deadline, "the run does not train"
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_run_equals_the_unbroken_one(trained: Path) -> None:
+    kill_and_resume(trained, "killed", SHORT, kills=1, longest=0.3)
+
+
+@pytest.mark.slow
+def test_twenty_kills(toy_folder: Path) -> None:
+    result = run_mindformer(toy_folder, "--output_dir", "unbroken", *LONG)
+    assert result.returncode == 0, result.stderr[-3000:]
+    kill_and_resume(toy_folder / "unbroken", "killed_often", LONG, kills=20, longest=1.5)
