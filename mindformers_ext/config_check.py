@@ -130,13 +130,20 @@ def check_model(config: dict, path: str | Path) -> Any:
 
 
 def check_cpu_types(config: dict, model_config: Any, path: str | Path) -> None:
-    """Refuse what MindSpore's CPU cannot compute: it multiplies matrices of float32 only."""
+    """Refuse what CPU cannot compute: MindSpore multiplies float32 only there, our kernels also bfloat16."""
     if lookup(config, "context.device_target", "Ascend") != "CPU":
         return
-    for key in ("compute_dtype", "softmax_compute_type", "layernorm_compute_type", "router_dense_type"):
+    for key in ("softmax_compute_type", "layernorm_compute_type", "router_dense_type"):
         value = getattr(model_config, key, "float32")
         if value != "float32":
             raise ConfigError(f"{path}: model.model_config.{key} is {value!r}, but on CPU it must be 'float32'")
+    compute, moe = getattr(model_config, "compute_dtype", "float32"), getattr(model_config, "moe_config", None)
+    in_kernels = moe is not None and (moe.expert_num == 1 or (moe.use_gmm and moe.use_fused_ops_permute))
+    if compute != "float32" and not (compute == "bfloat16" and in_kernels):
+        raise ConfigError(
+            f"{path}: model.model_config.compute_dtype is {compute!r}, but on CPU it must be 'float32', or 'bfloat16' "
+            "with moe_config.use_gmm and moe_config.use_fused_ops_permute True"
+        )
 
 
 def one_device_degrees(config: dict, degrees: dict) -> dict:

@@ -311,6 +311,14 @@ def core_attention(config, scale: float) -> nn.Cell:
     return FlashAttention(config, scale) if fused(config.use_flash_attention) else BasicAttention(config, scale)
 
 
+def activation_type(config):
+    """Type of values between operators: compute_dtype; on CPU, which cannot cut, add or repeat bfloat16, float32.
+
+    There the kernels convert: matrix products take bfloat16, sum in float32 and round their result to bfloat16.
+    """
+    return mstype.float32 if on_cpu() else getattr(mstype, config.compute_dtype)
+
+
 def score_mask(config):
     """Function (sequence length, attention_mask) -> the mask that `core_attention` takes; 1 may not be attended."""
     flash = config.use_flash_attention

@@ -10,11 +10,12 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models import SIZES, configuration, step_flops
+from models import SIZES
 
 WORKER = Path(__file__).with_name("models.py")
 
@@ -42,15 +43,26 @@ class Side:
         return result["seconds"]
 
 
+def command_of(name: str, options: list[str]) -> list[str]:
+    """Command of a worker."""
+    return [sys.executable, str(WORKER), name, *options]
+
+
+def environment_of(threads: int) -> dict[str, str]:
+    """Environment in which both sides compute with `threads` threads."""
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "GLOG_v": "3"}
+
+
 def start(name: str, options: list[str], threads: int) -> Side:
     """Start a side's worker; its library messages go to this process's standard error."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "GLOG_v": "3"}
-    command = [sys.executable, str(WORKER), name, *options]
+    command, environment = command_of(name, options), environment_of(threads)
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return Side(name, subprocess.Popen(command, env=environment, **pipes))
 
 
-def compare(options: list[str], threads: int, rounds: int, steps: int, names=("torch", "ours")) -> dict[str, Side]:
+def compare(
+    options: list[str], threads: int, rounds: int, steps: int, names=("torch", "ours"), quiet: bool = False
+) -> dict[str, Side]:
     """Train the sides by turns, `rounds` times `steps` steps after two to warm up."""
     sides = {}
     try:
@@ -58,7 +70,8 @@ def compare(options: list[str], threads: int, rounds: int, steps: int, names=("t
             begin = time.perf_counter()
             sides[name] = start(name, options, threads)
             sides[name].train(1)
-            print(f"{name}: first step {time.perf_counter() - begin:.1f} s after start", flush=True)
+            if not quiet:
+                print(f"{name}: first step {time.perf_counter() - begin:.1f} s after start", flush=True)
             sides[name].train(1)
         for _ in range(rounds):
             for side in sides.values():
@@ -92,15 +105,18 @@ def main() -> None:
     parser.add_argument("--model", default="{}", help="values of model_config that differ, as JSON")
     parser.add_argument("--moe", default="{}", help="values of moe_config that differ, as JSON")
     args = parser.parse_args()
-    config = configuration(args.size, json.loads(args.model), json.loads(args.moe))
-    tokens = args.batch * config.seq_length
     peak = sgemm_peak(args.threads)
     print(f"load {os.getloadavg()[0]:.2f}, {args.threads} threads, sgemm peak {peak / 1e9:.0f} GFLOP/s")
-    options = ["--size", args.size, "--batch", str(args.batch), "--model", args.model, "--moe", args.moe]
-    sides = compare(options, args.threads, args.rounds, args.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--size", args.size, "--batch", str(args.batch), "--model", args.model, "--moe", args.moe]
+        options += ["--folder", folder]
+        command, environment = command_of("prepare", options), environment_of(args.threads)
+        prepared = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        step = json.loads(prepared.stdout)
+        sides = compare(options, args.threads, args.rounds, args.steps)
     for side in sides.values():
         seconds = statistics.median(side.seconds)
-        speed, share = tokens / seconds, step_flops(config, args.batch) / seconds / peak
+        speed, share = step["tokens"] / seconds, step["flops"] / seconds / peak
         print(
             f"{side.name:6} {speed:8.0f} tokens/s  {100 * share:5.1f} % of sgemm peak  "
             f"{side.peak_bytes / 2**20:6.0f} MiB peak  losses {side.losses[0]:.6f} ... {side.losses[-1]:.6f}"

@@ -2,7 +2,8 @@
 
 Both train the same model from the same weights on the same batch: transformers' DeepseekV3ForCausalLM with torch's
 fused AdamW, and ours as its YAML runs it. A worker reads lines from its standard input and answers each with a line of
-JSON: a number n = train n steps; end of input = stop.
+JSON: a number n = train n steps; end of input = stop. `prepare` writes what the torch side starts from, so that its
+process loads nothing of ours.
 """
 
 import argparse
@@ -73,16 +74,29 @@ def batch_of(config, batch: int) -> tuple[np.ndarray, np.ndarray]:
     return ids[:, :-1], ids[:, 1:]
 
 
-def torch_step(config, batch: int):
-    """Function that trains one step of transformers' model and returns the loss."""
-    import torch
+def prepare(config, batch: int, folder: Path) -> None:
+    """Write transformers' configuration, the weights and the batch into `folder`."""
     from helpers.hf_reference import hf_model
+    from safetensors.numpy import save_file
+
+    (folder / "config.json").write_text(hf_model(config).config.to_json_string(use_diff=False))
+    save_file({name: np.ascontiguousarray(value) for name, value in weights_of(config).items()}, folder / "weights")
+    np.savez(folder / "batch.npz", *batch_of(config, batch))
+
+
+def torch_step(folder: Path):
+    """Function that trains one step of transformers' model from what `prepare` wrote, and returns the loss."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    model = hf_model(config)
-    model.set_attn_implementation("sdpa")
-    model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights_of(config).items()})
-    ids, labels = (torch.from_numpy(x).long() for x in batch_of(config, batch))
+    config = DeepseekV3Config.from_json_file(folder / "config.json")
+    config._attn_implementation = "sdpa"
+    model = DeepseekV3ForCausalLM(config).float().train()
+    model.load_state_dict(load_file(folder / "weights"))
+    with np.load(folder / "batch.npz") as stored:
+        ids, labels = (torch.from_numpy(stored[name]).long() for name in ("arr_0", "arr_1"))
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, **ADAMW, fused=True)
 
     def step() -> float:
@@ -118,18 +132,8 @@ def our_step(config, batch: int):
     return lambda: float(cell(ids, labels)[0].asnumpy())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("side", choices=("torch", "ours"))
-    parser.add_argument("--size", default="tiny", choices=SIZES)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--model", type=json.loads, default={}, help="values of model_config that differ, as JSON")
-    parser.add_argument("--moe", type=json.loads, default={}, help="values of moe_config that differ, as JSON")
-    args = parser.parse_args()
-    answer = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
-    config = configuration(args.size, args.model, args.moe)
-    step = (torch_step if args.side == "torch" else our_step)(config, args.batch)
+def answer_turns(step, answer) -> None:
+    """Train as many steps as each line of the standard input says."""
     for line in sys.stdin:
         start, losses = time.perf_counter(), []
         for _ in range(int(line)):
@@ -137,6 +141,28 @@ def main() -> None:
         seconds = (time.perf_counter() - start) / len(losses)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({"seconds": seconds, "losses": losses, "peak_bytes": peak}), file=answer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("side", choices=("prepare", "torch", "ours"))
+    parser.add_argument("--folder", type=Path, help="what `prepare` writes and `torch` reads")
+    parser.add_argument("--size", default="tiny", choices=SIZES)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--model", type=json.loads, default={}, help="values of model_config that differ, as JSON")
+    parser.add_argument("--moe", type=json.loads, default={}, help="values of moe_config that differ, as JSON")
+    args = parser.parse_args()
+    answer = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    if args.side == "torch":
+        answer_turns(torch_step(args.folder), answer)
+        return
+    config = configuration(args.size, args.model, args.moe)
+    if args.side == "ours":
+        answer_turns(our_step(config, args.batch), answer)
+        return
+    prepare(config, args.batch, args.folder)
+    print(json.dumps({"flops": step_flops(config, args.batch), "tokens": args.batch * config.seq_length}), file=answer)
 
 
 if __name__ == "__main__":

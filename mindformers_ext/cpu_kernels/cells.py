@@ -166,6 +166,7 @@ class GroupedMatmul(nn.Cell):
         super().__init__()
         input_grad = custom("GroupedMatmulInputGrad", lambda d, w, e: (d[0], w[1]), lambda d, w, e: d)
         weight_grad = custom("GroupedMatmulWeightGrad", lambda x, d, e: (e[0], x[1], d[1]), lambda x, d, e: x)
+        self.input_grad, self.weight_grad = input_grad, weight_grad
 
         def bprop(x, weight, group_ends, out, dout):
             dx, dweight = input_grad(dout, weight, group_ends), weight_grad(x, dout, group_ends)

@@ -116,32 +116,56 @@ void flash_attention(const Call& call) {
   out.store();
 }
 
-struct Head {  // pointers to one head
+struct Head {  // pointers to one head; out is null when it was rounded to bfloat16
   const float *q, *k, *v, *out, *dout, *log_sum;
   float *dq, *dk, *dv;
 };
 
+// p = P and dp = dO V^T of one block.
+void probability_block(const Shapes& s, int64_t b, const Head& h, int64_t query, int64_t rows, int64_t key,
+                       int64_t columns, float* p, float* dp) {
+  const int64_t width = s.value_width;
+  score_block(s, b, h.q, h.k, query, rows, key, columns, p);
+  multiply(rows, columns, width, {h.dout + query * width, width}, {h.v + key * width, width, true}, dp, kBlock);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float log_sum = h.log_sum[query + i];
+    for (int64_t j = 0; j < columns; ++j) p[i * kBlock + j] = exponential(p[i * kBlock + j] - log_sum);
+  }
+}
+
+// delta = rowsum(dO O) of a block of queries; without an exact O it is rowsum(P dO V^T), the same number.
+void row_deltas(const Shapes& s, int64_t b, const Head& h, int64_t query, int64_t rows, float* p, float* dp,
+                float* delta) {
+  const int64_t width = s.value_width;
+  for (int64_t i = 0; i < rows; ++i) {
+    delta[i] = h.out == nullptr ? 0.0f : dot(h.out + (query + i) * width, h.dout + (query + i) * width, width);
+  }
+  if (h.out != nullptr) return;
+  for (int64_t key = 0, visible = visible_keys(s, query + rows); key < visible; key += kBlock) {
+    const int64_t columns = std::min(kBlock, visible - key);
+    probability_block(s, b, h, query, rows, key, columns, p, dp);
+    for (int64_t i = 0; i < rows; ++i) delta[i] += dot(p + i * kBlock, dp + i * kBlock, columns);
+  }
+}
+
 void attend_grad(const Shapes& s, int64_t b, const Head& h) {
   const int64_t width = s.value_width;
-  const Scratch memory(2 * kBlock * kBlock + s.queries);
+  const Scratch memory(2 * kBlock * kBlock + kBlock);
   float *p = memory.get(), *ds = p + kBlock * kBlock, *delta = ds + kBlock * kBlock;
-  for (int64_t i = 0; i < s.queries; ++i) delta[i] = dot(h.out + i * width, h.dout + i * width, width);
   std::fill_n(h.dq, s.queries * s.key_width, 0.0f);
   std::fill_n(h.dk, s.keys * s.key_width, 0.0f);
   std::fill_n(h.dv, s.keys * width, 0.0f);
   for (int64_t query = 0; query < s.queries; query += kBlock) {
     const int64_t rows = std::min(kBlock, s.queries - query);
+    row_deltas(s, b, h, query, rows, p, ds, delta);
     for (int64_t key = 0, visible = visible_keys(s, query + rows); key < visible; key += kBlock) {
       const int64_t columns = std::min(kBlock, visible - key);
-      score_block(s, b, h.q, h.k, query, rows, key, columns, p);
-      multiply(rows, columns, width, {h.dout + query * width, width}, {h.v + key * width, width, true}, ds, kBlock);
+      probability_block(s, b, h, query, rows, key, columns, p, ds);
       for (int64_t i = 0; i < rows; ++i) {
-        float *prob = p + i * kBlock, *grad = ds + i * kBlock;
-        const float log_sum = h.log_sum[query + i], d = delta[query + i];
-        for (int64_t j = 0; j < columns; ++j) {
-          prob[j] = exponential(prob[j] - log_sum);
-          grad[j] = prob[j] * (grad[j] - d);
-        }
+        const float* prob = p + i * kBlock;
+        const float d = delta[i];
+        float* grad = ds + i * kBlock;
+        for (int64_t j = 0; j < columns; ++j) grad[j] = prob[j] * (grad[j] - d);
       }
       multiply(columns, width, rows, {p, kBlock, true}, {h.dout + query * width, width}, h.dv + key * width, width, 1);
       multiply(rows, s.key_width, columns, {ds, kBlock}, {h.k + key * s.key_width, s.key_width},
@@ -158,11 +182,13 @@ void flash_attention_grad(const Call& call) {
   const Shapes s = shapes_of(call, 1, 2, 3, masked ? &call[6] : nullptr);
   const Input dout(call[0]), q(call[1]), k(call[2]), v(call[3]), out(call[4]), log_sum(call[5]);
   Output dq(call[call.size() - 3]), dk(call[call.size() - 2]), dv(call[call.size() - 1]);
+  const float* exact = call[4].type == DType::kFloat32 ? out.get() : nullptr;
   parallel(s.batch * s.heads, [&](int64_t head) {
     const int64_t query = head * s.queries * s.key_width, key = head * s.keys * s.key_width;
     const int64_t value = head * s.keys * s.value_width, context = head * s.queries * s.value_width;
-    attend_grad(s, head / s.heads, {q + query, k + key, v + value, out + context, dout + context,
-                                    log_sum + head * s.queries, dq + query, dk + key, dv + value});
+    attend_grad(s, head / s.heads,
+                {q + query, k + key, v + value, exact == nullptr ? nullptr : exact + context, dout + context,
+                 log_sum + head * s.queries, dq + query, dk + key, dv + value});
   });
   dq.store();
   dk.store();

@@ -21,6 +21,7 @@ from mindspore.common.initializer import Normal, initializer
 from sharding import expert_group, loss_axes, place, run_locally, shard, share_graph
 
 from mindformers_ext.fused_ops import (
+    activation_type,
     core_attention,
     embedding,
     head_loss,
@@ -58,17 +59,18 @@ class RMSNorm(nn.Cell):
 
 
 class Linear(nn.Cell):
-    """x W^T in compute_dtype; the weight is (out, in) as in HuggingFace."""
+    """x W^T in compute_dtype, as the type of activations; the weight is (out, in) as in HuggingFace."""
 
     def __init__(self, config, in_dim: int, out_dim: int, axes: str):
         super().__init__()
         self.weight = weight(config, out_dim, in_dim)
-        self.compute_dtype = getattr(mstype, config.compute_dtype)
+        self.compute_dtype, self.out_type = getattr(mstype, config.compute_dtype), activation_type(config)
         self.matmul = matrix_product()
         shard(self, axes, config)
 
     def construct(self, x):
-        return self.matmul(ops.cast(x, self.compute_dtype), ops.cast(self.weight, self.compute_dtype))
+        y = self.matmul(ops.cast(x, self.compute_dtype), ops.cast(self.weight, self.compute_dtype))
+        return ops.cast(y, self.out_type)
 
 
 class AdaptedLinear(Linear):
@@ -82,7 +84,8 @@ class AdaptedLinear(Linear):
 
     def construct(self, x):
         x = ops.cast(x, self.compute_dtype)
-        return self.add_lora(self.matmul(x, ops.cast(self.weight, self.compute_dtype)), self.lora(x))
+        y = self.add_lora(self.matmul(x, ops.cast(self.weight, self.compute_dtype)), self.lora(x))
+        return ops.cast(y, self.out_type)
 
 
 def projection(config, target: str, in_dim: int, out_dim: int, axes: str) -> Linear:
@@ -274,7 +277,7 @@ class MixtureOfExperts(nn.Cell):
         self.dispatch = policy(config, expert_group(config))
         self.balance = BalanceLoss(config)
         self.counts_unbiased = self.balance.active and self.gate.has_bias
-        self.compute_dtype = getattr(mstype, config.compute_dtype)
+        self.compute_dtype, self.out_type = getattr(mstype, config.compute_dtype), activation_type(config)
         program = self._adapted if self.experts.adapted else self._local
         self.local = run_locally(program, self._local_shapes, self._local_types, config)
         self.count_mul, self.count = ops.Mul(), ops.ReduceSum()
@@ -307,6 +310,7 @@ class MixtureOfExperts(nn.Cell):
         """
         topk_weights, topk_ids, scores, logits, chosen, unbiased = self.gate.route_and_count(x, gate_weight, bias)
         y = self.dispatch.run(ops.cast(x, self.compute_dtype), topk_weights, topk_ids, gate_up, down)
+        y = ops.cast(y, self.out_type)
         return y, chosen, unbiased if self.counts_unbiased else chosen, scores, logits
 
     def _local_shapes(self, x, gate_weight, *_):
@@ -314,7 +318,7 @@ class MixtureOfExperts(nn.Cell):
         return x, per_expert, per_expert, per_expert, per_expert
 
     def _local_types(self, *_):
-        return (self.compute_dtype,) + (mstype.float32,) * 4
+        return (self.out_type,) + (mstype.float32,) * 4
 
 
 class BalanceLoss(nn.Cell):
@@ -406,13 +410,13 @@ class Embedding(nn.Cell):
     def __init__(self, config):
         super().__init__()
         self.weight = weight(config, config.vocab_size, config.hidden_size)
-        self.compute_dtype = getattr(mstype, config.compute_dtype)
+        self.out_type = activation_type(config)
         self.look_up = embedding()
         shard(self.look_up, "embedding", config)
 
     def construct(self, ids):
         """(T, H) <- ids (T,)."""
-        return ops.cast(self.look_up(self.weight, ids), self.compute_dtype)
+        return ops.cast(self.look_up(self.weight, ids), self.out_type)
 
 
 class DeepseekV2Model(nn.Cell):
@@ -520,7 +524,8 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
         labels = ops.maximum(labels.reshape((-1,)), 0)  # ignored labels are negative; the mask leaves them out
         loss_mask = loss_mask.reshape((-1,))
         if self.training and self.head_loss is not None:
-            return self.head_loss(hidden, ops.cast(self.lm_head.weight, hidden.dtype), labels, loss_mask)
+            head, dtype = self.lm_head.weight, self.lm_head.compute_dtype
+            return self.head_loss(ops.cast(hidden, dtype), ops.cast(head, dtype), labels, loss_mask)
         return self.loss(self.lm_head(hidden), labels, loss_mask).reshape((1,))
 
     def _token_mask(self, input_ids, labels):

@@ -1,0 +1,113 @@
+"""Ascend's fused operators on hand-made graphs: what the lowering makes of them, and what it refuses."""
+
+import mindspore.train.mind_ir_pb2 as pb
+import pytest
+
+from mindformers_ext.cpu_parallel.inlining import reference
+from mindformers_ext.cpu_parallel.lowering import attributes_of, lower
+
+
+class Model:
+    """A MindIR model that grows node by node."""
+
+    def __init__(self):
+        self.proto = pb.ModelProto()
+        self.proto.graph.output.add(name="out")
+
+    def constant(self, name: str, value: float | int | None) -> str:
+        node = self.proto.graph.node.add(op_type="Constant", output=[name], name=name)
+        kinds = {int: ("i", pb.AttributeProto.INT64), float: ("f", pb.AttributeProto.FLOAT)}
+        field, kind = kinds.get(type(value), (None, pb.AttributeProto.NONE))
+        node.attribute.add(name="value", type=kind, **({field: value} if field else {}))
+        return name
+
+    def apply(self, operator: str, inputs: list[str], output: str, *shapes: tuple[int, ...]) -> str:
+        """Add a node; several shapes make a tuple."""
+        self.proto.primitives.add(name=f"P{output}", op_type=operator, prim_type=pb.PrimitiveProto.PRIMITIVE)
+        node = self.proto.graph.node.add(op_type=f"REF::P{output}", input=inputs, output=[output], name=output)
+        tensors = [pb.TensorProto(dims=shape, data_type=pb.TensorProto.FLOAT) for shape in shapes]
+        shape = node.attribute.add(name="shape")
+        if len(tensors) == 1 and operator != "GroupedMatmul":
+            shape.type = pb.AttributeProto.TENSORS
+            shape.tensors.extend(tensors)
+        else:
+            shape.type = pb.AttributeProto.TUPLE
+            for tensor in tensors:
+                shape.values.add(type=pb.AttributeProto.TENSORS, tensors=[tensor])
+        return output
+
+    def lowered(self, output: str) -> tuple[str, list[str], dict]:
+        """Kernel, inputs and attributes of the node that makes `output` after lowering."""
+        lower(self.proto, 0, 1)
+        node = next(node for node in self.proto.graph.node if node.output[0] == output)
+        primitive = next(p for p in self.proto.primitives if p.name == reference(node))
+        attributes = attributes_of(primitive)
+        return attributes.get("func_name", "").split(":")[-1], list(node.input), attributes
+
+
+def attention(mode: int, before: int, after: int, queries: int = 16) -> Model:
+    model = Model()
+    for name, length in (("q", queries), ("k", 16), ("v", 16)):
+        model.apply("ReLU", [f"{name}_in"], name, (2, 4, length, 24))
+    rest = [None] * 3 + ["mask"] + [None] * 3 + [4, 1.0, 0.25, before, after, 0, 1, mode]
+    names = [x if x == "mask" else model.constant(f"c{i}", x) for i, x in enumerate(rest)]
+    shapes = [(2, 4, queries, 8)] * 2 + [(1,), (2, 4, queries, 24)]
+    model.apply("FlashAttentionScore", ["q", "k", "v", *names], "out", *shapes)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("mode", "after", "queries", "diagonal"), [(2, 0, 16, 0), (3, 0, 8, 8), (4, 0, 8, 8), (4, -8, 8, 0)]
+)
+def test_causal_attention(mode, after, queries, diagonal):
+    kernel, inputs, attributes = attention(mode, 2**31 - 1, after, queries).lowered("out")
+    assert (kernel, inputs) == ("FlashAttentionScore", ["q", "k", "v"])
+    assert float(attributes["scale"]) == 0.25 and float(attributes["diagonal"]) == diagonal
+
+
+def test_attention_with_a_mask():
+    assert attention(0, 0, 0).lowered("out")[:2] == ("FlashAttentionScore", ["q", "k", "v", "mask"])
+
+
+def test_attention_that_no_kernel_knows_is_refused():
+    with pytest.raises(ValueError, match="sparse_mode 7"):
+        attention(7, 0, 0).lowered("out")
+    with pytest.raises(ValueError, match="band of 3 earlier keys"):
+        attention(4, 3, 0).lowered("out")
+
+
+def test_rms_norm_takes_its_epsilon():
+    model = Model()
+    model.apply("RmsNorm", ["x", "w", model.constant("eps", 0.5)], "out", (4, 8), (4, 1))
+    kernel, inputs, attributes = model.lowered("out")
+    assert (kernel, inputs, attributes["eps"]) == ("RmsNorm", ["x", "w"], "0.5")
+
+
+def grouped_matmul(kind: int, transposed: str) -> Model:
+    model = Model()
+    axes = [model.constant("last", -1), model.constant("before", -2)]
+    operands = {"x": "x", "w": "w"}
+    if transposed:
+        operands[transposed] = model.apply("TransposeExtView", [transposed, *axes], "turned", (8, 4))
+    tuples = [model.apply("MakeTuple", [operand], f"{name}_tuple", (4, 8)) for name, operand in operands.items()]
+    nothing = [model.constant(f"none{i}", None) for i in range(5)]
+    numbers = [model.constant(f"n{i}", value) for i, value in enumerate((3, kind, 0, 0))]
+    model.apply("GroupedMatmul", [*tuples, *nothing, "ends", *numbers], "made", (4, 6))
+    model.apply("TupleGetItem", ["made", model.constant("zero", 0)], "out", (4, 6))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "transposed", "kernel"),
+    [(0, "", "GroupedMatmul"), (0, "w", "GroupedMatmulInputGrad"), (2, "x", "GroupedMatmulWeightGrad")],
+)
+def test_grouped_matmul_and_its_gradients(kind, transposed, kernel):
+    model = grouped_matmul(kind, transposed)
+    assert model.lowered("made/element")[:2] == (kernel, ["x", "w", "ends"])
+    nodes = {node.output[0]: node for node in model.proto.graph.node}
+    assert list(nodes["made"].input) == ["made/element"] and list(nodes["out"].input) == ["made", "zero"]
+
+
+def test_a_sum_over_groups_needs_a_transpose():
+    with pytest.raises(ValueError, match="first input is not a transpose"):
+        grouped_matmul(2, "").lowered("made")

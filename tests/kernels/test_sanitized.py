@@ -1,0 +1,30 @@
+"""The kernels under address and undefined-behaviour sanitizers, in a program of their own."""
+
+import subprocess
+from pathlib import Path
+
+import mindspore
+import pytest
+import scipy_openblas32
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("", "mindspore", "mindspore/core/include", "mindspore/ccsrc", "mindspore/ops/include", "third_party")
+
+
+@pytest.mark.slow
+def test_no_kernel_touches_memory_beside_its_tensors(tmp_path):
+    package, blas = Path(mindspore.__file__).parent, Path(scipy_openblas32.__file__).parent
+    include = [package / "include" / folder for folder in (*FOLDERS, "third_party/robin_hood_hashing")]
+    kernels = ROOT / "mindformers_ext" / "cpu_kernels"
+    command = ["g++", "-std=c++17", "-O1", "-g1", "-w", "-march=native", "-fopenmp-simd", "-fno-omit-frame-pointer"]
+    command += ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+    command += ["-D_GLIBCXX_USE_CXX11_ABI=0", "-DENABLE_FAST_HASH_TABLE=1", f"-I{kernels}", f"-I{blas / 'include'}"]
+    command += [f"-I{folder}" for folder in include]
+    command += [str(Path(__file__).with_name("sanitized_calls.cc")), *map(str, sorted(kernels.glob("*.cc")))]
+    for folder, library in ((package / "lib", "mindspore_core"), (blas / "lib", "scipy_openblas")):
+        command += [f"-L{folder}", f"-Wl,-rpath,{folder}", f"-l{library}"]
+    program = tmp_path / "sanitized"
+    subprocess.run([*command, "-pthread", "-Wl,--allow-shlib-undefined", "-o", str(program)], check=True)
+    environment = {"ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin"}
+    done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "all kernels ran" in done.stdout, done.stdout[-500:] + done.stderr[-4000:]
