@@ -85,8 +85,7 @@ def compile_ranks(
         out=folder,
         level=COMPILE,
         python_path=builder.python_path,
-        # The model then uses operators that CPU has.
-        environment={"CPU_PARALLEL_COMPILE": "1", "OMP_NUM_THREADS": "1"},
+        environment={"OMP_NUM_THREADS": "1"},
     )
     for result in rank_pool.compile_ranks(jobs, list(range(world_size)), workers or os.cpu_count() or 1):
         if result.status != rank_pool.COMPILED:

@@ -31,8 +31,6 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any], dict[str, Any]]] = {
     "mp2": ({"mp": 2}, {}, {}),
     "mp4": ({"mp": 4}, {}, {}),
     "dp2-mp2": ({"dp": 2, "mp": 2}, {}, {}),
-    "mp2-seq": ({"mp": 2}, {"parallel_config.use_seq_parallel": True}, {}),
-    "dp2-mp2-seq": ({"dp": 2, "mp": 2}, {"parallel_config.use_seq_parallel": True}, {}),
     "mp2-vocab": ({"mp": 2}, {"parallel_config.vocab_emb_dp": False}, {}),
     "cp2": ({"cp": 2}, {}, {}),
     "dp2-cp2-mp2": ({"dp": 2, "cp": 2, "mp": 2}, {}, {}),
@@ -110,7 +108,8 @@ class RunProblem:
             "use_parallel": True,
             "parallel": {"parallel_mode": 1, "full_batch": False, "search_mode": "sharding_propagation"},
             "parallel.dataset_strategy": [[degrees["dp"], 1]] * len(columns),
-            "parallel_config": {long: degrees[short] for short, long in SHORT.items()},
+            "parallel_config": {long: degrees[short] for short, long in SHORT.items()}
+            | {"use_seq_parallel": degrees["mp"] > 1},  # MindFormers refuses experts with mp alone
             "recompute_config": {},
             "model.model_config.offset": 0,
             "runner_config.batch_size": max(self.plan.global_batch // parts, 1),

@@ -299,4 +299,4 @@ def wants(setting, index: int, config) -> bool:
 def activations(layer: nn.Cell) -> list:
     """Cheap operators with large outputs, which select_recompute runs again instead of keeping."""
     ffn = layer.mlp.shared_experts if hasattr(layer.mlp, "shared_experts") else layer.mlp
-    return [getattr(ffn, name) for name in ("silu", "gate_mul") if hasattr(ffn, name)]
+    return [getattr(ffn.swiglu, name) for name in ("silu", "gate_mul") if hasattr(ffn.swiglu, name)]
