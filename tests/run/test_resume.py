@@ -162,7 +162,7 @@ def kill_and_resume(
             go_on = ["--load_checkpoint", f"{name}/checkpoint", "--resume_training", "True"]
         arguments = command("--output_dir", name, *options, *go_on)
         if not last:
-            kill_after_start(arguments, folder, output / "metrics.jsonl", moments.uniform(0, longest))
+            kill_after_start(arguments, folder, output, moments.uniform(0, longest))
     result = run_command(arguments, folder, timeout=900)
     nothing_left = result.returncode == 2 and "has trained" in result.stderr  # the last kill came too late
     assert nothing_left or result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
@@ -170,19 +170,27 @@ def kill_and_resume(
     assert not list(differences(open_source(output / "checkpoint"), open_source(reference / "checkpoint")))
 
 
-def kill_after_start(command: list[str], folder: Path, metrics_file: Path, seconds: float) -> None:
-    """Start a run, wait until it opens its metrics, and SIGKILL it `seconds` later (it may have ended before)."""
+def kill_after_start(command: list[str], folder: Path, output: Path, seconds: float) -> None:
+    """Start a run, wait until it has trained a step, and SIGKILL it `seconds` later (it may have ended before)."""
     environment = dict(os.environ, OMP_NUM_THREADS="1", GLOG_v="3")
-    before = metrics_file.stat().st_mtime_ns if metrics_file.exists() else 0
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    start = open_source(output / "checkpoint").meta.step if (output / "checkpoint/latest").exists() else 0
+    before = changed_at(output / "metrics.jsonl")
     with open(folder / "killed.log", "wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     deadline = time.monotonic() + 600
-    while process.poll() is None and (not metrics_file.exists() or metrics_file.stat().st_mtime_ns == before):
+    while process.poll() is None:
+        if changed_at(output / "metrics.jsonl") != before and len(metrics(output)) > start:
+            break
         assert time.monotonic() < deadline, "the run does not train"
         time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def changed_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def test_killed_run_equals_the_unbroken_one(trained: Path) -> None:
