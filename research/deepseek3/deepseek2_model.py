@@ -135,18 +135,20 @@ class RotaryEmbedding(nn.Cell):
         self.rotary_dtype = getattr(mstype, config.rotary_dtype)
         cos, sin = rope_tables(config)
         self.cos, self.sin = Tensor(cos, self.rotary_dtype), Tensor(sin, self.rotary_dtype)
-        self.rotary = rotary(config)
+        self.rotary, self.rotary_at = rotary(config), rotary(config)  # tables of one sequence, tables of each
         shard(self.rotary, axes, config)
+        shard(self.rotary_at, f"{axes}_at", config)
 
     def construct(self, x, position_ids=None):
         """x (B, N, S, D); position_ids (B, S) or None for 0..S-1."""
+        y = ops.cast(x, self.rotary_dtype)
         if position_ids is None:
             seq, dim = x.shape[2], x.shape[3]
             cos, sin = self.cos[:seq].reshape((1, 1, seq, dim)), self.sin[:seq].reshape((1, 1, seq, dim))
-        else:
-            cos = ops.gather(self.cos, position_ids, 0).expand_dims(1)  # (B, 1, S, D)
-            sin = ops.gather(self.sin, position_ids, 0).expand_dims(1)
-        return ops.cast(self.rotary(ops.cast(x, self.rotary_dtype), cos, sin), x.dtype)
+            return ops.cast(self.rotary(y, cos, sin), x.dtype)
+        cos = ops.gather(self.cos, position_ids, 0).expand_dims(1)  # (B, 1, S, D)
+        sin = ops.gather(self.sin, position_ids, 0).expand_dims(1)
+        return ops.cast(self.rotary_at(y, cos, sin), x.dtype)
 
 
 class MultiHeadLatentAttention(nn.Cell):

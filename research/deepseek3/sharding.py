@@ -67,7 +67,9 @@ def plans(config) -> dict[str, dict[str, tuple]]:
         },
         "core_attention": attention_plan(),
         "query_rotary": rotary_plan(heads()),
+        "query_rotary_at": rotary_plan(heads(), "dp"),
         "key_rotary": rotary_plan(("dp", NONE, "cp", NONE)),
+        "key_rotary_at": rotary_plan(("dp", NONE, "cp", NONE), "dp"),
         **lora_plans(tokens, width),
         # feed-forward
         "feed_forward": {"silu": (width,), "gate_mul": (width, width)},
@@ -146,9 +148,9 @@ def attention_plan() -> dict[str, tuple]:
     }
 
 
-def rotary_plan(x: tuple) -> dict[str, tuple]:
-    """Rotary operators on x (B, N, S, D) with tables (1, 1, S, D)."""
-    table = (NONE, NONE, x[2], NONE)
+def rotary_plan(x: tuple, batch: str = NONE) -> dict[str, tuple]:
+    """Rotary operators on x (B, N, S, D) with tables (1, 1, S, D), or (B, 1, S, D) with `batch` on dp."""
+    table = (batch, NONE, x[2], NONE)
     turn = dict.fromkeys(("first_cos", "first_sin", "second_cos", "second_sin"), (x, table))
     return {
         "rotary": (x, table, table),
