@@ -43,30 +43,30 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
         self.graph = None
         self.graph_path = own / "cpu.mindir"
         self.mirrored: list[tuple[Parameter, Parameter]] = []
+        self.full_shapes: dict[str, tuple[int, ...]] = {}  # of the model's parameters; the graph's have the same names
 
     def __call__(self, *inputs):
         """One step; outputs of the graph: loss, overflow, loss scale, learning rate, gradient norm."""
         if self.graph is None:
             self._load_graph()
-        for ours, theirs in self.mirrored:
-            ours.set_data(Tensor(theirs.asnumpy(), ours.dtype))
+        self._take_changes()
         outputs = self.graph(*(self._own_part(x, i) for i, x in enumerate(inputs)))
         for ours, theirs in self.mirrored:
             theirs.set_data(Tensor(ours.asnumpy(), theirs.dtype))
         return outputs
 
     def stored(self) -> Iterator[tuple[str, StoredParameter]]:
-        """(name, what this rank holds) of every parameter of its graph, gradient buffers left out.
-
-        What callbacks change on the model is taken from there; the graph gets it before its next step.
-        """
-        whole = self._whole_parameters()
-        current = {ours.name: theirs for ours, theirs in self.mirrored}
+        """(name, what this rank holds) of every parameter of its graph, gradient buffers left out."""
+        self._take_changes()
         for parameter in self.graph.get_parameters():
             if not parameter.name.startswith(ACCUMULATORS):
-                shape = whole[parameter.name].shape
-                value = current.get(parameter.name, parameter)
-                yield parameter.name, StoredParameter(value, shape, self._shard(parameter, shape))
+                shape = self.full_shapes[parameter.name]
+                yield parameter.name, StoredParameter(parameter, shape, self._shard(parameter, shape))
+
+    def _take_changes(self) -> None:
+        """What callbacks have written on the model since the last step."""
+        for ours, theirs in self.mirrored:
+            ours.set_data(Tensor(theirs.asnumpy(), ours.dtype))
 
     def _whole_parameters(self) -> dict[str, Parameter]:
         return {parameter.name: parameter for parameter in self.get_parameters()}
@@ -80,6 +80,7 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
     def _load_graph(self) -> None:
         """Load the graph and give it this rank's part of the values that model and optimizer have now."""
         whole = self._whole_parameters()
+        self.full_shapes = {name: tuple(parameter.shape) for name, parameter in whole.items()}
         graph = load_graph(self.graph_path)
         weights = {parameter.name for parameter in self.optimizer.parameters}
         for parameter in graph.get_parameters():

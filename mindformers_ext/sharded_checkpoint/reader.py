@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,6 +89,8 @@ class Checkpoint:
             raise ConfigError(f"{folder}: has format {content.get('format')}, but this program reads {FORMAT}")
         self.meta = Meta(**content)
         self.layout = Layout.from_json(read_signed_json(folder / "layout.json"))
+        self._parts: dict[int, dict[str, StoredTensor]] = {}  # by rank, opened when they are asked for
+        self._private: dict[int, dict[str, Any]] = {}
         self._check_files()
 
     def _check_files(self) -> None:
@@ -122,14 +123,6 @@ class Checkpoint:
             self._parts[rank], metadata = read_header(path)
             self._private[rank] = json.loads(metadata["private"])
         return self._parts[rank]
-
-    @cached_property
-    def _parts(self) -> dict[int, dict[str, StoredTensor]]:
-        return {}
-
-    @cached_property
-    def _private(self) -> dict[int, dict[str, Any]]:
-        return {}
 
     def private(self, rank: int) -> dict[str, Any]:
         """What rank `rank` kept for itself; of another rank when fewer ranks saved."""

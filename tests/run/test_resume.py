@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from mindformers_ext.run_modes import find_checkpoint
 from mindformers_ext.sharded_checkpoint.audit import differences, verify_all
 from mindformers_ext.sharded_checkpoint.reader import open_source
 
-from .conftest import ROOT, TOY, run_mindformer
+from .conftest import ROOT, TOY, run_command, run_mindformer
 
 EXACT = ("loss", "main_loss", "grad_norm", "lr", "expert_load")
 
@@ -100,7 +102,7 @@ REFUSED = [
     pytest.param(["--model.model_config.vocab_size", "128"], "is of a model with vocab_size 64, not 128", id="model"),
     pytest.param(
         ["--train_dataset.data_loader.config.random_seed", "7"],
-        "stands at sample 0 of other data",
+        "stands at sample 16 of other data",
         id="data",
         marks=pytest.mark.slow,
     ),
@@ -115,8 +117,8 @@ REFUSED = [
 
 @pytest.mark.parametrize("arguments,words", REFUSED)
 def test_what_does_not_fit_is_one_sentence(trained: Path, toy_folder: Path, arguments: list[str], words: str) -> None:
-    command = ["--runner_config.epochs", "2", *arguments]
-    result = resume(toy_folder, "refused", "straight/checkpoint", *command)
+    step = "step_000016" if "epochs" in words else "step_000004"
+    result = resume(toy_folder, "refused", "straight/checkpoint", "--runner_config.epochs", "2", *arguments, step=step)
     assert result.returncode == 2, result.stderr[-2000:]
     assert words in result.stderr.strip().splitlines()[-1]
     assert not (toy_folder / "refused/checkpoint/latest").exists()
@@ -137,39 +139,49 @@ SHORT = ["--runner_config.epochs", "2"]
 LONG = ["--runner_config.epochs", "40", "--callbacks.0.save_checkpoint_steps", "3", "--callbacks.0.async_save", "True"]
 
 
-def kill_and_resume(reference: Path, name: str, options: list[str], kills: int, longest: float) -> None:
-    """Kill a run again and again at random moments after its first step, go on each time, compare with an unbroken one.
+def toy_command(*arguments: str) -> list[str]:
+    """A run of the toy in one process."""
+    command = [sys.executable, str(ROOT / "run_mindformer.py"), "--config", str(TOY / "train_toy.yaml")]
+    return [*command, "--register_path", str(TOY), *arguments]
 
-    `longest` seconds pass at most between a run's first step and its kill. The last run ends by itself.
+
+def kill_and_resume(
+    command: Callable[..., list[str]], options: list[str], reference: Path, name: str, kills: int, longest: float
+) -> None:
+    """Kill a run again and again at random moments after it began to train, go on each time, compare with `reference`.
+
+    `command(*arguments)` starts a run. `longest` seconds pass at most between the start of a training and its kill.
+    The last run ends by itself.
     """
-    toy_folder, output = reference.parent, reference.parent / name
+    folder, output = reference.parent, reference.parent / name
     moments = random.Random(kills)
-    for _ in range(kills):
+    for last in [False] * kills + [True]:
         go_on = []
         if (output / "checkpoint/latest").exists():
-            go_on = ["--load_checkpoint", f"{name}/checkpoint", "--resume_training", "True"]
-        command = [sys.executable, str(ROOT / "run_mindformer.py"), "--config", str(TOY / "train_toy.yaml")]
-        command += ["--register_path", str(TOY), "--output_dir", name, *options, *go_on]
-        kill_after_first_step(command, toy_folder, output / "metrics.jsonl", moments.uniform(0, longest))
-        if (output / "checkpoint/latest").exists():
             verify_all(open_source(output / "checkpoint"))
-    go_on = ["--load_checkpoint", f"{name}/checkpoint", "--resume_training", "True"]
-    go_on = go_on if (output / "checkpoint/latest").exists() else []
-    result = run_mindformer(toy_folder, "--output_dir", name, *options, *go_on)
-    nothing_left = result.returncode == 2 and "has trained" in result.stderr  # the kill came too late
-    assert nothing_left or result.returncode == 0, result.stderr[-3000:]
+            go_on = ["--load_checkpoint", f"{name}/checkpoint", "--resume_training", "True"]
+        arguments = command("--output_dir", name, *options, *go_on)
+        if not last:
+            kill_after_start(arguments, folder, output, moments.uniform(0, longest))
+    result = run_command(arguments, folder, timeout=900)
+    nothing_left = result.returncode == 2 and "has trained" in result.stderr  # the last kill came too late
+    assert nothing_left or result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert check_same_steps(output, reference) == [record["step"] for record in metrics(reference)]
     assert not list(differences(open_source(output / "checkpoint"), open_source(reference / "checkpoint")))
 
 
-def kill_after_first_step(command: list[str], folder: Path, metrics_file: Path, seconds: float) -> None:
-    """Start a run, wait until it writes its metrics, and SIGKILL it `seconds` later (it may have ended before)."""
+def kill_after_start(command: list[str], folder: Path, output: Path, seconds: float) -> None:
+    """Start a run, wait until it has trained a step, and SIGKILL it `seconds` later (it may have ended before)."""
     environment = dict(os.environ, OMP_NUM_THREADS="1", GLOG_v="3")
-    before = metrics_file.stat().st_mtime_ns if metrics_file.exists() else 0
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    start = open_source(output / "checkpoint").meta.step if (output / "checkpoint/latest").exists() else 0
+    before = changed_at(output / "metrics.jsonl")
     with open(folder / "killed.log", "wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and (not metrics_file.exists() or metrics_file.stat().st_mtime_ns == before):
+    deadline = time.monotonic() + 600
+    while process.poll() is None:
+        if changed_at(output / "metrics.jsonl") != before and len(metrics(output)) > start:
+            break
         assert time.monotonic() < deadline, "the run does not train"
         time.sleep(0.01)
     time.sleep(seconds)
@@ -177,12 +189,51 @@ def kill_after_first_step(command: list[str], folder: Path, metrics_file: Path, 
     process.wait()
 
 
+def changed_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def test_killed_run_equals_the_unbroken_one(trained: Path) -> None:
-    kill_and_resume(trained, "killed", SHORT, kills=1, longest=0.3)
+    kill_and_resume(toy_command, SHORT, trained, "killed", kills=1, longest=0.3)
 
 
 @pytest.mark.slow
 def test_twenty_kills(toy_folder: Path) -> None:
     result = run_mindformer(toy_folder, "--output_dir", "unbroken", *LONG)
     assert result.returncode == 0, result.stderr[-3000:]
-    kill_and_resume(toy_folder / "unbroken", "killed_often", LONG, kills=20, longest=1.5)
+    kill_and_resume(toy_command, LONG, toy_folder / "unbroken", "killed_often", kills=20, longest=1.5)
+
+
+TINY = ROOT / "research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny_8p.yaml"
+SMALL = {
+    "parallel_config.pipeline_stage": 1,
+    "model.model_config.num_layers": 2,
+    "model.model_config.hidden_size": 64,
+    "model.model_config.intermediate_size": 64,
+    "moe_config.moe_intermediate_size": 32,
+    "model.model_config.seq_length": 16,
+    "train_dataset.data_loader.config.seq_length": 16,
+    "eval_dataset.data_loader.config.seq_length": 16,
+    "train_dataset.data_loader.config.data_path": "['1','toy_text_document']",
+    "train_dataset.data_loader.sizes": "[40,0,0]",
+    "processor.tokenizer.tokenizer_file": "tokenizer.json",
+    "callbacks.2.save_checkpoint_steps": 2,
+}
+
+
+def four_ranks(*arguments: str) -> list[str]:
+    """DeepSeek-V3 in small over four ranks (dp2 mp2 ep2, optimizer and sequence parallel), each a process on CPU."""
+    words = [f"run_mindformer.py --config {TINY}", *(f"--{key} {value}" for key, value in SMALL.items()), *arguments]
+    output = arguments[arguments.index("--output_dir") + 1]
+    launcher = ["bash", str(ROOT / "scripts/msrun_launcher.sh"), " ".join(words), "4", "4", "127.0.0.1", "18348", "0"]
+    return [*launcher, f"{output}/log", "True", "600"]
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_four_ranks(toy_folder: Path) -> None:
+    """The launcher is killed, and the ranks with it."""
+    reference = toy_folder / "ranks"
+    result = run_command(four_ranks("--output_dir", "ranks"), toy_folder, timeout=900)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    shutil.copytree(reference / "compiled_ranks", toy_folder / "ranks_killed/compiled_ranks")
+    kill_and_resume(four_ranks, [], reference, "ranks_killed", kills=20, longest=4.0)

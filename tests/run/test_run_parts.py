@@ -25,7 +25,7 @@ def test_device_peak() -> None:
 
 def test_a_resumed_run_rewrites_the_steps_after_its_start(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 10)))
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 10)) + '{"step": 10, "lo')
     keep_lines_until(path, 6)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     keep_lines_until(path, 0)
