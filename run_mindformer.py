@@ -85,6 +85,12 @@ def parse_overrides(rest: list[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
+def all_overrides(options: argparse.Namespace, rest: list[str]) -> list[tuple[str, Any]]:
+    """Every key of the YAML that the command line sets."""
+    named = [(key, getattr(options, name)) for name, key, *_ in OPTIONS if getattr(options, name) is not None]
+    return parse_overrides(rest) + named
+
+
 def find(path: str) -> Path:
     """A path as given, or relative to the folder of this script."""
     return Path(path) if Path(path).exists() else HERE / path
@@ -105,9 +111,7 @@ def run(arguments: list[str]) -> None:
     options, rest = build_parser().parse_known_args(arguments)
     path = find(options.config)
     config = load_yaml(path)
-    overrides = parse_overrides(rest)
-    overrides += [(key, getattr(options, name)) for name, key, *_ in OPTIONS if getattr(options, name) is not None]
-    for key, value in overrides:
+    for key, value in all_overrides(options, rest):
         override(config, key, value, path)
     prepare_environment(options.register_path, config.get("output_dir", "./output"))
     logging.disable(logging.WARNING)  # MindFormers tells of optional packages that are missing

@@ -1,26 +1,27 @@
 """Build the C++ extensions; everything else is declared in pyproject.toml."""
 
 import importlib.util
+import platform
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import Extension, setup
 
 
-def mindspore_folder() -> Path:
-    """Folder of the installed MindSpore, whose headers and core library the Custom operators are built against."""
-    spec = importlib.util.find_spec("mindspore")
+def package_folder(name: str, requirement: str) -> Path:
+    """Folder of an installed package whose headers and library the Custom operators are built against."""
+    spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise SystemExit(
-            "The C++ operators are compiled against MindSpore's own headers: install MindSpore first "
-            "(pip install mindspore==2.9.0), then this project with `pip install --no-build-isolation .`"
+            f"The C++ operators are compiled against {name}'s own headers: install it first "
+            f"(pip install {requirement}), then this project with `pip install --no-build-isolation .`"
         )
     return Path(spec.origin).parent
 
 
 def custom_operator(name: str, sources: list[str], depends: list[str]) -> Extension:
     """A shared library of MindSpore AOT Custom operators (loaded by path, not imported)."""
-    mindspore = mindspore_folder()
+    mindspore = package_folder("mindspore", "mindspore==2.9.0")
     include = mindspore / "include"
     return Extension(
         name,
@@ -47,6 +48,25 @@ def custom_operator(name: str, sources: list[str], depends: list[str]) -> Extens
     )
 
 
+def cpu_kernels() -> Extension:
+    """The CPU kernels of the fused operators: vector code, and OpenBLAS for the matrix products."""
+    folder = Path("mindformers_ext/cpu_kernels")
+    extension = custom_operator(
+        "mindformers_ext.cpu_kernels._kernels",
+        sorted(map(str, folder.glob("*.cc"))),
+        sorted(map(str, folder.glob("*.h"))),
+    )
+    openblas = package_folder("scipy_openblas32", "scipy-openblas32")
+    extension.include_dirs.append(str(openblas / "include"))
+    extension.library_dirs.append(str(openblas / "lib"))
+    extension.libraries.append("scipy_openblas")
+    extension.extra_link_args += [f"-Wl,-rpath,{openblas / 'lib'}", "-pthread"]
+    extension.extra_compile_args += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+    if platform.machine() == "x86_64":
+        extension.extra_compile_args.append("-march=x86-64-v3")  # AVX2 and FMA: any x86 since 2013-2015
+    return extension
+
+
 CPU_PARALLEL = "mindformers_ext/cpu_parallel"
 
 setup(
@@ -56,6 +76,7 @@ setup(
             [f"{CPU_PARALLEL}/{name}.cc" for name in ("shared_job", "collectives", "collective_op")],
             [f"{CPU_PARALLEL}/{name}.h" for name in ("shared_job", "reduce", "collectives")],
         ),
+        cpu_kernels(),
         Pybind11Extension(
             "mindformers_ext.bin_dataset._index_builder",
             ["mindformers_ext/bin_dataset/index_builder.cc"],

@@ -11,7 +11,7 @@ from typing import Any
 
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindformers.tools.utils import get_output_root_path, get_real_group_size, get_real_rank
+from mindformers.tools.utils import get_output_root_path
 from mindspore import Parameter, nn
 from mindspore.train import Callback, RunContext
 
@@ -30,7 +30,7 @@ from mindformers_ext.sharded_checkpoint.random_state import random_state, restor
 from mindformers_ext.sharded_checkpoint.reader import Source
 from mindformers_ext.sharded_checkpoint.writer import Saver
 from mindformers_ext.train_wrapper import real_model
-from mindformers_ext.training_metrics import samples_per_step
+from mindformers_ext.training_metrics import place_in_run, samples_per_step
 
 ADAPTERS = (".lora_a", ".lora_b")
 
@@ -64,7 +64,7 @@ class RestoreCheckpoint(Callback):
         logger.info("loaded %d parameters from %s", len(parameters), source.path)
         if self.start is not None:
             cb_params.start = self.start
-            restore_random_state(source.private(get_real_rank())["random_state"])
+            restore_random_state(source.private(place_in_run()[0])["random_state"])
 
 
 @MindFormerRegister.register(MindFormerModuleType.CALLBACK, alias="CheckpointMonitor")
@@ -99,8 +99,7 @@ class CheckpointMonitor(Callback):
         self.last_saved = 0
         self.saver = Saver(
             Path(directory or Path(get_output_root_path()) / "checkpoint"),
-            get_real_rank(),
-            get_real_group_size(),
+            *place_in_run()[:2],
             keep_checkpoint_max,
             async_save,
         )
@@ -140,7 +139,7 @@ class CheckpointMonitor(Callback):
         position = position_of(dataset, consumed)
         return Meta(
             step=step,
-            ranks=get_real_group_size(),
+            ranks=self.saver.ranks,
             epoch=epoch,
             consumed_samples=consumed,
             data_hash=position.data_hash if position else "",

@@ -12,8 +12,11 @@ from typing import Any
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ext.config_schema import ANY, CLASS_SECTIONS, SECTIONS, Rule
+from mindformers_ext.cpu_parallel.rank_job import WORLD_SIZE, is_cpu_rank
+from mindformers_ext.dryrun.run_plan import make_plan
+from mindformers_ext.dryrun.strategy_rules import check_plan
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.yaml_config import lookup
+from mindformers_ext.yaml_config import is_semi_auto, lookup
 
 
 def check_config(config: dict, path: str | Path) -> None:
@@ -143,12 +146,6 @@ def one_device_degrees(config: dict, degrees: dict) -> dict:
     return {key: value for key, value in degrees.items() if key in ("vocab_emb_dp", "gradient_aggregation_group")}
 
 
-def is_semi_auto(config: dict) -> bool:
-    """True when MindSpore splits one graph over the devices (parallel_mode 1 or 2)."""
-    mode = lookup(config, "parallel.parallel_mode", 1)
-    return bool(config.get("use_parallel")) and mode in (1, 2, "semi_auto_parallel", "auto_parallel")
-
-
 def need(holds: bool, config: dict, key: str, rule: str, path: str | Path) -> None:
     """Raise ConfigError that names a key of the configuration, its value and the rule, unless `holds`."""
     if not holds:
@@ -166,58 +163,9 @@ def check_degrees(config: dict, path: str | Path) -> None:
     if not is_semi_auto(config):
         return
     on_cpu = lookup(config, "context.device_target", "Ascend") == "CPU"
-    rule = "on CPU only 0 (data parallel) runs; set it to 0 or context.device_target to Ascend"
-    need(not on_cpu or bool(os.getenv("MS_SIMULATION_LEVEL")), config, "parallel.parallel_mode", rule, path)
-    check_divisors(config, path)
-    check_stages(config, path)
-
-
-def degree(config: dict, name: str) -> int:
-    """A parallel degree, 1 when it is not given."""
-    return lookup(config, f"parallel_config.{name}", 1)
-
-
-def check_divisors(config: dict, path: str | Path) -> None:
-    """Check that heads, experts and sequences split evenly, and that the degrees make up the started processes."""
-    keeps_vocab = lookup(config, "parallel_config.vocab_emb_dp", True)
-    for key, by in (
-        ("model.model_config.num_heads", "model_parallel"),
-        *([] if keeps_vocab else [("model.model_config.vocab_size", "model_parallel")]),
-        ("moe_config.expert_num", "expert_parallel"),
-        ("model.model_config.seq_length", "context_parallel"),
-    ):
-        value, divisor = lookup(config, key), degree(config, by)
-        even = value is None or value % divisor == 0
-        need(even, config, key, f"must be divisible by parallel_config.{by} {divisor}", path)
-    dp = degree(config, "data_parallel")
-    inside = dp * degree(config, "model_parallel") * degree(config, "context_parallel")
-    rule = f"must divide data_parallel x context_parallel x model_parallel = {inside}"
-    need(inside % degree(config, "expert_parallel") == 0, config, "parallel_config.expert_parallel", rule, path)
-    strategy = lookup(config, "parallel.dataset_strategy")
-    if isinstance(strategy, list):
-        same = all(item[0] == dp for item in strategy)
-        need(same, config, "parallel.dataset_strategy", f"must start with data_parallel {dp}", path)
-    check_device_count(config, inside * degree(config, "pipeline_stage"), path)
-
-
-def check_stages(config: dict, path: str | Path) -> None:
-    """Check what depends on the number of pipeline stages."""
-    pp = degree(config, "pipeline_stage")
-    layers = lookup(config, "model.model_config.num_layers", pp)
-    rule = f"must not exceed model.model_config.num_layers {layers}"
-    need(pp <= layers, config, "parallel_config.pipeline_stage", rule, path)
-    enough = pp == 1 or degree(config, "micro_batch_num") >= pp
-    need(enough, config, "parallel_config.micro_batch_num", f"must be at least pipeline_stage {pp}", path)
-    for key in ("recompute_config.recompute", "recompute_config.select_recompute"):
-        value = lookup(config, key)
-        need(not isinstance(value, list) or len(value) == pp, config, key, f"must have pipeline_stage {pp} items", path)
-
-
-def check_device_count(config: dict, devices: int, path: str | Path) -> None:
-    """Compare the product of the degrees with the number of started processes, where msrun tells it."""
-    started = os.getenv("MS_WORKER_NUM") or os.getenv("RANK_SIZE")
-    if started and int(started) != devices:
-        raise ConfigError(
-            f"{path}: parallel_config asks for data_parallel x model_parallel x context_parallel x pipeline_stage = "
-            f"{devices} devices, but {started} processes were started; make the two equal"
-        )
+    rule = "on CPU such a run has several processes: start it with scripts/msrun_launcher.sh, or set use_parallel False"
+    need(not on_cpu or is_cpu_rank(), config, "parallel.parallel_mode", rule, path)
+    started = os.getenv("MS_WORKER_NUM") or os.getenv("RANK_SIZE") or os.getenv(WORLD_SIZE)
+    for violation in check_plan(make_plan(config, path, int(started) if started else None)):
+        value = short(lookup(config, violation.key))
+        raise ConfigError(f"{path}: {violation.key} is {value}, but {violation.sentence}")

@@ -1,12 +1,11 @@
-"""The one place where an operator is chosen: Ascend's fused operator when the YAML asks for it, else basic ones.
+"""The one place where an operator is chosen: the device's fused operator when the YAML asks for it, else basic ones.
 
-Extends `mindformers/modules/layers.py` and `modules/transformer/moe.py` (1.9.0), where each cell picks its own. The
-basic path computes the same numbers on any device, so what trains on CPU is what trains on Ascend.
+Extends `mindformers/modules/layers.py` and `modules/transformer/moe.py` (1.9.0), where each cell picks its own. Fused
+operators are MindSpore's on Ascend and those of `cpu_kernels` on CPU; the basic path computes the same numbers on any
+device, so what trains on CPU is what trains on Ascend.
 
 Legend: T tokens, H hidden, F expert width, L experts of this device, R rows of tokens sorted by expert.
 """
-
-import os
 
 import mindspore as ms
 import numpy as np
@@ -23,13 +22,20 @@ from mindspore.ops.auto_generate import (
 )
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
+from mindformers_ext.cpu_kernels import cells
+
 MASKED = -3.0e38  # added to a float32 score that may not be attended
 
 
 def fused(flag: bool) -> bool:
-    """True when a fused operator is asked for and the device that will run the graph has it."""
-    runs_on_cpu = os.environ.get("CPU_PARALLEL_COMPILE") == "1"  # a rank's graph that cpu_parallel lowers to CPU
-    return bool(flag) and ms.get_context("device_target") == "Ascend" and not runs_on_cpu
+    """True when a fused operator is asked for and the graph is compiled for Ascend (cpu_parallel lowers it to CPU)."""
+    return bool(flag) and ms.get_context("device_target") == "Ascend"
+
+
+def on_cpu(flag: bool = True) -> bool:
+    """True when a fused operator is asked for and the kernels of `cpu_kernels` run it."""
+    sharded = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+    return bool(flag) and ms.get_context("device_target") == "CPU" and not sharded
 
 
 class BasicRmsNorm(nn.Cell):
@@ -76,7 +82,11 @@ class BasicAttention(nn.Cell):
 
 
 class FlashAttention(nn.Cell):
-    """Ascend's FlashAttentionScore; values are padded to the width of keys, which the operator wants equal."""
+    """Ascend's FlashAttentionScore, which wants values as wide as keys: they borrow the keys' first columns.
+
+    What these columns become is cut away, and so is their gradient. Zeros would do too, but the compiler keeps such a
+    constant in its own memory, in the shape of the whole cluster's batch.
+    """
 
     def __init__(self, config, scale: float):
         super().__init__()
@@ -85,11 +95,12 @@ class FlashAttention(nn.Cell):
         self.causal = FlashAttentionScore(sparse_mode=2, **common)  # its mask is always the 2048 x 2048 triangle
         self.masked = FlashAttentionScore(sparse_mode=0, **common)
         self.triangle = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
-        self.pad_value, self.cut_value = ops.Concat(-1), ops.StridedSlice()
+        self.borrow, self.pad_value, self.cut_value = ops.StridedSlice(), ops.Concat(-1), ops.StridedSlice()
 
     def construct(self, query, key, value, mask):
         if self.padding > 0:
-            value = self.pad_value((value, ops.zeros(value.shape[:-1] + (self.padding,), value.dtype)))
+            borrowed = self.borrow(key, (0, 0, 0, 0), key.shape[:-1] + (self.padding,), (1, 1, 1, 1))
+            value = self.pad_value((value, borrowed))
         if mask is None:
             context = self.causal(query, key, value, None, None, None, self.triangle, None)[3]
         else:
@@ -130,6 +141,28 @@ class FusedRotary(nn.Cell):
 
     def construct(self, x, cos, sin):
         return self.rotary(x, cos, sin, 1)
+
+
+class BasicSwiGlu(nn.Cell):
+    """silu(gate) * up."""
+
+    def __init__(self):
+        super().__init__()
+        self.silu, self.gate_mul = SiLU(), ops.Mul()
+
+    def construct(self, gate, up):
+        return self.gate_mul(self.silu(gate), up)
+
+
+class BasicEmbedding(nn.Cell):
+    """Rows of a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.gather = ops.Gather()
+
+    def construct(self, weight, ids):
+        return self.gather(weight, ids, 0)
 
 
 class BasicPermute(nn.Cell):
@@ -217,8 +250,33 @@ class GroupedSwiGlu(nn.Cell):
         y = self.gate_up_mul([x], [gate_up], None, None, None, None, None, group_list)[0]
         y = self.down_mul([self.swiglu(y, -1)], [down], None, None, None, None, None, group_list)[0]
         # the operator leaves rows after the last group untouched: make them zero, whatever the memory held
-        mine = ops.cast(ops.arange(x.shape[0]), mstype.int32).expand_dims(-1) < end[-1]
-        return ops.select(ops.broadcast_to(mine, y.shape), y, ops.zeros_like(y))
+        spare = ops.cast(ops.arange(x.shape[0]), mstype.int32).expand_dims(-1) >= end[-1]
+        return ops.masked_fill(y, spare, 0.0)
+
+
+class SortedExperts(nn.Cell):
+    """The routed experts of this device in three steps: sort tokens by expert, grouped SwiGLU, mix back.
+
+    (T, H) <- x (T, H), gates (T, K) float32, ids (T, K) int32, gate_up (L, H, 2F), down (L, F, H). A choice whose id
+    lies outside 0..L-1 belongs to another device and counts nothing.
+    """
+
+    def __init__(self, config, local_experts: int):
+        super().__init__()
+        self.local_experts, self.topk = local_experts, config.moe_config.num_experts_chosen
+        self.permute = token_permute(config, local_experts)
+        self.swiglu = grouped_swiglu(config)
+        self.one_hot = ops.OneHot()
+        self.one, self.zero = Tensor(1, mstype.int32), Tensor(0, mstype.int32)
+
+    def construct(self, x, gates, ids, gate_up, down):
+        mine = ops.logical_and(ids >= 0, ids < self.local_experts)
+        ids = ops.select(mine, ids, ops.full_like(ids, self.local_experts))  # others sort last
+        rows = x.shape[0] * min(self.topk, self.local_experts)  # most rows that can choose this device's experts
+        counts = self.one_hot(ids.reshape((-1,)), self.local_experts, self.one, self.zero).sum(0)  # (L,)
+        sorted_x, place = self.permute.permute(x, ids, rows)  # (rows, H) <- (T, H)
+        sorted_y = self.swiglu(sorted_x, counts, gate_up, down)
+        return self.permute.unpermute(sorted_y, place, gates * ops.cast(mine, mstype.float32))
 
 
 def ends(counts):
@@ -241,17 +299,22 @@ def block_rows(rows: int, experts: int) -> int:
 
 def rms_norm(config) -> nn.Cell:
     """Cell (x, weight) -> x's shape."""
+    if on_cpu(config.use_fused_rms_norm):
+        return cells.RmsNorm(config.rms_norm_eps)
     return FusedRmsNorm(config.rms_norm_eps) if fused(config.use_fused_rms_norm) else BasicRmsNorm(config.rms_norm_eps)
 
 
 def core_attention(config, scale: float) -> nn.Cell:
     """Cell (query, key (B, N, S, Dqk), value (B, N, S, Dv), mask of `score_mask`) -> (B, N, S, Dv)."""
+    if on_cpu(config.use_flash_attention):
+        return cells.FlashAttention(scale)
     return FlashAttention(config, scale) if fused(config.use_flash_attention) else BasicAttention(config, scale)
 
 
 def score_mask(config):
     """Function (sequence length, attention_mask) -> the mask that `core_attention` takes; 1 may not be attended."""
-    return flash_mask if fused(config.use_flash_attention) else additive_mask
+    flash = config.use_flash_attention
+    return flash_mask if fused(flash) or on_cpu(flash) else additive_mask
 
 
 def flash_mask(seq: int, attention_mask=None):
@@ -269,9 +332,58 @@ def additive_mask(seq: int, attention_mask=None):
 
 def rotary(config) -> nn.Cell:
     """Cell (x (B, N, S, D), cos, sin (., 1, S, D)) -> x's shape; dtype rotary_dtype."""
-    if fused(config.use_fused_rope):
-        return FusedRotary()
-    return BasicRotary()
+    if on_cpu(config.use_fused_rope):
+        return cells.Rotary()
+    return FusedRotary() if fused(config.use_fused_rope) else BasicRotary()
+
+
+def swiglu(config) -> nn.Cell:
+    """Cell (gate, up) -> silu(gate) * up."""
+    return cells.SwiGlu() if on_cpu(config.use_fused_swiglu) else BasicSwiGlu()
+
+
+def matrix_product():
+    """Operator (x (T, I), weight (O, I)) -> (T, O); MindSpore's own refuses bfloat16 on CPU."""
+    return cells.Linear() if on_cpu() else ops.MatMul(transpose_b=True)
+
+
+def embedding() -> nn.Cell:
+    """Cell (weight (V, H), ids (T,)) -> (T, H)."""
+    return cells.Embedding() if on_cpu() else BasicEmbedding()
+
+
+def head_loss(config) -> nn.Cell | None:
+    """Cell (hidden (T, H), weight (V, H), labels (T,), mask (T,)) -> mean cross entropy (1,), for training.
+
+    It keeps no logits. None where logits and loss are two steps.
+    """
+    return cells.LinearCrossEntropy() if on_cpu(config.use_fused_cross_entropy) else None
+
+
+def topk_select(config) -> nn.Cell | None:
+    """Cell that chooses experts from logits in one operator (see cells.TopkSelect); None where only basic ones run.
+
+    No operator of MindSpore 2.9 on Ascend selects as DeepSeek does.
+    """
+    moe = config.moe_config
+    if not on_cpu(moe.use_fused_ops_topkrouter):
+        return None
+    limits_groups = moe.topk_method != "greedy" and moe.topk_group < moe.n_group
+    return cells.TopkSelect(
+        moe.num_experts_chosen,
+        moe.n_group if limits_groups else 1,
+        moe.topk_group,
+        sigmoid=moe.use_gating_sigmoid,
+        two_best=moe.topk_method == "noaux_tc",
+        normalize=moe.norm_topk_prob,
+        scaling=moe.routed_scaling_factor,
+    )
+
+
+def routed_experts(config, local_experts: int) -> nn.Cell:
+    """Cell as SortedExperts; on CPU use_gmm and use_fused_ops_permute together make it one operator."""
+    moe = config.moe_config
+    return cells.RoutedExperts() if on_cpu(moe.use_fused_ops_permute) else SortedExperts(config, local_experts)
 
 
 def token_permute(config, local_experts: int) -> nn.Cell:

@@ -16,7 +16,7 @@ from mindspore import dtype as mstype
 from mindspore.communication import create_group
 from mindspore.ops.auto_generate import SiLU
 
-from mindformers_ext.fused_ops import grouped_swiglu, token_permute
+from mindformers_ext.fused_ops import routed_experts
 
 
 class ExpertGroup:
@@ -56,13 +56,10 @@ class DroplessDispatch(nn.Cell):
     def __init__(self, config, group: ExpertGroup):
         super().__init__()
         moe = config.moe_config
-        self.ep, self.topk = group.size, moe.num_experts_chosen
+        self.ep = group.size
         self.local_experts = moe.expert_num // self.ep
         self.first_expert = group.rank * self.local_experts
-        self.permute = token_permute(config, self.local_experts)
-        self.experts = grouped_swiglu(config)
-        self.one_hot = ops.OneHot()
-        self.one, self.zero = Tensor(1, mstype.int32), Tensor(0, mstype.int32)
+        self.experts = routed_experts(config, self.local_experts)
         if self.ep > 1:
             self.gather_tokens = ops.AllGather(group.name)
             self.gather_weights = ops.AllGather(group.name)
@@ -85,18 +82,8 @@ class DroplessDispatch(nn.Cell):
         if self.ep > 1:
             x, topk_weights = self.gather_tokens(x), self.gather_weights(topk_weights)
             topk_ids = self.gather_ids(topk_ids)
-        y = self._local_experts(x, topk_weights, topk_ids, gate_up, down)
+        y = self.experts(x, topk_weights, topk_ids - self.first_expert, gate_up, down)
         return self.sum_parts(y) if self.ep > 1 else y
-
-    def _local_experts(self, x, topk_weights, topk_ids, gate_up, down):
-        local_ids = topk_ids - self.first_expert  # (T, K)
-        mine = ops.logical_and(local_ids >= 0, local_ids < self.local_experts)
-        local_ids = ops.select(mine, local_ids, ops.full_like(local_ids, self.local_experts))  # others sort last
-        rows = x.shape[0] * min(self.topk, self.local_experts)  # most rows that can choose this device's experts
-        counts = self.one_hot(local_ids.reshape((-1,)), self.local_experts, self.one, self.zero).sum(0)  # (L,)
-        sorted_x, place = self.permute.permute(x, local_ids, rows)  # (rows, H) <- (T, H)
-        sorted_y = self.experts(sorted_x, counts, gate_up, down)
-        return self.permute.unpermute(sorted_y, place, topk_weights * ops.cast(mine, mstype.float32))
 
 
 class CapacityDispatch(nn.Cell):

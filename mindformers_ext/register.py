@@ -2,6 +2,8 @@
 
 import mindformers_ext.adapter_monitor
 import mindformers_ext.checkpoint_monitor
+import mindformers_ext.cpu_parallel.check_callback
+import mindformers_ext.cpu_parallel.lowered_step
 import mindformers_ext.data
 import mindformers_ext.lr_schedule
 import mindformers_ext.resuming_trainer

@@ -11,6 +11,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
 
+from mindformers_ext.fused_ops import matrix_product, topk_select
+
 TINY = 1e-20  # keeps the normalisation finite when every gate is 0 (HF modeling_deepseek_v3.py)
 
 
@@ -31,6 +33,7 @@ class TopkRouterV2(nn.Cell):
         self.limits_groups = moe.topk_method != "greedy" and moe.topk_group < moe.n_group
         self.bias_update_rate = moe.topk_bias_update_rate if moe.balance_via_topk_bias else 0.0
         self.dense_type = getattr(mstype, moe.router_dense_type)
+        self.fused_select = topk_select(config)
 
         shape = (self.num_experts, config.hidden_size)
         init = initializer(Normal(config.initializer_range), shape, getattr(mstype, config.param_init_type))
@@ -39,7 +42,7 @@ class TopkRouterV2(nn.Cell):
             self.e_score_correction_bias = self._per_expert("e_score_correction_bias")
         self.expert_load = self._per_expert("expert_load")  # tokens since the last update
 
-        self.gate = ops.MatMul(transpose_b=True)
+        self.gate = matrix_product()
         self.score = ops.Sigmoid() if moe.use_gating_sigmoid else ops.Softmax()
         self.select = ops.TopK(sorted=True)
         self.gather = ops.GatherD()
@@ -69,8 +72,20 @@ class TopkRouterV2(nn.Cell):
         Returns:
             topk_weights (T, K) float32, topk_ids (T, K) int32, scores (T, E) float32 and logits (T, E) float32.
         """
+        return self.route_and_count(x, weight, bias)[:4]
+
+    def route_and_count(self, x, weight, bias):
+        """What `route` returns, `selected` of the choice, and `unbiased_selected`."""
         logits = self.gate(ops.cast(x, self.dense_type), ops.cast(weight, self.dense_type))  # (T, E) <- (T, H)
         logits = ops.cast(logits, mstype.float32)
+        if self.fused_select is not None:
+            topk_weights, topk_ids, scores, chosen, unbiased = self.fused_select(logits, bias)
+            return topk_weights, topk_ids, scores, logits, chosen, unbiased
+        topk_weights, topk_ids, scores = self._select(logits, bias)
+        return topk_weights, topk_ids, scores, logits, self.selected(topk_ids), self.unbiased_selected(scores)
+
+    def _select(self, logits, bias):
+        """Gates (T, K), ids (T, K) and scores (T, E) of logits (T, E)."""
         scores = self.score(logits)
         choice = ops.stop_gradient(scores)
         if self.has_bias:
@@ -81,7 +96,7 @@ class TopkRouterV2(nn.Cell):
         topk_weights = self.gather(scores, 1, topk_ids)  # gates come from the unbiased scores
         if self.norm_topk_prob:
             topk_weights = topk_weights / (topk_weights.sum(-1, keepdims=True) + TINY)
-        return topk_weights * self.scaling, topk_ids, scores, logits
+        return topk_weights * self.scaling, topk_ids, scores
 
     def selected(self, topk_ids):
         """1.0 where a token uses an expert: (T, E) float32 <- (T, K)."""

@@ -24,13 +24,15 @@ from tqdm import tqdm
 
 import mindformers_ext.register  # noqa: F401 (registers our classes)
 from mindformers_ext.checkpoint_monitor import load_weights
-from mindformers_ext.config_check import check_config, is_semi_auto
+from mindformers_ext.config_check import check_config
+from mindformers_ext.cpu_parallel.rank_config import as_rank
+from mindformers_ext.cpu_parallel.rank_job import is_cpu_rank
 from mindformers_ext.data_check import check_data, check_tokenizer
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.pretrained import HuggingFaceFolder, is_huggingface, resolve
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
 from mindformers_ext.text_generation import generate, pick_token
-from mindformers_ext.yaml_config import lookup
+from mindformers_ext.yaml_config import is_semi_auto, lookup
 
 # Keys of the context section that mean something on CPU; the others set up an NPU.
 CPU_CONTEXT = ("mode", "device_target", "max_call_depth", "save_graphs", "save_graphs_path", "deterministic")
@@ -48,6 +50,8 @@ def run_mode(config: dict, path: str | Path, predict_data: list[str] | None = No
     mode, callbacks = config["run_mode"], config.get("callbacks") or []
     if mode in ("train", "finetune"):
         check_data(config, "train_dataset", path)
+    if is_cpu_rank():
+        as_rank(config, path)
     fit_to_device(config)
     ConfigTemplate.apply_template(config)
     if mode in ("train", "finetune"):

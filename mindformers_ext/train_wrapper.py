@@ -4,14 +4,24 @@ Extends mindformers.wrapper.MFTrainOneStepCell (MindFormers 1.9.0), which reads 
 gradient_accumulation_steps outside semi-automatic parallelism. Importing this file registers the class below under
 upstream's name, so that `runner_wrapper.type: MFTrainOneStepCell` also works on CPU. It can go when upstream checks
 overflow on CPU and accumulates gradients in stand-alone and data-parallel mode.
+
+On CPU with AdamW, overflow check, clipping and update are two operators (the gradients' norm; AdamW for all weights)
+instead of some thousand: see mindformers_ext/cpu_kernels.
 """
 
+import math
+
 from mindformers.core.clip_grad import ClipGradNorm
+from mindformers.core.optim import BasicAdamW
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers.wrapper import MFTrainOneStepCell
 from mindformers.wrapper.wrapper import get_real_models
 from mindspore import Tensor, get_context, nn, ops
 from mindspore.common import dtype as mstype
+
+from mindformers_ext.cpu_kernels import cells
+
+CLIP_EPSILON = 1e-6  # added to the norm, as MindFormers' ClipGradNorm
 
 
 def real_model(train_network: nn.Cell) -> nn.Cell:
@@ -28,6 +38,13 @@ class ScaledLoss(nn.Cell):
 
     def construct(self, scale, *inputs):
         return self.network(*inputs) * scale
+
+
+def can_update_at_once(step: MFTrainOneStepCell, optimizer: nn.Cell) -> bool:
+    """True for plain AdamW with one learning rate, without upstream's extra reports."""
+    plain = isinstance(optimizer, BasicAdamW) and not optimizer.is_group_lr and not optimizer.dynamic_weight_decay
+    reports = step.local_norm or step.use_skip_data_by_global_norm or step.use_graceful_exit or step.if_dump
+    return plain and not reports and not step.use_grouped_lr and not step.calculate_per_token_loss
 
 
 @MindFormerRegister.register(MindFormerModuleType.WRAPPER, alias="MFTrainOneStepCell")
@@ -68,6 +85,30 @@ class DeviceAwareTrainOneStepCell(MFTrainOneStepCell):
         self.accumulation_steps = accumulation_steps
         self.grad_norm = ClipGradNorm(max_norm=float(max_grad_norm))
         self.loss_and_grads = ops.value_and_grad(ScaledLoss(network), grad_position=None, weights=self.weights)
+        self.updates_at_once = self.on_cpu and can_update_at_once(self, optimizer)
+        if self.updates_at_once:
+            self.global_norm, self.adamw = cells.GlobalNorm(), cells.AdamWUpdate(optimizer)
+            self.max_norm = Tensor([max_grad_norm], mstype.float32)
+            self.not_a_number = Tensor([math.nan], mstype.float32)
+
+    def construct(self, *inputs):
+        """Train one step; see the class for what it returns."""
+        if not self.updates_at_once:
+            return super().construct(*inputs)
+        loss, grads, steps = self.grads_for_legacy(self.scale_sense, *inputs)
+        grads = self.grad_reducer(grads)
+        factor = 1.0 / (self.scale_sense * steps).reshape((1,))  # what the gradients are multiplied with
+        norm = self.global_norm(grads) * factor
+        finite = ops.isfinite(norm)
+        if self.use_clip_grad:
+            clipped = self.max_norm / (ops.maximum(norm, self.max_norm) + CLIP_EPSILON)
+            factor = factor * ops.minimum(clipped, 1.0)
+        scale = self.scale_sense
+        overflow = self.process_loss_scale(ops.logical_not(finite.all()))
+        rate = self.optimizer.get_lr()
+        factor = ops.select(finite, factor, self.not_a_number)  # a step that is not finite is skipped
+        loss = ops.depend(loss, self.adamw(rate, factor, grads))
+        return loss, overflow, scale, rate, norm if self.use_clip_grad else None
 
     def grads_for_legacy(self, scaling_sens, *inputs):
         """Return the mean loss over the micro-batches, the sum of their scaled gradients and their number.

@@ -23,6 +23,7 @@ from mindspore.train import Callback, RunContext
 from tensorboardX import SummaryWriter
 
 from mindformers_ext.atomic_files import whole_file, write_text
+from mindformers_ext.cpu_parallel.rank_job import RankJob, is_cpu_rank
 from mindformers_ext.data.data_position import start_of
 from mindformers_ext.device_peak import device_peak
 from mindformers_ext.errors import TrainingStopped
@@ -43,6 +44,14 @@ def take_loss_parts(model: nn.Cell) -> tuple[float | None, float | None, float |
     if parts[3] == 0:
         return None, None, None
     return tuple(float(part) for part in parts[:3] / parts[3])
+
+
+def place_in_run() -> tuple[int, int, int]:
+    """This process's rank, the devices and the pipeline stages of the run."""
+    if is_cpu_rank():
+        job = RankJob.current()
+        return job.rank, job.world_size, job.stages
+    return get_real_rank(), get_real_group_size(), ms.get_auto_parallel_context("pipeline_stages")
 
 
 def samples_per_step(dataset: Any) -> int:
@@ -107,9 +116,8 @@ class TrainingMetrics(Callback):
         self.tokens_per_step = samples_per_step(cb_params.train_dataset) * seq_length
         self.flops_per_token = self.model.flops_per_token(seq_length)
         self.peak_tflops, self.peak_source = device_peak(ms.get_context("device_target"), self.device_peak_tflops)
-        self.devices = get_real_group_size()
-        last_stage = ms.get_auto_parallel_context("pipeline_stages") > 1
-        self.writes = get_real_rank() == (self.devices - 1 if last_stage else 0)
+        rank, self.devices, stages = place_in_run()
+        self.writes = rank == (self.devices - 1 if stages > 1 else 0)
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             keep_lines_until(self.metrics_path, self.first_step)
@@ -145,13 +153,11 @@ class TrainingMetrics(Callback):
 
     def losses(self, outputs: Any) -> dict[str, float | None]:
         """The step's losses, gradient norm and learning rate, from the wrapper's output and the model."""
-        loss, overflow, _, lr, grad_norm = outputs[:5]
+        _, overflow, _, lr, grad_norm = outputs[:5]  # a pipeline's loss is a sum, of one stage: the parts tell more
         self.overflows += int(bool(as_float(overflow)))
-        mean_loss = sum_over_ranks(loss.reshape((1,))) if isinstance(loss, Tensor) else loss
-        ranks = self.devices if ms.get_auto_parallel_context("parallel_mode") == "data_parallel" else 1
         main, mtp, balance = take_loss_parts(self.model)
         return {
-            "loss": as_float(mean_loss) / ranks,
+            "loss": None if main is None else main + self.model.mtp_factor() * mtp + balance,
             "main_loss": main,
             "mtp_loss": mtp,
             "balance_loss": balance,
@@ -173,7 +179,7 @@ class TrainingMetrics(Callback):
 
     def stop_if_not_finite(self, record: dict[str, Any]) -> None:
         """Raise TrainingStopped when the loss is NaN or infinite."""
-        if math.isfinite(record["loss"]):
+        if record["loss"] is None or math.isfinite(record["loss"]):
             return
         last = f"{self.records[-1]['loss']:.4f} at step {self.records[-1]['step']}" if self.records else "none"
         raise TrainingStopped(

@@ -67,3 +67,9 @@ def lookup(config: dict, dotted_key: str, default: Any = None) -> Any:
         if value is None:
             return default
     return value
+
+
+def is_semi_auto(config: dict) -> bool:
+    """True when MindSpore splits one graph over the devices (parallel_mode 1 or 2)."""
+    mode = lookup(config, "parallel.parallel_mode", 1)
+    return bool(config.get("use_parallel")) and mode in (1, 2, "semi_auto_parallel", "auto_parallel")

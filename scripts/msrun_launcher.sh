@@ -3,6 +3,8 @@
 #   bash scripts/msrun_launcher.sh "run_mindformer.py --config Y ..." \
 #     [WORKER_NUM [LOCAL_WORKER_NUM [MASTER_ADDR [MASTER_PORT [NODE_RANK [LOG_DIR [JOIN [CLUSTER_TIME_OUT]]]]]]]]
 # MindFormers' short form WORKER_NUM MASTER_PORT LOG_DIR JOIN CLUSTER_TIME_OUT works too.
+# On a machine without NPUs a semi-auto-parallel YAML runs too: every rank is compiled for Ascend, lowered to CPU and
+# run as a process (mindformers_ext/cpu_parallel/job.py); the launcher then waits for the end, whatever JOIN says.
 # A command without --use_parallel gets --use_parallel True. With JOIN True the exit code is the workers'.
 set -euo pipefail
 
@@ -71,6 +73,14 @@ else
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}
 fi
 
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+JOB=(python -m mindformers_ext.cpu_parallel.job --worker_num "$WORKER_NUM" --log_dir "$LOG_DIR")
+if [ ${#DEVICES[@]} -eq 0 ] && "${JOB[@]}" --asks -- "${COMMAND[@]}"; then
+  [ "$LOCAL_WORKER_NUM" -eq "$WORKER_NUM" ] ||
+    fail "LOCAL_WORKER_NUM is $LOCAL_WORKER_NUM, but without NPUs all $WORKER_NUM ranks run on one machine"
+  exec "${JOB[@]}" -- "${COMMAND[@]}"
+fi
+
 if [ "$NODE_RANK" -eq 0 ] && ! python - "$MASTER_PORT" <<'PYTHON'
 import socket, sys
 try:
@@ -82,7 +92,6 @@ then
   fail "MASTER_PORT $MASTER_PORT is taken or not allowed on this machine; choose another port"
 fi
 
-export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 echo "Starting $LOCAL_WORKER_NUM of $WORKER_NUM processes; their logs are in $LOG_DIR/worker_*.log"
 exec msrun --bind_core="$BIND_CORE" --worker_num="$WORKER_NUM" --local_worker_num="$LOCAL_WORKER_NUM" \
   --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --node_rank="$NODE_RANK" --log_dir="$LOG_DIR" \

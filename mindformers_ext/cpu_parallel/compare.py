@@ -59,7 +59,7 @@ def compare(single: Path, folder: Path, world_size: int, stages: int = 1, micro_
     Raises ValueError when a parameter of the single process is on no rank, or ranks of the last stage disagree about
     the loss.
     """
-    reference = [out[0] for out in json.loads((single / "single.json").read_text())["outputs"]]
+    reference = [out[0] for out in json.loads((single / "result.json").read_text())["outputs"]]
     losses = [loss / micro_batches for loss in last_stage_losses(folder, world_size, stages)]
     per_step = [relative(np.array(a), np.array(b)) for a, b in zip(losses, reference, strict=True)]
     worst_step = int(np.argmax(per_step))

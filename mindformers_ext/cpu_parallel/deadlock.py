@@ -4,11 +4,12 @@ from collections import Counter, deque
 from collections.abc import Sequence
 
 from mindformers_ext.cpu_parallel.lowering import MESSAGES, Call
+from mindformers_ext.errors import UserError
 
 MAILBOX_DEPTH = 2  # kMailboxDepth of shared_job.h: messages of one tag that a sender may be ahead
 
 
-class DeadlockError(ValueError):
+class DeadlockError(UserError, ValueError):
     """The ranks would wait for each other for ever, or disagree about a collective."""
 
 

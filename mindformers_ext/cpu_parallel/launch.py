@@ -8,23 +8,25 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_ext.cpu_parallel import deadlock
 from mindformers_ext.cpu_parallel.lowering import Call, lower
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
+from mindformers_ext.dryrun import rank_pool
 from mindformers_ext.dryrun.mindir import load_model
-from mindformers_ext.dryrun.stand_in_cann import COMPILE, ascend_environment
+from mindformers_ext.dryrun.stand_in_cann import COMPILE
+from mindformers_ext.errors import UserError
 
 POLL_SECONDS = 0.05
+FAILURE = "failure.json"  # what a rank that fails writes: {rank, message, time}
 # After the first failure the others stop by themselves within a tenth of a second; this is for those that compute.
 GRACE_SECONDS = 10.0
 
 
-class RankError(RuntimeError):
+class RankError(UserError, RuntimeError):
     """A rank could not be compiled, or failed while it ran; the message names the first one and why."""
 
 
@@ -36,17 +38,24 @@ class Builder:
     arguments: dict
     python_path: tuple[str, ...] = ()
 
-    def environment(self, base: dict[str, str]) -> dict[str, str]:
-        folders = [*self.python_path, *filter(None, [base.get("PYTHONPATH")])]
-        return base | {"PYTHONPATH": os.pathsep.join(folders)}
-
     def command(self, module: str, out: Path) -> list[str]:
-        return [sys.executable, "-m", module, "--builder", self.function] + [
-            "--arguments",
-            json.dumps(self.arguments),
-            "--out",
-            str(out),
-        ]
+        """Arguments of `python` that run one of this project's modules on it."""
+        arguments = json.dumps(self.arguments)
+        return ["-m", module, "--builder", self.function, "--arguments", arguments, "--out", str(out)]
+
+    def compile_command(self, out: Path) -> list[str]:
+        return self.command("mindformers_ext.dryrun.compile_rank", out)
+
+
+@dataclass(frozen=True)
+class RunBuilder:
+    """What `run_mindformer.py arguments` would train; paths in the arguments are absolute."""
+
+    arguments: tuple[str, ...]
+    python_path: tuple[str, ...] = ()
+
+    def compile_command(self, out: Path) -> list[str]:
+        return ["-m", "mindformers_ext.dryrun.compile_run", "--out", str(out), *self.arguments]
 
 
 def end_with_parent() -> None:
@@ -56,27 +65,32 @@ def end_with_parent() -> None:
 
 def run_reference(builder: Builder, folder: Path) -> dict:
     """Train in a single process; returns its losses and seconds, and fills `folder` for `run_ranks`."""
-    environment = builder.environment(_quiet(os.environ.copy()))
-    _run_child(builder.command("mindformers_ext.cpu_parallel.reference", folder), environment, folder / "single.log")
-    return json.loads((folder / "single.json").read_text())
+    run_child(
+        builder.command("mindformers_ext.cpu_parallel.reference", folder), builder.python_path, folder / "log.txt"
+    )
+    return json.loads((folder / "result.json").read_text())
 
 
-def compile_ranks(builder: Builder, world_size: int, folder: Path, workers: int | None = None) -> list[list[Call]]:
+def compile_ranks(
+    builder: Builder | RunBuilder, world_size: int, folder: Path, stages: int = 1, workers: int | None = None
+) -> list[list[Call]]:
     """Compile and lower every rank into `folder/rank_R`; returns their collectives, proved free of deadlocks.
 
     Raises RankError with the compiler's message and deadlock.DeadlockError.
     """
-
-    def compile_one(rank: int) -> None:
-        own = rank_folder(folder, rank)
-        own.mkdir(parents=True, exist_ok=True)
-        environment = builder.environment(_quiet(ascend_environment(rank, world_size, COMPILE)))
-        environment["CPU_PARALLEL_COMPILE"] = "1"  # the model then uses operators that CPU has
-        _run_child(builder.command("mindformers_ext.dryrun.compile_rank", own), environment, own / "compile.log")
-
-    ascend_environment(0, world_size, COMPILE)  # builds the stand-in libraries once, before the threads ask for them
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        list(pool.map(compile_one, range(world_size)))
+    jobs = rank_pool.RankJobs(
+        command=builder.compile_command,
+        world_size=world_size,
+        devices_per_stage=world_size // stages,
+        out=folder,
+        level=COMPILE,
+        python_path=builder.python_path,
+        environment={"OMP_NUM_THREADS": "1"},
+    )
+    for result in rank_pool.compile_ranks(jobs, list(range(world_size)), workers or os.cpu_count() or 1):
+        if result.status != rank_pool.COMPILED:
+            reasons = "; ".join([result.message, *result.compiler_errors[:1]])
+            raise RankError(f"rank {result.rank} does not compile: {reasons} (log {result.log})")
     return lower_ranks(world_size, folder)
 
 
@@ -98,20 +112,33 @@ def run_ranks(folder: Path, world_size: int, stages: int = 1) -> list[dict]:
     The first rank that fails stops all others within seconds: raises RankError that names it.
     """
     job = uuid.uuid4().hex
-    environment = _quiet(os.environ.copy())
 
     def start(rank: int) -> subprocess.Popen:
         own = rank_folder(folder, rank)
-        (own / "failure.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "mindformers_ext.cpu_parallel.run_rank", "--folder", str(folder)]
+        command = ["-m", "mindformers_ext.cpu_parallel.run_rank", "--folder", str(folder)]
         command += ["--rank", str(rank), "--world_size", str(world_size), "--stages", str(stages), "--job", job]
-        with (own / "run.log").open("wb") as log:
-            return subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, preexec_fn=end_with_parent, stdin=subprocess.DEVNULL
-            )
+        return start_rank(command, quiet(os.environ.copy()), own / FAILURE, own / "run.log")
 
-    supervise([start(rank) for rank in range(world_size)], lambda rank, code: failure_of(folder, rank, code))
+    def explain(rank: int, code: int) -> tuple[float, str]:
+        own = rank_folder(folder, rank)
+        return failure_of(own / FAILURE, own / "run.log", rank, code)
+
+    supervise([start(rank) for rank in range(world_size)], explain)
     return [json.loads((rank_folder(folder, rank) / "result.json").read_text()) for rank in range(world_size)]
+
+
+def start_rank(command: list[str], environment: dict[str, str], failure: Path, log: Path) -> subprocess.Popen:
+    """Start `python command` as a rank's process, which dies with this one; it writes `failure` when it fails."""
+    failure.unlink(missing_ok=True)
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            env=environment,
+            stdout=stream,
+            stderr=stream,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=end_with_parent,
+        )
 
 
 def supervise(processes: list[subprocess.Popen], explain: Callable[[int, int], tuple[float, str]]) -> None:
@@ -140,25 +167,29 @@ def supervise(processes: list[subprocess.Popen], explain: Callable[[int, int], t
         raise RankError(f"rank {first} failed first: {explained[first][1]}")
 
 
-def failure_of(folder: Path, rank: int, code: int) -> tuple[float, str]:
+def failure_of(failure: Path, log: Path, rank: int, code: int) -> tuple[float, str]:
     """(time, sentence) of a failed rank; one that was killed left no sentence and counts as the earliest."""
-    path = rank_folder(folder, rank) / "failure.json"
-    if path.exists():
-        failure = json.loads(path.read_text())
-        return failure["time"], failure["message"].removeprefix(f"rank {rank}: ")
+    if failure.exists():
+        told = json.loads(failure.read_text())
+        return told["time"], told["message"].removeprefix(f"rank {rank}: ")
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return 0.0, f"{how}; its log is {rank_folder(folder, rank) / 'run.log'}"
+    return 0.0, f"{how}; its log is {log}"
 
 
-def _quiet(environment: dict[str, str]) -> dict[str, str]:
+def quiet(environment: dict[str, str]) -> dict[str, str]:
     """One computing thread per process unless the user chose, and errors only in the logs."""
     return {"OMP_NUM_THREADS": "1", "GLOG_v": "3"} | environment
 
 
-def _run_child(command: list[str], environment: dict[str, str], log: Path) -> None:
+def run_child(command: list[str], python_path: Sequence[str], log: Path) -> None:
+    """Run `python command` to its end. Raises RankError with the end of its log."""
+    environment = quiet(os.environ.copy())
+    environment["PYTHONPATH"] = os.pathsep.join([*python_path, *filter(None, [environment.get("PYTHONPATH")])])
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as stream:
-        done = subprocess.run(command, env=environment, stdout=stream, stderr=stream, preexec_fn=end_with_parent)
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, stdout=stream, stderr=stream, preexec_fn=end_with_parent
+        )
     if done.returncode:
         tail = log.read_text(errors="replace").strip().splitlines()[-15:]
-        raise RankError(f"{command[2]} failed with exit code {done.returncode} (log {log}):\n" + "\n".join(tail))
+        raise RankError(f"{command[1]} failed with exit code {done.returncode} (log {log}):\n" + "\n".join(tail))

@@ -7,11 +7,13 @@ that their order never changes), and operators without a CPU kernel are rewritte
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import mindspore.train.mind_ir_pb2 as pb
 
 from mindformers_ext.cpu_parallel.collectives import library_path
+from mindformers_ext.cpu_parallel.fused_operators import FUSED_REWRITES
 from mindformers_ext.cpu_parallel.inlining import inline_functions, reference
 from mindformers_ext.dryrun.mindir import DTYPE_BYTES
 
@@ -43,8 +45,25 @@ class Graph:
     primitives: dict[str, pb.PrimitiveProto]
     previous: str | None = None  # output of the last collective
 
+    @cached_property
+    def producers(self) -> dict[str, pb.NodeProto]:
+        """The node that makes each value."""
+        return {node.output[0]: node for node in self.model.graph.node}
+
     def primitive(self, node: pb.NodeProto) -> pb.PrimitiveProto | None:
         return self.primitives.get(reference(node))
+
+    def untuple(self, node: pb.NodeProto) -> None:
+        """Let `node`, which makes a tuple of one tensor, make the tensor, and another node the tuple."""
+        name = node.output[0]
+        shape = next(attribute for attribute in node.attribute if attribute.name == "shape")
+        element = pb.AttributeProto(name="shape", type=pb.AttributeProto.TENSORS, tensors=shape.values[0].tensors)
+        shape.CopyFrom(element)
+        node.output[0] = f"{name}/element"
+        tuple_node = pb.NodeProto(name=f"{node.name}/tuple", input=[node.output[0]], output=[name])
+        self.use(tuple_node, "MakeTuple")
+        nodes = self.model.graph.node
+        nodes.insert(next(i for i, other in enumerate(nodes) if other is node) + 1, tuple_node)
 
     def use(self, node: pb.NodeProto, operator: str, **attributes) -> None:
         """Make `node` apply a new primitive."""
@@ -195,4 +214,5 @@ REWRITES: dict[str, Callable[[Graph, pb.NodeProto, pb.PrimitiveProto], Call | No
     "Receive": message,
     "NPUGetFloatStatusV2": passes_on,
     "NPUClearFloatStatusV2": passes_on,
+    **FUSED_REWRITES,
 }

@@ -4,7 +4,7 @@
 
 `function(**arguments)` returns `(cell, batches)`: the training cell as one process runs it, and the numpy inputs of
 every step. Into DIR go `initial.npz` and `final.npz` (all parameters before and after), `moments.npz` (see
-run_rank.train), `batches.npz`, and `single.json` with the outputs and seconds of every step.
+run_rank.train), `batches.npz`, and `result.json` with the outputs and seconds of every step.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> int:
     run_rank.write_batches(args.out, batches)
     outputs, seconds = run_rank.train(cell, batches, args.out / "moments.npz")
     run_rank.save_parameters(args.out / "final.npz", cell)
-    (args.out / "single.json").write_text(json.dumps({"outputs": outputs, "seconds": seconds}))
+    (args.out / "result.json").write_text(json.dumps({"outputs": outputs, "seconds": seconds}))
     return 0
 
 

@@ -12,10 +12,13 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from mindformers_ext.atomic_files import write_json
 from mindformers_ext.cpu_parallel import collectives
 from mindformers_ext.cpu_parallel.parameters import layout_for, shard_of
 
@@ -128,7 +131,23 @@ def sentence(error: BaseException) -> str:
             f"CPU MindSpore has no kernel for operator '{missing.group(1)}': add its rewriting to REWRITES in "
             f"mindformers_ext/cpu_parallel/lowering.py ({text.splitlines()[0]})"
         )
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    lines = [line for line in text.splitlines() if line.strip("- ")]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def as_rank(job: str, rank: int, world_size: int, failure: Path, work: Callable[[], None]) -> int:
+    """Join the job, do the work and leave; when anything fails, stop the other ranks and say why in `failure`."""
+    try:
+        collectives.join(job, rank, world_size)
+        work()
+        collectives.leave()
+        return 0
+    except Exception as error:
+        message = sentence(error)
+        collectives.abort(message)
+        traceback.print_exc()
+        write_json(failure, {"rank": rank, "message": message, "time": time.time()})
+        return 1
 
 
 def main() -> int:
@@ -139,18 +158,9 @@ def main() -> int:
     parser.add_argument("--stages", type=int, default=1)
     parser.add_argument("--job", required=True, help="name of the job; the same for all ranks, unique on the machine")
     args = parser.parse_args()
-    try:
-        collectives.join(args.job, args.rank, args.world_size)
-        run(args.folder, args.rank, args.world_size, args.stages)
-        collectives.leave()
-        return 0
-    except Exception as error:
-        message = sentence(error)
-        collectives.abort(message)
-        traceback.print_exc()
-        failure = {"rank": args.rank, "message": message, "time": time.time()}
-        (rank_folder(args.folder, args.rank) / "failure.json").write_text(json.dumps(failure))
-        return 1
+    failure = rank_folder(args.folder, args.rank) / "failure.json"
+    work = partial(run, args.folder, args.rank, args.world_size, args.stages)
+    return as_rank(args.job, args.rank, args.world_size, failure, work)
 
 
 if __name__ == "__main__":

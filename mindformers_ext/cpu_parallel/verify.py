@@ -10,6 +10,7 @@ from statistics import median
 from mindformers_ext.cpu_parallel import launch
 from mindformers_ext.cpu_parallel.compare import Comparison, compare
 from mindformers_ext.cpu_parallel.deadlock import traffic
+from mindformers_ext.cpu_parallel.lowering import Call
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Problem:
     """What is trained: a module with `LAYOUTS`, `build(**arguments)` and `build_single(steps=...)`.
 
     `build` returns the training cell of a rank and its inputs (see dryrun/compile_rank.py), `build_single` that of
-    one process and the inputs of every step (see reference.py).
+    one process and the inputs of every step (see reference.py). A YAML is one too: run_problem.RunProblem.
     """
 
     module: str
@@ -39,14 +40,26 @@ class Problem:
         """The layouts that the module lists, by name."""
         return {layout.name: layout for layout in importlib.import_module(self.module).LAYOUTS}
 
-    def single(self, folder: Path) -> None:
-        """Run the single process into `folder`."""
-        launch.run_reference(
-            launch.Builder(f"{self.module}:build_single", {"steps": self.steps}, self.python_path), folder
-        )
+    def single_name(self, layout: Layout) -> str:
+        """Folder of the single process that a layout is compared with."""
+        return "single"
 
-    def rank_builder(self, layout: Layout) -> launch.Builder:
-        return launch.Builder(f"{self.module}:build", layout.arguments, self.python_path)
+    def single(self, layout: Layout | None, folder: Path) -> None:
+        """Run the single process into `folder`."""
+        builder = launch.Builder(f"{self.module}:build_single", {"steps": self.steps}, self.python_path)
+        launch.run_reference(builder, folder)
+
+    def compile(self, layout: Layout, folder: Path) -> list[list[Call]]:
+        """Compile and lower all ranks; returns their collectives."""
+        builder = launch.Builder(f"{self.module}:build", layout.arguments, self.python_path)
+        return launch.compile_ranks(builder, layout.world_size, folder, layout.stages)
+
+    def run(self, layout: Layout, single: Path, folder: Path) -> list[dict]:
+        """Run all ranks from the single process's initial parameters and batches; what each wrote to result.json."""
+        for name in ("initial.npz", "batches.npz"):
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to((single / name).resolve())
+        return launch.run_ranks(folder, layout.world_size, layout.stages)
 
 
 @dataclass(frozen=True)
@@ -68,10 +81,11 @@ class Row:
 
 def verify(problem: Problem, layouts: Sequence[Layout], folder: Path) -> Iterator[Row]:
     """Run the single process, then every layout; yields a row as each is done. A layout that fails is a row too."""
-    single = folder / "single"
-    problem.single(single)
     for layout in layouts:
+        single = folder / problem.single_name(layout)
         try:
+            if not single.exists():
+                problem.single(layout, single)
             yield run_layout(problem, layout, single, folder / layout.name)
         except (ValueError, RuntimeError) as error:
             yield Row(layout, failure=str(error))
@@ -79,11 +93,11 @@ def verify(problem: Problem, layouts: Sequence[Layout], folder: Path) -> Iterato
 
 def run_layout(problem: Problem, layout: Layout, single: Path, folder: Path) -> Row:
     """Compile, lower, run and compare one layout. Raises what the parts raise."""
-    start_from(single, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    sequences = launch.compile_ranks(problem.rank_builder(layout), layout.world_size, folder)
+    sequences = problem.compile(layout, folder)
     compile_seconds = time.perf_counter() - started
-    results = launch.run_ranks(folder, layout.world_size, layout.stages)
+    results = problem.run(layout, single, folder)
     totals = [traffic(calls).values() for calls in sequences]
     return Row(
         layout,
@@ -93,14 +107,6 @@ def run_layout(problem: Problem, layout: Layout, single: Path, folder: Path) -> 
         compile_seconds=compile_seconds,
         step_seconds=max(median(result["seconds"][1:]) for result in results),
     )
-
-
-def start_from(single: Path, folder: Path) -> None:
-    """Give a run folder the single process's initial parameters and batches."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("initial.npz", "batches.npz"):
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to((single / name).resolve())
 
 
 COLUMNS = tuple(

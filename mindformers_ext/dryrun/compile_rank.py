@@ -13,6 +13,7 @@ and communication are ready when it is called. Into DIR go
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -62,6 +63,8 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
     from mindformers_ext.dryrun import mindir
 
     start = time.time()
+    gc.freeze()  # MindSpore collects garbage often while it compiles: not among what is there already
+    without_values(cell)
     cell.compile(*inputs)
     seconds = time.time() - start
     phase = compiled_phase(cell)
@@ -77,6 +80,7 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
         "device_num": device_num,
         "strategies": _cell_graph_executor._get_shard_strategy(cell),
         "layouts": {n: dict(zip(LAYOUT_FIELDS, e, strict=True)) for n, e in cell.parameter_layout_dict.items()},
+        "inputs": [list(value.shape) for value in inputs],
         "parameters": parameters,
         "weights": [p.name for p in cell.optimizer.parameters if p.name in parameters],
         "collectives": [asdict(c) for c in mindir.collectives(model, rank, device_num)],
@@ -86,6 +90,19 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
     }
     write_json(out / "compiled.json", compiled)
     return compiled
+
+
+def without_values(cell) -> None:
+    """Let the compiler give every parameter its rank's shape, but no value: those of a rank of V3 fill the memory.
+
+    Extends: mindspore.parallel._utils (2.9.0), which fills all parameters during compilation unless told by
+    `init_param`, and the optimizer's states always.
+    """
+    from mindspore.parallel import _utils
+
+    for parameter in cell.get_parameters():
+        parameter.init_param = True
+    _utils._init_optimizer_state = lambda parameter, phase: None
 
 
 def compiled_phase(cell) -> str:

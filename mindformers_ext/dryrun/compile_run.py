@@ -1,6 +1,6 @@
 """Compile what a YAML trains, as one rank: run_mindformer.py's own path, stopped where training would begin.
 
-    python -m mindformers_ext.dryrun.compile_run --out DIR --samples N --config Y [run_mindformer's other arguments]
+    python -m mindformers_ext.dryrun.compile_run --out DIR [--samples N] --config Y [run_mindformer's other arguments]
 
 Extends: run_mindformer.py and `mindspore.train.Model.train` (2.9.0), in this child process only. Model, wrapper,
 optimizer and dataset strategy are built as in training; only the samples are stand-ins (a compiler reads shapes, not
@@ -10,19 +10,18 @@ tokens), and `Model.train` compiles its network instead of running it. Results a
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from mindformers_ext.dryrun.compile_rank import compile_cell, guarded
 from mindformers_ext.yaml_config import load_yaml, lookup
 
-# What a dry run does not need: data files, checkpoints, reports of steps that never run.
+# What a run that stops before training does not need: data files, checkpoints, reports of steps that never run.
 WITHOUT = {
-    "use_parallel": "True",
     "load_checkpoint": "",
     "resume_training": "False",
     "processor": "null",
     "callbacks": "[]",
-    "context.device_target": "Ascend",
     "train_dataset.num_parallel_workers": "1",
 }
 
@@ -31,24 +30,42 @@ def main(argv: list[str] | None = None) -> int:
     """Compile the run; 0 when compiled, 1 when the YAML, the model or the compiler failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
-    parser.add_argument("--samples", required=True, type=int, help="stand-in samples: those of one step")
+    parser.add_argument("--samples", type=int, help="stand-in samples, in place of train_dataset.data_loader.sizes")
     options, arguments = parser.parse_known_args(argv)
+    arguments += ["--use_parallel", "True", "--device_target", "Ascend"]
     return guarded(options.out, lambda: compile_run(arguments, options.samples, options.out))
 
 
-def compile_run(arguments: list[str], samples: int, out: Path) -> None:
+def compile_run(arguments: list[str], samples: int | None, out: Path) -> None:
     """Run `run_mindformer.py arguments` up to the compiled training graph."""
+
+    def compile_network(network, train_dataset) -> None:
+        import mindspore as ms
+
+        network.set_train()
+        batch = next(train_dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
+        inputs = tuple(ms.Tensor(column) for column in batch)
+        compile_cell(network, inputs, out)
+        if int(os.environ["MS_SIMULATION_LEVEL"]) >= 1:
+            network(*inputs)  # the memory plan is made, and printed at exit, when the graph is launched
+
+    run_until_training(arguments, samples, out.resolve(), compile_network)
+
+
+def run_until_training(arguments: list[str], samples: int | None, out: Path, instead: Callable) -> None:
+    """Run `run_mindformer.py arguments` up to training, and call `instead(training network, dataset)` there."""
     import mindspore as ms
 
     import run_mindformer
 
-    out = out.resolve()
-    settings = WITHOUT | {"output_dir": str(out / "output"), "train_dataset.data_loader.sizes": f"[{samples}, 0, 0]"}
+    settings = WITHOUT | {"output_dir": str(out / "output")}
+    if samples is not None:
+        settings["train_dataset.data_loader.sizes"] = f"[{samples}, 0, 0]"
     arguments = arguments + [text for key, value in settings.items() for text in (f"--{key}", value)]
     options, _ = run_mindformer.build_parser().parse_known_args(arguments)
     arguments += _absolute_paths(run_mindformer.find(options.config))
     run_mindformer.prepare_environment(options.register_path, options.output_dir)  # before MindFormers is imported
-    ms.train.Model.train = _compiling_train(out)
+    ms.train.Model.train = lambda self, epoch, train_dataset, *_, **__: instead(self._train_network, train_dataset)
     _stand_in_data()
     run_mindformer.run(arguments)
 
@@ -69,23 +86,6 @@ def _stand_in_data() -> None:
 
     run_modes.check_data = lambda *_: None
     megatron_dataloader._reads_data = lambda: False
-
-
-def _compiling_train(out: Path):
-    """A `Model.train` that compiles the training network on the first batch's shapes."""
-
-    def train(self, epoch, train_dataset, *_, **__):
-        import mindspore as ms
-
-        network = self._train_network
-        network.set_train()
-        batch = next(train_dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
-        inputs = tuple(ms.Tensor(column) for column in batch)
-        compile_cell(network, inputs, out)
-        if int(os.environ["MS_SIMULATION_LEVEL"]) >= 1:
-            network(*inputs)  # the memory plan is made, and printed at exit, when the graph is launched
-
-    return train
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ class RankJobs:
     level: int
     timeout_seconds: float = 3600.0
     python_path: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)  # added to the children's
 
 
 def compile_ranks(jobs: RankJobs, ranks: list[int], workers: int) -> list[RankResult]:
@@ -95,6 +96,7 @@ def _compile_one(jobs: RankJobs, rank: int, running: set[subprocess.Popen]) -> R
     env = ascend_environment(rank, jobs.world_size, jobs.level)
     env["PYTHONPATH"] = ":".join((*jobs.python_path, env["PYTHONPATH"]))
     env.setdefault("GLOG_v", "3")
+    env |= jobs.environment
     start = time.time()
     with log.open("wb") as stream:
         process = subprocess.Popen(

@@ -80,7 +80,13 @@ DATA_SYMBOL = ("_ZTV", "_ZTI", "_ZTS", "_ZTT")  # vtables and type information
 SYMBOL_DTYPE = np.dtype(
     [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("section", "<u2"), ("value", "<u8"), ("size", "<u8")]
 )
-RECIPE = 1  # raise when the generated libraries change, so that old caches are not used
+# The plugin's own simulation of this call returns at once, so that the thread which waits for callbacks spins and takes
+# a whole core from the compiler. Loaded before the plugin, this one takes its place and waits as the real one does.
+WAITS = "libwaits_for_callbacks.so"
+WAITS_SOURCE = """#include <unistd.h>
+int _ZN9mindspore6device6ascend27SimuFuncIaclrtProcessReportIiEET_i(int timeout) { usleep(5000); return 0; }
+"""
+RECIPE = 2  # raise when the generated libraries change, so that old caches are not used
 
 
 class StandInError(RuntimeError):
@@ -101,6 +107,7 @@ def ascend_environment(rank: int, world_size: int, level: int = COMPILE) -> dict
     env.update(
         LD_LIBRARY_PATH=_prepend(f"{home}/lib64", env.get("LD_LIBRARY_PATH")),
         PYTHONPATH=_prepend(f"{home}/python", env.get("PYTHONPATH")),
+        LD_PRELOAD=_prepend(f"{home}/lib64/{WAITS}", env.get("LD_PRELOAD")),
         ASCEND_HOME_PATH=str(home),
         ASCEND_OPP_PATH=str(home),
         MS_SIMULATION_LEVEL=str(level),
@@ -230,6 +237,8 @@ def _build(home: Path, source: str) -> None:
             target = f"lib64/{name}.so"
             _run_compiler(compiler, "-shared", f"-Wl,-soname,{name}.so", "-o", target, "stand_in.o", cwd=root)
         (root / "stand_in.o").unlink()
+        (root / "waits.c").write_text(WAITS_SOURCE)
+        _run_compiler(compiler, "-O1", "-fPIC", "-shared", "waits.c", "-o", f"lib64/{WAITS}", cwd=root)
         hccl = root / "python" / "hccl"
         hccl.mkdir(parents=True)
         (hccl / "__init__.py").write_text('"""Stand-in for CANN\'s hccl."""\n')

@@ -104,6 +104,15 @@ def widths_over_model_parallel(plan: RunPlan) -> Iterator[Violation]:
             )
 
 
+def experts_need_sequence_parallel(plan: RunPlan) -> Iterator[Violation]:
+    if plan.mp > 1 and plan.model.moe_config.expert_num > 1 and not plan.sequence_parallel:
+        yield Violation(
+            "parallel_config.use_seq_parallel",
+            f"model_parallel is {plan.mp} and expert_num {plan.model.moe_config.expert_num}: MindFormers trains "
+            "experts together with model parallelism only when use_seq_parallel is True",
+        )
+
+
 def sequence_over_devices(plan: RunPlan) -> Iterator[Violation]:
     on_mp = plan.sequence_parallel or plan.model.moe_config.expert_num > 1
     ways = plan.cp * (plan.mp if on_mp else 1)
@@ -230,11 +239,11 @@ def dataset_strategy(plan: RunPlan) -> Iterator[Violation]:
     if not isinstance(plan.dataset_strategy, list | tuple):
         return
     for index, axes in enumerate(plan.dataset_strategy):
-        if isinstance(axes, list | tuple) and axes and axes[0] not in (1, plan.dp):
+        if isinstance(axes, list | tuple) and axes and axes[0] != plan.dp:
             yield Violation(
                 "parallel.dataset_strategy",
-                f"the first number of every entry splits the batch and must be data_parallel (or 1 for a whole "
-                f"batch), but entry {index} has {axes[0]} and data_parallel is {plan.dp}; {_near([1, plan.dp])}",
+                f"the first number of every entry splits the batch and must be data_parallel, but entry {index} has "
+                f"{axes[0]} and data_parallel is {plan.dp}; {_near([plan.dp])}",
             )
 
 
@@ -243,6 +252,7 @@ RULES = (
     expert_parallel_in_stage,
     experts_over_expert_parallel,
     widths_over_model_parallel,
+    experts_need_sequence_parallel,
     sequence_over_devices,
     capacity_groups,
     experts_per_token,

@@ -54,9 +54,23 @@ def slots_of(network: nn.Cell, parameters: Mapping[str, Parameter]) -> dict[str,
 
 def pieces_of(network: nn.Cell) -> dict[str, Piece]:
     """What this process saves; on CPU the arrays share the parameters' memory."""
+    if hasattr(network, "stored"):
+        return lowered_pieces(network)
     parameters = state_of(network)
     slots = slots_of(network, parameters)
     return {name: Piece(to_numpy(parameter), slots[name]) for name, parameter in parameters.items()}
+
+
+def lowered_pieces(network: nn.Cell) -> dict[str, Piece]:
+    """What a rank on CPU saves (cpu_parallel.lowered_step): its graph's parts, and numbers that the graph has not."""
+    pieces = {}
+    for name, part in network.stored():
+        if is_state(name):
+            pieces[name] = Piece(to_numpy(part.value), Slot(tuple(part.full_shape), part.shard.ranges, part.shard.copy))
+    for name, parameter in state_of(network).items():
+        if "." not in name and name not in pieces:  # a constant of the graph
+            pieces[name] = Piece(to_numpy(parameter), Slot.whole(parameter.shape, copy=network.job.rank))
+    return pieces
 
 
 def to_numpy(parameter: Parameter) -> np.ndarray:

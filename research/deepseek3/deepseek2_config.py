@@ -165,7 +165,7 @@ class MoeConfig:
     norm_topk_prob: bool = False  # gates normalised to sum 1 before scaling
     routed_scaling_factor: float = 1.0  # gates multiplied by this, after normalising
     router_dense_type: str = "float32"  # dtype of the gate's matmul; scores are always float32
-    use_fused_ops_topkrouter: bool = False  # no operator of MindSpore 2.9 selects as DeepSeek does: basic ones run
+    use_fused_ops_topkrouter: bool = False  # CPU only: no Ascend operator of MindSpore 2.9 selects as DeepSeek does
     # balancing
     balance_via_topk_bias: bool = False  # the callback updates the selection bias each step
     topk_bias_update_rate: float = 0.0  # gamma of the update
@@ -369,6 +369,7 @@ class DeepseekV2Config(PretrainedConfig):
     use_fused_rope: bool = False
     use_fused_swiglu: bool = False
     use_fused_rms_norm: bool = False
+    use_fused_cross_entropy: bool = False  # CPU: head and loss in one operator that keeps no logits
     # run
     offset: int | list[int] = 0  # layers more (or fewer) than num_layers // pipeline_stage, per stage
     return_extra_loss: bool = True  # add the balance losses to the loss

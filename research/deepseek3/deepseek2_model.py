@@ -18,10 +18,18 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
-from mindspore.ops.auto_generate import SiLU
 from sharding import expert_group, loss_axes, place, run_locally, shard, share_graph
 
-from mindformers_ext.fused_ops import core_attention, rms_norm, rotary, score_mask
+from mindformers_ext.fused_ops import (
+    core_attention,
+    embedding,
+    head_loss,
+    matrix_product,
+    rms_norm,
+    rotary,
+    score_mask,
+    swiglu,
+)
 from mindformers_ext.moe_dispatch import CapacityDispatch, DroplessDispatch
 from mindformers_ext.router import TopkRouterV2
 
@@ -56,7 +64,7 @@ class Linear(nn.Cell):
         super().__init__()
         self.weight = weight(config, out_dim, in_dim)
         self.compute_dtype = getattr(mstype, config.compute_dtype)
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.matmul = matrix_product()
         shard(self, axes, config)
 
     def construct(self, x):
@@ -216,11 +224,11 @@ class FeedForward(nn.Cell):
         self.gate_proj = projection(config, f"{place}.gate_proj", config.hidden_size, width, "column_parallel")
         self.up_proj = projection(config, f"{place}.up_proj", config.hidden_size, width, "column_parallel")
         self.down_proj = projection(config, f"{place}.down_proj", width, config.hidden_size, "row_parallel")
-        self.silu, self.gate_mul = SiLU(), ops.Mul()
-        shard(self, "feed_forward", config)
+        self.swiglu = swiglu(config)
+        shard(self.swiglu, "feed_forward", config)
 
     def construct(self, x):
-        return self.down_proj(self.gate_mul(self.silu(self.gate_proj(x)), self.up_proj(x)))
+        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Experts(nn.Cell):
@@ -265,7 +273,8 @@ class MixtureOfExperts(nn.Cell):
         self.balance = BalanceLoss(config)
         self.counts_unbiased = self.balance.active and self.gate.has_bias
         self.compute_dtype = getattr(mstype, config.compute_dtype)
-        self.local = run_locally(self._local, self._local_shapes, self._local_types, config)
+        program = self._adapted if self.experts.adapted else self._local
+        self.local = run_locally(program, self._local_shapes, self._local_types, config)
         self.count_mul, self.count = ops.Mul(), ops.ReduceSum()
         self.add_load = ops.AssignAdd().recompute(False)  # a recomputed forward must not count again
         shard(self, "mixture_of_experts", config)
@@ -285,18 +294,18 @@ class MixtureOfExperts(nn.Cell):
             y = self.add_shared(y, self.shared_experts(x))
         return y, loss
 
-    def _local(self, x, gate_weight, bias, gate_up, down, *adapters):
+    def _adapted(self, x, gate_weight, bias, gate_up, down, *adapters):
+        """`_local` with the adapters added to the experts; apart, since the compiler takes no programs of any width."""
+        return self._local(x, gate_weight, bias, *self.experts.lora.add_to(gate_up, down, adapters))
+
+    def _local(self, x, gate_weight, bias, gate_up, down):
         """(y (T, H); chosen, counted, scores, logits (T, E)) of this device's tokens.
 
         `chosen` is where tokens went; `counted` is what the balance loss counts: V3 ignores bias and groups (eq. 18).
         """
-        topk_weights, topk_ids, scores, logits = self.gate.route(x, gate_weight, bias)
-        if self.experts.adapted:
-            gate_up, down = self.experts.lora.add_to(gate_up, down, adapters)
+        topk_weights, topk_ids, scores, logits, chosen, unbiased = self.gate.route_and_count(x, gate_weight, bias)
         y = self.dispatch.run(ops.cast(x, self.compute_dtype), topk_weights, topk_ids, gate_up, down)
-        chosen = self.gate.selected(topk_ids)
-        counted = self.gate.unbiased_selected(scores) if self.counts_unbiased else chosen
-        return y, chosen, counted, scores, logits
+        return y, chosen, unbiased if self.counts_unbiased else chosen, scores, logits
 
     def _local_shapes(self, x, gate_weight, *_):
         per_expert = [x[0], gate_weight[0]]
@@ -396,12 +405,12 @@ class Embedding(nn.Cell):
         super().__init__()
         self.weight = weight(config, config.vocab_size, config.hidden_size)
         self.compute_dtype = getattr(mstype, config.compute_dtype)
-        self.gather = ops.Gather()
-        shard(self, "embedding", config)
+        self.look_up = embedding()
+        shard(self.look_up, "embedding", config)
 
     def construct(self, ids):
         """(T, H) <- ids (T,)."""
-        return ops.cast(self.gather(self.weight, ids, 0), self.compute_dtype)
+        return ops.cast(self.look_up(self.weight, ids), self.compute_dtype)
 
 
 class DeepseekV2Model(nn.Cell):
@@ -447,11 +456,12 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
         self.model = DeepseekV2Model(config)
         self.lm_head = Linear(config, config.hidden_size, config.vocab_size, "lm_head")
         self.lm_head.pipeline_stage = config.pipeline_stage_of(config.num_layers)
-        self.loss = CrossEntropyLoss(loss_axes(config))
+        self.loss, self.head_loss = CrossEntropyLoss(loss_axes(config)), head_loss(config)
         self.loss_parts = Parameter(
             Tensor(np.zeros(4), mstype.float32), name="loss_parts", requires_grad=False, parallel_optimizer=False
         )
         self.add_loss_parts = ops.AssignAdd()
+        shard(self, "causal_lm", config)
         unit = np.eye(4, dtype=np.float32)
         self.is_main, self.is_mtp, self.is_balance, self.is_count = (Tensor(row) for row in unit)
         if config.lora.lora_rank:
@@ -506,7 +516,10 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
     def token_loss(self, hidden, labels, loss_mask):
         """Mean cross entropy over the positions of loss_mask: (1,) <- hidden (T, H), labels and loss_mask (B, S)."""
         labels = ops.maximum(labels.reshape((-1,)), 0)  # ignored labels are negative; the mask leaves them out
-        return self.loss(self.lm_head(hidden), labels, loss_mask.reshape((-1,))).reshape((1,))
+        loss_mask = loss_mask.reshape((-1,))
+        if self.training and self.head_loss is not None:
+            return self.head_loss(hidden, ops.cast(self.lm_head.weight, hidden.dtype), labels, loss_mask)
+        return self.loss(self.lm_head(hidden), labels, loss_mask).reshape((1,))
 
     def _token_mask(self, input_ids, labels):
         """0 on padding, (T, 1): a pad token that is followed by another or by nothing (pad is also end of text)."""

@@ -7,6 +7,7 @@ own tokens, and ep consecutive devices share one set of experts.
 
 A plan maps the name of an operator to the layouts of its inputs (and outputs, after "->"), one axis name (or several,
 or "None") per tensor axis. A name that the cell lacks, or an axis that the grid lacks, is an error.
+An operator without a plan is split by the compiler as it likes: one that writes a parameter splits the parameter too.
 """
 
 import functools
@@ -76,8 +77,10 @@ def plans(config) -> dict[str, dict[str, tuple]]:
         "mixture_of_experts": {
             "count_mul": (flat, flat),
             "count": (flat,),
+            "add_load": ((NONE,), (NONE,)),
             **({"add_shared": (tokens, tokens)} if config.moe_config.shared_expert_num else {}),
         },
+        "causal_lm": {"add_loss_parts": ((NONE,), (NONE,))},
         "balance_loss": {
             "sum_experts": (flat,),
             "normalize": (flat, flat),
@@ -137,6 +140,7 @@ def attention_plan() -> dict[str, tuple]:
         "weigh_value": (heads(), whole),
         "causal": (heads(), whole, whole, (NONE, NONE)),
         "masked": (heads(), whole, whole, ("dp", NONE, "cp", NONE)),
+        "borrow": (whole,),
         "pad_value": (whole, whole),
         "cut_value": (heads(),),
     }
@@ -295,4 +299,4 @@ def wants(setting, index: int, config) -> bool:
 def activations(layer: nn.Cell) -> list:
     """Cheap operators with large outputs, which select_recompute runs again instead of keeping."""
     ffn = layer.mlp.shared_experts if hasattr(layer.mlp, "shared_experts") else layer.mlp
-    return [getattr(ffn, name) for name in ("silu", "gate_mul") if hasattr(ffn, name)]
+    return [getattr(ffn.swiglu, name) for name in ("silu", "gate_mul") if hasattr(ffn.swiglu, name)]

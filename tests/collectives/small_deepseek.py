@@ -36,6 +36,15 @@ LAYOUTS = [
     ),
 ]
 
+# The same graphs with Ascend's fused operators, which the lowering maps to the CPU kernels.
+OPERATORS = ("flash_attention", "fused_rope", "fused_swiglu", "fused_rms_norm")
+FUSED = {"model": {f"use_{name}": True for name in OPERATORS}, "moe": {"use_fused_ops_permute": True}}
+LAYOUTS += [
+    Layout(f"{layout.name}-fused", layout.arguments | FUSED, layout.world_size)
+    for layout in LAYOUTS
+    if layout.name in ("mp2", "cp2", "ep2", "dp2-mp2-ep2")
+]
+
 BATCH = 4
 SIZES = dict(
     seq_length=16, hidden_size=32, num_heads=4, intermediate_size=64, kv_lora_rank=16, q_lora_rank=16, vocab_size=64

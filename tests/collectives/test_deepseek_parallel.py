@@ -14,7 +14,7 @@ PROBLEM = verify.Problem("collectives.small_deepseek", PYTHON_PATH)
 @pytest.fixture(scope="session")
 def single(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("deepseek")
-    PROBLEM.single(folder)
+    PROBLEM.single(None, folder)
     return folder
 
 

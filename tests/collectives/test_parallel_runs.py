@@ -20,7 +20,7 @@ QUICK, BROKEN = 3, LAYOUTS[1]
 def runs(tmp_path_factory) -> Path:
     """Folder with the single process's run; the layouts' runs are put beside it."""
     folder = tmp_path_factory.mktemp("runs")
-    PROBLEM.single(folder / "single")
+    PROBLEM.single(None, folder / "single")
     return folder
 
 

@@ -19,6 +19,10 @@ YARN = dict(
     scaling_factor=dict(factor=40.0, original_max_position_embeddings=8, beta_fast=32, beta_slow=1),
     max_position_embeddings=320,
 )
+ODD = dict(seq_length=19, hidden_size=37, num_heads=3, vocab_size=101, v_head_dim=7)
+OPERATORS = ("flash_attention", "fused_rope", "fused_swiglu", "fused_rms_norm", "fused_cross_entropy")
+FUSED = {f"use_{name}": True for name in OPERATORS}
+FUSED_MOE = dict(use_fused_ops_permute=True, use_fused_ops_topkrouter=True)
 V3 = {
     "released_shape": v3_config(),
     "no_q_lora": v3_config(q_lora_rank=None),
@@ -30,18 +34,26 @@ V3 = {
     "two_shared_experts": v3_config(moe=dict(shared_expert_num=2)),
     "dense_only": v3_config(moe=dict(expert_num=1, num_experts_chosen=1, n_group=1, topk_group=1)),
     "moe_only": v3_config(moe=dict(first_k_dense_replace=0)),
-    "odd_sizes": v3_config(
-        seq_length=19, hidden_size=37, num_heads=3, vocab_size=101, v_head_dim=7, moe=dict(moe_intermediate_size=13)
-    ),
+    "odd_sizes": v3_config(**ODD, moe=dict(moe_intermediate_size=13)),
     "capacity_suffices": v3_config(moe=dict(use_gmm=False, capacity_factor=8.0)),
+    "fused": v3_config(**FUSED, moe=FUSED_MOE),
+    "fused_negative_bias": v3_config(**FUSED, moe=FUSED_MOE),
+    "fused_yarn": v3_config(**YARN, **FUSED, moe=FUSED_MOE),
+    "fused_odd_sizes": v3_config(**ODD, **FUSED, moe=dict(moe_intermediate_size=13) | FUSED_MOE),
 }
 V2 = {
     "v2_lite": v2_config(q_lora_rank=None),
     "v2": v2_config(moe=dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=16.0)),
+    "fused_v2": v2_config(**FUSED, moe=FUSED_MOE | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2)),
 }
 
 
-GRAPH = ("released_shape", "v2")  # compiled as in training; the others run operator by operator, which is faster
+GRAPH = (
+    "released_shape",
+    "v2",
+    "fused",
+    "fused_v2",
+)  # compiled as in training; the others run operator by operator, which is faster
 
 
 @pytest.mark.parametrize("name", [*V3, *V2])
@@ -64,7 +76,7 @@ def compare(name, mode):
     rng = np.random.default_rng(7)
     for tensor_name, bias in hf_tensors(reference).items():
         if tensor_name.endswith("e_score_correction_bias"):
-            low, high = (-3.0, -1.5) if name == "negative_bias" else (-0.1, 0.1)
+            low, high = (-3.0, -1.5) if "negative_bias" in name else (-0.1, 0.1)
             bias.copy_(torch.from_numpy(rng.uniform(low, high, bias.shape).astype(np.float32)))
     load_from_hf(network, config, reference)
     ids = rng.integers(2, config.vocab_size, (2, config.seq_length + 1)).astype(np.int32)

@@ -50,9 +50,9 @@ def test_numbers_are_used_only_where_they_mean_the_same_as_names():
 def test_a_plan_for_a_missing_operator_is_an_error(semi_auto):
     config = v3_config(parallel_config=parallel(data_parallel=8))
     cell = FeedForward(config, 8)
-    del cell.gate_mul
+    del cell.swiglu.gate_mul
     with pytest.raises(AttributeError, match="gate_mul"):
-        sharding.shard(cell, "feed_forward", config)
+        sharding.shard(cell.swiglu, "feed_forward", config)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""The compiled kernels as MindSpore operators.
+
+Extends MindSpore 2.9.0, whose CPU backend lacks the fused operators of Ascend and refuses bfloat16 in matrix products;
+it can go when MindSpore has them. Each .cc file of this folder holds one kernel with its mathematics.
+"""
+
+import ctypes
+import functools
+import os
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import mindspore as ms
+from mindspore import ops
+
+
+def library_path() -> Path:
+    """Path of the shared library; raises ImportError when the project was installed without its extensions."""
+    path = Path(__file__).with_name("_kernels" + sysconfig.get_config_var("EXT_SUFFIX"))
+    if not path.exists():
+        raise ImportError(
+            f"{path} is missing: install MindSpore and scipy-openblas32, then this project with "
+            "`pip install --no-build-isolation .` (or run `python setup.py build_ext --inplace`)"
+        )
+    return path
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(library_path()))
+
+
+def set_threads(count: int) -> None:
+    """Compute with `count` threads from now on; results do not depend on it. Not while an operator runs."""
+    _library().cpu_kernels_set_threads(count)
+
+
+def threads() -> int:
+    """Threads that the kernels compute with."""
+    return _library().cpu_kernels_threads()
+
+
+@functools.cache
+def _fit_threads() -> None:
+    """Use OMP_NUM_THREADS or all cores, at most MindSpore's runtime_num_threads."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    count = int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
+    set_threads(min(count, ms.get_context("runtime_num_threads")))
+
+
+def custom(name: str, shapes: Callable, types: Callable, bprop: Callable | None = None, **attributes) -> ops.Custom:
+    """The operator `name` of the library.
+
+    Args:
+        shapes: the outputs' shapes (a tuple of tuples; for one output its shape) from the inputs' shapes.
+        types: the outputs' types, likewise.
+        bprop: function (*inputs, outputs, gradients of the outputs) -> gradients of the inputs.
+        attributes: numbers that the kernel reads.
+    """
+    _fit_threads()
+    operator = ops.Custom(f"{library_path()}:{name}", shapes, types, "aot", bprop)
+    for key, value in attributes.items():
+        operator.add_prim_attr(key, repr(float(value)))
+    return operator

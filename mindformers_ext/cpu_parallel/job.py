@@ -1,0 +1,152 @@
+"""Run a semi-auto-parallel YAML on a machine without a card: compile every rank, lower it, train as processes.
+
+    python -m mindformers_ext.cpu_parallel.job --worker_num 8 [--log_dir output/msrun_log] \
+        [--] run_mindformer.py --config Y [...]
+
+scripts/msrun_launcher.sh starts it in place of msrun. Compiled ranks are kept in OUTPUT_DIR/compiled_ranks and used
+again while the YAML, the project's sources and MindSpore are the same. Logs: scheduler.log says what was done and
+which rank failed first; worker_R.log is what rank R printed. Exit code 0, or that of the rank that failed first.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from mindformers_ext.cpu_parallel import launch
+from mindformers_ext.cpu_parallel.rank_job import RankJob
+from mindformers_ext.dryrun.run_plan import RunPlan, load_plan
+from mindformers_ext.dryrun.strategy_rules import check_plan
+from mindformers_ext.errors import ConfigError, UserError
+from mindformers_ext.yaml_config import is_semi_auto, lookup
+from run_mindformer import all_overrides, build_parser, find
+
+ROOT = Path(__file__).resolve().parents[2]
+# What a compiled graph does not depend on.
+OUTSIDE_THE_GRAPH = ("output_dir", "load_checkpoint", "resume_training", "callbacks", "processor", "eval_dataset")
+GRAPH_SOURCES = ("research/deepseek3/*.py", "mindformers_ext/*.py", "mindformers_ext/dryrun/compile_*.py")
+GRAPH_SOURCES += ("mindformers_ext/cpu_parallel/lowering.py", "mindformers_ext/cpu_parallel/inlining.py")
+MAX_RANKS = 64  # processes of one machine; more is a mistake
+
+
+def read_plan(command: list[str], worker_num: int | None = None) -> RunPlan:
+    """The plan of the run that `run_mindformer.py` arguments describe. Raises ConfigError."""
+    options, rest = build_parser().parse_known_args(command)
+    return load_plan(find(options.config), worker_num, all_overrides(options, rest))
+
+
+def asks_for_this(command: list[str]) -> bool:
+    """True when the run splits one graph over devices."""
+    if not any(word.partition("=")[0] == "--config" for word in command):
+        return False
+    return is_semi_auto(read_plan(command).config)
+
+
+def graph_key(plan: RunPlan) -> str:
+    """Names everything that a compiled rank depends on."""
+    config = {key: value for key, value in plan.config.items() if key not in OUTSIDE_THE_GRAPH}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(importlib.metadata.version("mindspore").encode())
+    for pattern in GRAPH_SOURCES:
+        for source in sorted(ROOT.glob(pattern)):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run(command: list[str], worker_num: int, log_dir: Path, say: Callable[[str], None]) -> None:
+    """Compile what is not compiled yet, then train.
+
+    Raises:
+        UserError: the strategy is not legal, a rank does not compile, or one fails; the sentence names it.
+    """
+    plan = read_plan(command, worker_num)
+    violations = check_plan(plan)
+    if violations:
+        raise ConfigError(f"{plan.path}: {violations[0].key}: {violations[0].sentence}")
+    if worker_num > MAX_RANKS:
+        raise ConfigError(f"WORKER_NUM is {worker_num}, but one machine without cards runs at most {MAX_RANKS} ranks")
+    folder = Path(lookup(plan.config, "output_dir", "./output")).resolve() / "compiled_ranks" / graph_key(plan)
+    if (folder / "whole").exists():
+        say(f"the graphs of all {worker_num} ranks are in {folder} already")
+    else:
+        say(f"compiling the graphs of {worker_num} ranks for Ascend, and lowering them to CPU, in {folder}")
+        builder = launch.RunBuilder(absolute(command), (str(ROOT),))
+        launch.compile_ranks(builder, plan.device_num, folder, plan.pp)
+        (folder / "whole").touch()
+    say(f"starting {worker_num} ranks; their logs are {log_dir}/worker_*.log")
+    job = RankJob(folder, new_name(), 0, plan.device_num, plan.pp, plan.cp * plan.mp)
+    train(command, job, log_dir)
+    say(f"all {worker_num} ranks have finished")
+
+
+def new_name() -> str:
+    """A name for the shared memory of a job that no other has."""
+    return uuid.uuid4().hex
+
+
+def absolute(command: list[str]) -> tuple[str, ...]:
+    """The command with absolute paths, for a process that runs in another folder."""
+    options, _ = build_parser().parse_known_args(command)
+    paths = ["--config", str(find(options.config).resolve()), "--register_path"]
+    return (*command, *paths, str(find(options.register_path).resolve()))
+
+
+def train(command: list[str], job: RankJob, log_dir: Path) -> None:
+    """Start all ranks and wait for them. Raises launch.RankError that names the first that failed."""
+    threads = str(max((os.cpu_count() or 1) // job.world_size, 1))
+    base = {"OMP_NUM_THREADS": threads, "GLOG_v": "3"} | dict(os.environ)
+    base["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def files(rank: int) -> tuple[Path, Path]:
+        return log_dir / f"worker_{rank}.failure.json", log_dir / f"worker_{rank}.log"
+
+    def start(rank: int) -> subprocess.Popen:
+        failure, log = files(rank)
+        arguments = ["-m", "mindformers_ext.cpu_parallel.worker", str(failure), *command]
+        own = replace(job, rank=rank).environment() | {"LOG_MF_PATH": str(log_dir / f"rank_{rank}")}
+        return launch.start_rank(arguments, base | own, failure, log)
+
+    def explain(rank: int, code: int) -> tuple[float, str]:
+        return launch.failure_of(*files(rank), rank, code)
+
+    launch.supervise([start(rank) for rank in range(job.world_size)], explain)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job, or with --asks only tell by the exit code whether a command is one of these."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker_num", type=int, default=1)
+    parser.add_argument("--log_dir", type=Path, default=Path("output/msrun_log"))
+    parser.add_argument("--asks", action="store_true", help="exit code 0 if the command is semi-auto parallel")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="run_mindformer.py --config Y ...")
+    options = parser.parse_args(argv)
+    command = [word for word in options.command if word != "--"][1:]
+    if options.asks:
+        try:
+            return 0 if asks_for_this(command) else 1
+        except ConfigError:
+            return 1  # the run itself says what is wrong
+    options.log_dir.mkdir(parents=True, exist_ok=True)
+    with (options.log_dir / "scheduler.log").open("w") as log:
+
+        def say(text: str) -> None:
+            print(text, flush=True)
+            print(text, file=log, flush=True)
+
+        try:
+            run(command, options.worker_num, options.log_dir, say)
+        except UserError as error:
+            say(f"error: {error}")
+            return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

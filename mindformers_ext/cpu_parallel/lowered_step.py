@@ -1,0 +1,123 @@
+"""The training step of a rank on CPU: its own lowered graph behind the face of MindFormers' training wrapper.
+
+Extends mindformers.wrapper.MFTrainOneStepCell (1.9.0) through our CPU version. The Trainer builds model, optimizer
+and data as for one process; this cell cuts their values into the rank's shards before the first step, so that a
+checkpoint of any layout can be loaded, and runs the rank's graph in place of `construct`. Small state that callbacks
+read and write on the model (router biases, loads, loss parts) is copied between both around every step.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindspore import Parameter, Tensor
+
+from mindformers_ext.cpu_parallel.parameters import Shard, layout_for, shard_of
+from mindformers_ext.cpu_parallel.rank_job import RankJob
+from mindformers_ext.cpu_parallel.run_rank import ACCUMULATORS, load_graph, rank_folder
+from mindformers_ext.train_wrapper import DeviceAwareTrainOneStepCell
+
+
+class StoredParameter(NamedTuple):
+    """What this rank stores of a parameter."""
+
+    value: Parameter
+    full_shape: tuple[int, ...]
+    shard: Shard
+
+
+@MindFormerRegister.register(MindFormerModuleType.WRAPPER)
+class LoweredTrainStep(DeviceAwareTrainOneStepCell):
+    """Run the rank's lowered graph; arguments and outputs as DeviceAwareTrainOneStepCell.
+
+    Inputs are the global batch, of which the rank takes its part.
+    """
+
+    def __init__(self, network, optimizer, **kwargs):
+        super().__init__(network, optimizer, **kwargs)
+        self.job = RankJob.current()
+        own = rank_folder(self.job.folder, self.job.rank)
+        self.rank_facts = json.loads((own / "compiled.json").read_text())
+        self.graph = None
+        self.graph_path = own / "cpu.mindir"
+        self.mirrored: list[tuple[Parameter, Parameter]] = []
+
+    def __call__(self, *inputs):
+        """One step; outputs of the graph: loss, overflow, loss scale, learning rate, gradient norm."""
+        if self.graph is None:
+            self._load_graph()
+        for ours, theirs in self.mirrored:
+            ours.set_data(Tensor(theirs.asnumpy(), ours.dtype))
+        outputs = self.graph(*(self._own_part(x, i) for i, x in enumerate(inputs)))
+        for ours, theirs in self.mirrored:
+            theirs.set_data(Tensor(ours.asnumpy(), theirs.dtype))
+        return outputs
+
+    def stored(self) -> Iterator[tuple[str, StoredParameter]]:
+        """(name, what this rank holds) of every parameter of its graph, gradient buffers left out.
+
+        What callbacks change on the model is taken from there; the graph gets it before its next step.
+        """
+        whole = self._whole_parameters()
+        current = {ours.name: theirs for ours, theirs in self.mirrored}
+        for parameter in self.graph.get_parameters():
+            if not parameter.name.startswith(ACCUMULATORS):
+                shape = whole[parameter.name].shape
+                value = current.get(parameter.name, parameter)
+                yield parameter.name, StoredParameter(value, shape, self._shard(parameter, shape))
+
+    def _whole_parameters(self) -> dict[str, Parameter]:
+        return {parameter.name: parameter for parameter in self.get_parameters()}
+
+    def _shard(self, parameter: Parameter, full_shape: tuple[int, ...]) -> Shard:
+        layout = layout_for(parameter.name, self.rank_facts["layouts"])
+        if layout is None or len(layout["tensor_map"]) != len(full_shape):
+            return Shard(tuple((0, size) for size in full_shape), copy=self.job.index)
+        return shard_of(parameter.name, full_shape, parameter.shape, layout, self.job.index)
+
+    def _load_graph(self) -> None:
+        """Load the graph and give it this rank's part of the values that model and optimizer have now."""
+        whole = self._whole_parameters()
+        graph = load_graph(self.graph_path)
+        weights = {parameter.name for parameter in self.optimizer.parameters}
+        for parameter in graph.get_parameters():
+            if parameter.name.startswith(ACCUMULATORS):
+                parameter.set_data(Tensor(np.zeros(parameter.shape), parameter.dtype))
+                continue
+            source = whole.get(parameter.name)
+            if source is None:
+                raise ValueError(f"parameter '{parameter.name}' of the rank's graph is not in the model")
+            part = self._shard(parameter, source.shape).cut(source.asnumpy())
+            parameter.set_data(Tensor(part, parameter.dtype))
+            if not belongs_to(parameter.name, weights):
+                if part.shape != source.shape:
+                    raise ValueError(
+                        f"'{parameter.name}' is split over ranks, but callbacks need it whole: give the operator that "
+                        "writes it a plan in sharding.py"
+                    )
+                self.mirrored.append((parameter, source))
+        self.graph = graph
+
+    def _own_part(self, whole: Tensor, index: int) -> Tensor:
+        """This rank's part of the global batch, as its graph takes it."""
+        shape = self.rank_facts["inputs"][index]
+        if list(whole.shape) == shape:
+            return whole
+        if whole.shape[0] % shape[0] or list(whole.shape[1:]) != shape[1:]:
+            raise ValueError(
+                f"input {index} of the step has shape {tuple(whole.shape)}, but rank {self.job.rank}'s graph takes "
+                f"{tuple(shape)}: the YAML has changed since the graph was compiled"
+            )
+        first = self.job.data_rank * shape[0]
+        return whole[first : first + shape[0]]
+
+
+def belongs_to(name: str, weights: set[str]) -> bool:
+    """True for a weight and for optimizer states named after one (`exp_avg.<weight>`)."""
+    while name:
+        if name in weights:
+            return True
+        name = name.partition(".")[2]
+    return False

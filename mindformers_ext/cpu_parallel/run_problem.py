@@ -1,0 +1,188 @@
+"""A run's YAML under many parallel layouts, for verify_parallel.py: each trains the same samples as one process."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter, idx_path
+from mindformers_ext.cpu_parallel import job, launch
+from mindformers_ext.cpu_parallel.lowering import Call
+from mindformers_ext.cpu_parallel.rank_config import one_process_overrides
+from mindformers_ext.cpu_parallel.rank_job import RankJob
+from mindformers_ext.cpu_parallel.run_rank import rank_folder
+from mindformers_ext.cpu_parallel.verify import Layout
+from mindformers_ext.dryrun.run_plan import DEGREES, RunPlan, make_plan
+from mindformers_ext.dryrun.strategy_rules import check_plan
+from mindformers_ext.errors import ConfigError
+from mindformers_ext.yaml_config import lookup, override
+
+CAPACITY = {"moe_config.use_gmm": False, "moe_config.capacity_factor": 4.0}
+DROPS = {"moe_config.use_gmm": False, "moe_config.capacity_factor": 0.75}
+OPTIMIZER = "parallel.enable_parallel_optimizer"
+SHARDS = "parallel.parallel_optimizer_config"
+
+# name: (degrees, other keys of the layout, keys that change the maths and so the single process too)
+LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any], dict[str, Any]]] = {
+    "dp2": ({"dp": 2}, {}, {}),
+    "mp2": ({"mp": 2}, {}, {}),
+    "mp4": ({"mp": 4}, {}, {}),
+    "dp2-mp2": ({"dp": 2, "mp": 2}, {}, {}),
+    "mp2-vocab": ({"mp": 2}, {"parallel_config.vocab_emb_dp": False}, {}),
+    "cp2": ({"cp": 2}, {}, {}),
+    "dp2-cp2-mp2": ({"dp": 2, "cp": 2, "mp": 2}, {}, {}),
+    "ep2": ({"dp": 2, "ep": 2}, {}, {}),
+    "ep4": ({"dp": 4, "ep": 4}, {}, {}),
+    "dp2-mp2-ep2": ({"dp": 2, "mp": 2, "ep": 2}, {}, {}),
+    "ep2-capacity": ({"dp": 2, "ep": 2}, {}, CAPACITY),
+    "ep4-mp2-a2a": ({"dp": 2, "mp": 2, "ep": 4}, {}, CAPACITY),
+    "ep4-mp2-grouped-a2a": ({"dp": 2, "mp": 2, "ep": 4}, {"moe_config.group_wise_a2a": True}, CAPACITY),
+    "ep2-drops": ({"dp": 2, "ep": 2}, {}, DROPS),
+    "ep2-static-drop": ({"dp": 2, "ep": 2}, {}, DROPS | {"moe_config.enable_sdrop": True}),
+    "pp2": ({"pp": 2, "micro": 2}, {}, {}),
+    "pp2-micro4": ({"pp": 2, "micro": 4}, {}, {}),
+    "pp4": ({"pp": 4, "micro": 4}, {}, {}),
+    "dp2-mp2-pp2-ep2": ({"dp": 2, "mp": 2, "pp": 2, "ep": 2, "micro": 2}, {}, {}),
+    "dp2-optimizer": ({"dp": 2}, {OPTIMIZER: True, SHARDS: {"parallel_optimizer_threshold": 0}}, {}),
+    "dp4-optimizer2": (
+        {"dp": 4},
+        {OPTIMIZER: True, SHARDS: {"parallel_optimizer_threshold": 0, "optimizer_weight_shard_size": 2}},
+        {},
+    ),
+    "dp2-recompute": ({"dp": 2}, {"recompute_config.recompute": True}, {}),
+    "dp2-select-recompute": ({"dp": 2}, {"recompute_config.select_recompute": True}, {}),
+    "pp2-recompute-list": ({"pp": 2, "micro": 2}, {"recompute_config.recompute": [1, 0]}, {}),
+    "dp2-accumulation2": ({"dp": 2, "accumulation": 2}, {}, {}),
+    "dp2-losses": (
+        {"dp": 2, "ep": 2},
+        {},
+        {"moe_config.z_loss_factor": 0.001, "moe_config.aux_loss_factors": [0.01]},
+    ),
+}
+SHORT = dict(zip(("dp", "cp", "mp", "pp", "ep", "micro"), DEGREES, strict=True))
+OWN = "own"  # the YAML's layout
+
+
+@dataclass(frozen=True)
+class RunProblem:
+    """What `run_mindformer.py --config Y ...` trains, for `steps` steps of the YAML's global batch.
+
+    Args:
+        command: arguments of run_mindformer.py.
+        plan: what they describe.
+        folder: of this check; holds random data when the YAML's is not there.
+    """
+
+    command: tuple[str, ...]
+    plan: RunPlan
+    folder: Path
+    steps: int = 5
+
+    @classmethod
+    def of(cls, command: list[str], folder: Path, steps: int) -> "RunProblem":
+        """Read the YAML. Raises ConfigError."""
+        plan = job.read_plan(command)
+        prefixes = (lookup(plan.config, "train_dataset.data_loader.config.data_path") or [])[1::2]
+        data = []
+        if not prefixes or not all(idx_path(prefix).exists() for prefix in prefixes):
+            prefix = random_data(folder / "random", plan, steps)
+            data = ["--train_dataset.data_loader.config.data_path", json.dumps(["1", str(prefix)])]
+        return cls((*job.absolute(command), *data), plan, folder, steps)
+
+    def layouts(self) -> dict[str, Layout]:
+        """The layouts that suit the YAML's global batch, by name."""
+        found = {name: self._layout(name, *spec) for name, spec in LAYOUTS.items()}
+        p = self.plan
+        if p.device_num > 1:
+            found[OWN] = Layout(OWN, {"overrides": {"use_parallel": True}, "model": {}}, p.device_num, p.pp)
+        return found
+
+    def _layout(self, name: str, degrees: dict[str, int], other: dict, model: dict) -> Layout:
+        degrees = {"dp": 1, "cp": 1, "mp": 1, "pp": 1, "ep": 1, "micro": 1, "accumulation": 1} | degrees
+        parts = degrees["dp"] * degrees["micro"] * degrees["accumulation"]
+        columns = lookup(self.plan.config, "train_dataset.input_columns") or ["input_ids"]
+        overrides = {
+            "use_parallel": True,
+            "parallel": {"parallel_mode": 1, "full_batch": False, "search_mode": "sharding_propagation"},
+            "parallel.dataset_strategy": [[degrees["dp"], 1]] * len(columns),
+            "parallel_config": {long: degrees[short] for short, long in SHORT.items()}
+            | {"use_seq_parallel": degrees["mp"] > 1},  # MindFormers refuses experts with mp alone
+            "recompute_config": {},
+            "model.model_config.offset": 0,
+            "runner_config.batch_size": max(self.plan.global_batch // parts, 1),
+            "runner_config.gradient_accumulation_steps": degrees["accumulation"],
+        }
+        world_size = degrees["dp"] * degrees["cp"] * degrees["mp"] * degrees["pp"]
+        return Layout(name, {"overrides": overrides | other, "model": model}, world_size, degrees["pp"])
+
+    def single_name(self, layout: Layout) -> str:
+        """Folder of the single process with the same maths."""
+        model = json.dumps(layout.arguments["model"], sort_keys=True)
+        return "single-" + hashlib.sha256(model.encode()).hexdigest()[:8]
+
+    def single(self, layout: Layout, folder: Path) -> None:
+        """Train in one process."""
+        overrides = one_process_overrides(self.plan) | layout.arguments["model"]
+        command = [str(job.ROOT / "run_mindformer.py"), *self._command(overrides, folder)]
+        launch.run_child(command, (), folder.with_suffix(".log"))
+
+    def compile(self, layout: Layout, folder: Path) -> list[list[Call]]:
+        """Compile and lower all ranks; raises ConfigError when the YAML does not allow the layout."""
+        overrides = layout.arguments["overrides"] | layout.arguments["model"]
+        config = json.loads(json.dumps(self.plan.config))
+        for key, value in overrides.items():
+            override(config, key, value, self.plan.path)
+        plan = make_plan(config, self.plan.path, layout.world_size)
+        if plan.global_batch != self.plan.global_batch:
+            raise ConfigError(f"the YAML's global batch of {self.plan.global_batch} does not divide for {layout.name}")
+        violations = check_plan(plan)
+        if violations:
+            raise ConfigError(f"{plan.path}: {violations[0].key}: {violations[0].sentence}")
+        builder = launch.RunBuilder(tuple(self._command(overrides, folder)), (str(job.ROOT),))
+        return launch.compile_ranks(builder, layout.world_size, folder, layout.stages)
+
+    def run(self, layout: Layout, single: Path, folder: Path) -> list[dict]:
+        """Train as ranks; what ParallelCheck wrote of each."""
+        overrides = layout.arguments["overrides"] | layout.arguments["model"]
+        degrees = overrides.get("parallel_config") or self.plan.config["parallel_config"]
+        ranks_per_sample = degrees.get("context_parallel", 1) * degrees.get("model_parallel", 1)
+        ranks = RankJob(folder, job.new_name(), 0, layout.world_size, layout.stages, ranks_per_sample)
+        job.train(self._command(overrides, folder), ranks, folder)
+        results = [rank_folder(folder, rank) / "result.json" for rank in range(layout.world_size)]
+        return [json.loads(path.read_text()) for path in results]
+
+    def _command(self, overrides: dict[str, Any], folder: Path) -> list[str]:
+        """run_mindformer.py's arguments for a check into `folder`."""
+        check = [{"type": "ParallelCheck", "folder": str(folder)}]
+        if lookup(self.plan.config, "moe_config.balance_via_topk_bias"):
+            check.insert(0, {"type": "TopkBiasBalanceCallback"})
+        settings = {
+            "context.device_target": "CPU",
+            "output_dir": str(folder / "output"),
+            "callbacks": check,
+            "runner_config.epochs": 1,
+            "train_dataset.data_loader.sizes": [self.steps * self.plan.global_batch, 0, 0],
+            "load_checkpoint": "",
+        }
+        pairs = (overrides | settings).items()
+        return [*self.command, *(text for key, value in pairs for text in (f"--{key}", as_text(value)))]
+
+
+def random_data(prefix: Path, plan: RunPlan, steps: int) -> Path:
+    """Documents of random tokens, enough for the check; returns the prefix of the .bin/.idx pair."""
+    rng = np.random.default_rng(1)
+    left = (steps * plan.global_batch + 2) * plan.model.seq_length * 2
+    with IndexedDatasetWriter(prefix) as writer:
+        while left > 0:
+            length = int(rng.integers(1, 2 * plan.model.seq_length))
+            writer.add_document(rng.integers(2, plan.model.vocab_size, length))
+            left -= length
+    return prefix
+
+
+def as_text(value: Any) -> str:
+    """A value on run_mindformer.py's command line."""
+    return value if isinstance(value, str) else json.dumps(value)

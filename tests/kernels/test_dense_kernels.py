@@ -1,0 +1,133 @@
+"""RMSNorm, SwiGLU, rotary, attention, linear, embedding and cross entropy against torch in float64."""
+
+import numpy as np
+import torch
+from helpers.against_torch import compare, random, run_ours
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mindformers_ext.cpu_kernels import cells
+
+size = st.integers(1, 70)
+few = settings(max_examples=8, deadline=None, derandomize=True)
+
+
+@few
+@given(size, st.integers(2, 70))  # of one value, the gradient is nothing but rounding
+def test_rms_norm(rows, width):
+    def theirs(x, w):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+
+    compare(cells.RmsNorm(1e-6), theirs, [random(rows, width), random(width, seed=1)], [0, 1])
+
+
+@few
+@given(size, size)
+def test_swiglu(rows, width):
+    def theirs(gate, up):
+        return torch.nn.functional.silu(gate) * up
+
+    arrays = [random(rows, width, scale=5.0), random(rows, width, seed=1)]
+    compare(cells.SwiGlu(), theirs, arrays, [0, 1])
+    halves = np.concatenate(arrays, 1)
+    compare(cells.SwiGluHalves(), lambda x: theirs(*x.chunk(2, -1)), [halves], [0])
+
+
+def test_swiglu_of_extreme_gates():
+    gate = np.array([[-1e4, -100, -88, 88, 100, 1e4, 0, -0.0]], np.float32)
+    compare(cells.SwiGlu(), lambda g, u: torch.nn.functional.silu(g) * u, [gate, np.ones_like(gate)], [1])
+
+
+@few
+@given(st.integers(1, 3), st.integers(1, 4), size, st.integers(1, 20), st.booleans())
+def test_rotary(batch, heads, length, half, per_sequence):
+    angles = np.repeat(random(batch if per_sequence else 1, 1, length, half), 2, -1)
+
+    def theirs(x, cos, sin):
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        return x * cos + turned * sin
+
+    compare(cells.Rotary(), theirs, [random(batch, heads, length, 2 * half), np.cos(angles), np.sin(angles)], [0])
+
+
+def attention(query, key, value, mask=None):
+    scores = query @ key.transpose(-1, -2) * 0.3
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:]).triu(1)
+    return scores.masked_fill(mask.bool(), float("-inf")).softmax(-1).nan_to_num() @ value
+
+
+def heads(batch, count, length, key_width, value_width):
+    shapes = [(batch, count, length, key_width)] * 2 + [(batch, count, length, value_width)]
+    return [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+
+
+@few
+@given(st.integers(1, 2), st.integers(1, 3), st.sampled_from([2, 7, 127, 128, 129, 300]), size, size)
+def test_causal_attention(batch, count, length, key_width, value_width):
+    ours = cells.FlashAttention(0.3)
+    arrays = heads(batch, count, length, key_width, value_width)
+    compare(lambda q, k, v: ours(q, k, v, None), attention, arrays, [0, 1, 2])
+
+
+def test_attention_of_one_token_returns_its_value():
+    ours = cells.FlashAttention(0.3)
+    arrays = heads(2, 3, 1, 6, 5)
+    compare(lambda q, k, v: ours(q, k, v, None), attention, arrays, [2])
+    _, gradients = run_ours(lambda q, k, v: ours(q, k, v, None), arrays, [0, 1])
+    assert all(np.abs(gradient).max() < 1e-6 for gradient in gradients)  # exactly 0 but for rounding
+
+
+@few
+@given(st.integers(1, 2), st.sampled_from([3, 130, 200]), st.lists(st.integers(1, 199), max_size=4), st.booleans())
+def test_attention_of_packed_sequences(batch, length, starts, shared):
+    document = np.isin(np.arange(length), starts).cumsum()
+    place = np.arange(length)
+    mask = (document[:, None] != document[None]) | (place[None] > place[:, None])
+    mask = np.repeat(mask[None, None].astype(np.uint8), 1 if shared else batch, 0)
+    compare(cells.FlashAttention(0.3), attention, [*heads(batch, 2, length, 24, 12), mask], [0, 1, 2])
+
+
+def test_a_query_without_keys_attends_to_nothing():
+    mask = np.zeros((1, 1, 5, 5), np.uint8)
+    mask[0, 0, 2] = 1
+    arrays = [*heads(1, 1, 5, 4, 4), mask]
+    compare(cells.FlashAttention(0.3), attention, arrays, [2])
+
+
+@few
+@given(size, size, size)
+def test_linear(rows, inner, width):
+    compare(cells.Linear(), lambda x, w: x @ w.T, [random(rows, inner), random(width, inner, seed=1)], [0, 1])
+
+
+def test_linear_of_several_blocks():
+    compare(cells.Linear(), lambda x, w: x @ w.T, [random(700, 130), random(333, 130, seed=1)], [0, 1])
+
+
+@few
+@given(size, st.integers(1, 3000), size)
+def test_embedding(tokens, vocabulary, width):
+    ids = np.random.default_rng(0).integers(0, vocabulary, tokens).astype(np.int32)
+    arrays = [random(vocabulary, width), ids]
+    compare(cells.Embedding(), lambda w, i: torch.nn.functional.embedding(i, w), arrays, [0])
+
+
+def token_loss(hidden, weight, labels, mask):
+    loss = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    return ((loss * mask).sum() / (mask.sum() + 1e-8)).reshape(1)
+
+
+@few
+@given(size, size, st.sampled_from([2, 33, 5000]), st.booleans())
+def test_cross_entropy(tokens, width, vocabulary, masked):
+    labels = np.random.default_rng(0).integers(0, vocabulary, tokens).astype(np.int32)
+    mask = (np.arange(tokens) % 3 < 2 if masked else np.ones(tokens)).astype(np.float32)
+    arrays = [random(tokens, width), random(vocabulary, width, seed=1), labels, mask]
+    compare(cells.LinearCrossEntropy(), token_loss, arrays, [0, 1])
+
+
+def test_cross_entropy_of_several_blocks_and_large_logits():
+    labels = np.random.default_rng(0).integers(0, 40000, 120).astype(np.int32)
+    arrays = [random(120, 8, scale=30.0), random(40000, 8, seed=1), labels, np.ones(120, np.float32)]
+    compare(cells.LinearCrossEntropy(), token_loss, arrays, [0, 1])
