@@ -1,6 +1,6 @@
 """Write what a HuggingFace folder holds beside the weights, for a model that was trained from its own YAML.
 
-    python scripts/make_hf_assets.py --config pretrain_deepseek3_tiny.yaml --tokenizer_file output/sample/tokenizer.json \
+    python scripts/make_hf_assets.py --config pretrain_deepseek3_tiny.yaml --tokenizer_file tokenizer.json \
         --output output/assets
     python scripts/make_hf_assets.py --hf_dir DeepSeek-V3 --output model.yaml     # the other way: a YAML's sections
 
