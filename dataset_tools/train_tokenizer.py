@@ -12,8 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mindformers_ext.atomic_files import whole_file
-
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # ids 0 and 1, DeepSeek-V3's words
+from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER
 
 
 def train(files: list[str], vocab_size: int) -> Tokenizer:
@@ -24,7 +23,7 @@ def train(files: list[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[BOS, EOS],
+        special_tokens=[BOS, EOS, USER, ASSISTANT],  # ids 0 to 3: DeepSeek-V3 has the same words
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train(files, trainer)
@@ -36,14 +35,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, nargs="+", help="UTF-8 text files")
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--vocab-size", type=int, default=4096, help="at least 258: 256 bytes and two special tokens")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="at least 260: 256 bytes and four special tokens")
     args = parser.parse_args()
     missing = [file for file in args.input if not Path(file).is_file()]
     if missing:
         print(f"error: --input {missing[0]} does not exist", file=sys.stderr)
         return 2
-    if args.vocab_size < 258:
-        print(f"error: --vocab-size is {args.vocab_size}, but must be at least 258", file=sys.stderr)
+    if args.vocab_size < 260:
+        print(f"error: --vocab-size is {args.vocab_size}, but must be at least 260", file=sys.stderr)
         return 2
     tokenizer = train(args.input, args.vocab_size)
     with whole_file(args.output) as partial:

