@@ -74,11 +74,10 @@ else
 fi
 
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-JOB=(python -m mindformers_ext.cpu_parallel.job --worker_num "$WORKER_NUM" --log_dir "$LOG_DIR")
-if [ ${#DEVICES[@]} -eq 0 ] && "${JOB[@]}" --asks -- "${COMMAND[@]}"; then
+if [ ${#DEVICES[@]} -eq 0 ] && python -m mindformers_ext.cpu_parallel.command "${COMMAND[@]}"; then
   [ "$LOCAL_WORKER_NUM" -eq "$WORKER_NUM" ] ||
     fail "LOCAL_WORKER_NUM is $LOCAL_WORKER_NUM, but without NPUs all $WORKER_NUM ranks run on one machine"
-  exec "${JOB[@]}" -- "${COMMAND[@]}"
+  exec python -m mindformers_ext.cpu_parallel.job --worker_num "$WORKER_NUM" --log_dir "$LOG_DIR" "${COMMAND[@]}"
 fi
 
 if [ "$NODE_RANK" -eq 0 ] && ! python - "$MASTER_PORT" <<'PYTHON'

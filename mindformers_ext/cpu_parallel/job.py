@@ -21,12 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from mindformers_ext.cpu_parallel import launch
+from mindformers_ext.cpu_parallel.command import absolute, read_plan
 from mindformers_ext.cpu_parallel.rank_job import RankJob
-from mindformers_ext.dryrun.run_plan import RunPlan, load_plan
+from mindformers_ext.dryrun.run_plan import RunPlan
 from mindformers_ext.dryrun.strategy_rules import check_plan
 from mindformers_ext.errors import ConfigError, UserError
-from mindformers_ext.yaml_config import is_semi_auto, lookup
-from run_mindformer import all_overrides, build_parser, find
+from mindformers_ext.yaml_config import lookup
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a compiled graph does not depend on.
@@ -34,19 +34,6 @@ OUTSIDE_THE_GRAPH = ("output_dir", "load_checkpoint", "resume_training", "callba
 GRAPH_SOURCES = ("research/deepseek3/*.py", "mindformers_ext/*.py", "mindformers_ext/dryrun/compile_*.py")
 GRAPH_SOURCES += ("mindformers_ext/cpu_parallel/lowering.py", "mindformers_ext/cpu_parallel/inlining.py")
 MAX_RANKS = 64  # processes of one machine; more is a mistake
-
-
-def read_plan(command: list[str], worker_num: int | None = None) -> RunPlan:
-    """The plan of the run that `run_mindformer.py` arguments describe. Raises ConfigError."""
-    options, rest = build_parser().parse_known_args(command)
-    return load_plan(find(options.config), worker_num, all_overrides(options, rest))
-
-
-def asks_for_this(command: list[str]) -> bool:
-    """True when the run splits one graph over devices."""
-    if not any(word.partition("=")[0] == "--config" for word in command):
-        return False
-    return is_semi_auto(read_plan(command).config)
 
 
 def graph_key(plan: RunPlan) -> str:
@@ -91,13 +78,6 @@ def new_name() -> str:
     return uuid.uuid4().hex
 
 
-def absolute(command: list[str]) -> tuple[str, ...]:
-    """The command with absolute paths, for a process that runs in another folder."""
-    options, _ = build_parser().parse_known_args(command)
-    paths = ["--config", str(find(options.config).resolve()), "--register_path"]
-    return (*command, *paths, str(find(options.register_path).resolve()))
-
-
 def train(command: list[str], job: RankJob, log_dir: Path) -> None:
     """Start all ranks and wait for them. Raises launch.RankError that names the first that failed."""
     threads = str(max((os.cpu_count() or 1) // job.world_size, 1))
@@ -120,19 +100,13 @@ def train(command: list[str], job: RankJob, log_dir: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the job, or with --asks only tell by the exit code whether a command is one of these."""
+    """Run the job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker_num", type=int, default=1)
     parser.add_argument("--log_dir", type=Path, default=Path("output/msrun_log"))
-    parser.add_argument("--asks", action="store_true", help="exit code 0 if the command is semi-auto parallel")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="run_mindformer.py --config Y ...")
     options = parser.parse_args(argv)
     command = [word for word in options.command if word != "--"][1:]
-    if options.asks:
-        try:
-            return 0 if asks_for_this(command) else 1
-        except ConfigError:
-            return 1  # the run itself says what is wrong
     options.log_dir.mkdir(parents=True, exist_ok=True)
     with (options.log_dir / "scheduler.log").open("w") as log:
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter, idx_path
 from mindformers_ext.cpu_parallel import job, launch
+from mindformers_ext.cpu_parallel.command import absolute, read_plan
 from mindformers_ext.cpu_parallel.lowering import Call
 from mindformers_ext.cpu_parallel.rank_config import one_process_overrides
 from mindformers_ext.cpu_parallel.rank_job import RankJob
@@ -84,13 +85,13 @@ class RunProblem:
     @classmethod
     def of(cls, command: list[str], folder: Path, steps: int) -> "RunProblem":
         """Read the YAML. Raises ConfigError."""
-        plan = job.read_plan(command)
+        plan = read_plan(command)
         prefixes = (lookup(plan.config, "train_dataset.data_loader.config.data_path") or [])[1::2]
         data = []
         if not prefixes or not all(idx_path(prefix).exists() for prefix in prefixes):
             prefix = random_data(folder / "random", plan, steps)
             data = ["--train_dataset.data_loader.config.data_path", json.dumps(["1", str(prefix)])]
-        return cls((*job.absolute(command), *data), plan, folder, steps)
+        return cls((*absolute(command), *data), plan, folder, steps)
 
     def layouts(self) -> dict[str, Layout]:
         """The layouts that suit the YAML's global batch, by name."""
