@@ -191,5 +191,6 @@ def run_child(command: list[str], python_path: Sequence[str], log: Path) -> None
             [sys.executable, *command], env=environment, stdout=stream, stderr=stream, preexec_fn=end_with_parent
         )
     if done.returncode:
-        tail = log.read_text(errors="replace").strip().splitlines()[-15:]
+        lines = log.read_text(errors="replace").strip().splitlines()
+        tail = [line for line in lines if line.startswith("error: ")] or lines[-15:]
         raise RankError(f"{command[1]} failed with exit code {done.returncode} (log {log}):\n" + "\n".join(tail))

@@ -167,6 +167,7 @@ class RunProblem:
             "runner_config.epochs": 1,
             "train_dataset.data_loader.sizes": [self.steps * self.plan.global_batch, 0, 0],
             "load_checkpoint": "",
+            "processor": None,
         }
         pairs = (overrides | settings).items()
         return [*self.command, *(text for key, value in pairs for text in (f"--{key}", as_text(value)))]
