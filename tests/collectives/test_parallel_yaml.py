@@ -1,0 +1,72 @@
+"""The tiny YAML, cut smaller, as ranks of many layouts: each trains like one process, through the Trainer."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mindformers_ext.cpu_parallel import verify
+from mindformers_ext.cpu_parallel.command import splits_one_graph
+from mindformers_ext.cpu_parallel.run_problem import LAYOUTS, RunProblem
+from mindformers_ext.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "research/deepseek3/deepseek3_tiny"
+SMALL = {
+    "model.model_config.hidden_size": 64,
+    "model.model_config.num_layers": 2,
+    "model.model_config.seq_length": 32,
+    "train_dataset.data_loader.config.seq_length": 32,
+    "model.model_config.intermediate_size": 128,
+    "moe_config.moe_intermediate_size": 32,
+    "train_dataset.data_loader.config.data_path": "[1, absent]",
+}
+SIZES = [text for key, value in SMALL.items() for text in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def problem(tmp_path_factory) -> RunProblem:
+    command = ["--config", str(FOLDER / "pretrain_deepseek3_tiny.yaml"), *SIZES]
+    return RunProblem.of(command, tmp_path_factory.mktemp("yaml"), steps=5)
+
+
+def check(problem: RunProblem, name: str) -> None:
+    """The layout passes, and the losses move."""
+    layout = problem.layouts()[name]
+    (row,) = verify.verify(problem, [layout], problem.folder)
+    assert row.passed, verify.table([row])
+    assert row.comparison.losses[-1] < row.comparison.losses[0]
+    assert row.collectives > 0
+
+
+def test_experts_over_two_ranks_equal_one_process(problem):
+    check(problem, "ep2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(LAYOUTS) - {"ep2", "pp4"}))
+def test_layout_equals_one_process(problem, name):
+    check(problem, name)
+
+
+def test_layout_that_does_not_fit_is_a_sentence(problem):
+    layouts = problem.layouts()
+    with pytest.raises(ConfigError, match="every stage needs a layer, but pipeline_stage is 4 and num_layers is 2"):
+        problem.compile(layouts["pp4"], problem.folder / "pp4")
+
+
+def test_what_goes_to_cpu_ranks():
+    run = ["run_mindformer.py", "--config"]
+    assert splits_one_graph([*run, str(FOLDER / "pretrain_deepseek3_tiny_8p.yaml")])
+    assert not splits_one_graph([*run, str(FOLDER / "pretrain_deepseek3_tiny.yaml"), "--use_parallel", "True"])
+    assert not splits_one_graph([*run, "nowhere.yaml"])
+    assert not splits_one_graph(["run_mindformer.py"])
+
+
+def test_launcher_refuses_a_wrong_count(tmp_path):
+    command = f"run_mindformer.py --config {FOLDER / 'pretrain_deepseek3_tiny_8p.yaml'} --output_dir {tmp_path}"
+    launcher = ["bash", str(ROOT / "scripts/msrun_launcher.sh"), command, "4", "4", "127.0.0.1", "8118", "0"]
+    done = subprocess.run([*launcher, str(tmp_path / "log")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "2 x 1 x 2 x 2 = 8 and there are 4" in done.stdout
+    assert "there are 4" in (tmp_path / "log" / "scheduler.log").read_text()
