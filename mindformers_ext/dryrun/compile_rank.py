@@ -49,8 +49,10 @@ SOURCE_LINE = re.compile(r"[Ii]n file ([^\s:,]+\.py):(\d+)|File \"([^\"]+\.py)\"
 FRAMEWORK_PATH = re.compile(r"/site-packages/|/lib/python3|/mindformers_ext/dryrun/|<")
 
 
-def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
+def compile_cell(cell, inputs: tuple, out: Path, values: bool = False) -> dict[str, Any]:
     """Compile `cell(*inputs)` for this rank; write `graph.mindir` and `compiled.json` into `out`, return the latter.
+
+    Parameters get values only when `values` is True.
 
     Keys: rank, device_num, strategies {operator: one list per input}, layouts {parameter: LAYOUT_FIELDS},
     parameters {name: {shape, dtype, bytes}} as stored on this rank (weights, optimizer states, gradient buffers),
@@ -64,7 +66,8 @@ def compile_cell(cell, inputs: tuple, out: Path) -> dict[str, Any]:
 
     start = time.time()
     gc.freeze()  # MindSpore collects garbage often while it compiles: not among what is there already
-    without_values(cell)
+    if not values:
+        without_values(cell)
     cell.compile(*inputs)
     seconds = time.time() - start
     phase = compiled_phase(cell)

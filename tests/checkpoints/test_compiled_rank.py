@@ -13,7 +13,7 @@ from mindformers_ext.sharded_checkpoint.layout import compiled_slots
 
 TESTS = Path(__file__).parents[1]
 RANKS = [
-    pytest.param(1, 4, {"dp": 2, "mp": 2, "shard_optimizer": True}, id="dp2-mp2-optimizer"),
+    pytest.param(1, 4, {"dp": 2, "mp": 2, "shard_optimizer": True}, id="dp2-mp2-optimizer", marks=pytest.mark.slow),
     pytest.param(3, 4, {"pp": 2, "mp": 2, "micro": 2}, id="pp2-mp2", marks=pytest.mark.slow),
 ]
 

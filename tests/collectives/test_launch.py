@@ -36,5 +36,5 @@ def test_killed_rank_is_the_cause_even_when_others_report_first():
 
 
 def test_killed_rank_without_a_report(tmp_path):
-    _, message = launch.failure_of(tmp_path, 2, -9)
+    _, message = launch.failure_of(tmp_path / "failure.json", tmp_path / "run.log", 2, -9)
     assert message.startswith("killed by SIGKILL; its log is ")

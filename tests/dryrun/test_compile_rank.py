@@ -91,7 +91,10 @@ def test_concurrent_first_use_builds_one_complete_cache(tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         homes = set(pool.map(lambda _: stand_in_cann.stand_in_home(), range(4)))
     (home,) = homes
-    assert {p.stem for p in (home / "lib64").iterdir()} == set(stand_in_cann.LIBRARY_NAMES)
+    assert {p.stem for p in (home / "lib64").iterdir()} == {
+        *stand_in_cann.LIBRARY_NAMES,
+        Path(stand_in_cann.WAITS).stem,
+    }
     assert not list(home.parent.glob(".build-*"))
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     degrees, out = json.loads(sys.argv[1]), Path(sys.argv[2])
     start_as_rank()
     cell, inputs = build(**degrees)
-    compile_cell(cell, inputs, out)
+    compile_cell(cell, inputs, out, values=True)
     slots = slots_of(cell, state_of(cell))
     source = Counting(slots)
     load_into(cell, state_of(cell), source)
