@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from mindformers_ext.errors import ConfigError, UserError
+from mindformers_ext.errors import ConfigError, exit_code_of
 from mindformers_ext.yaml_config import load_yaml, override
 
 HERE = Path(__file__).resolve().parent
@@ -121,15 +121,5 @@ def run(arguments: list[str]) -> None:
     run_mode(config, path, options.predict_data)
 
 
-def main() -> int:
-    """Run, and print an error that is the user's to mend as one sentence."""
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(lambda: run(sys.argv[1:])))

@@ -1,5 +1,8 @@
 """Errors that are the user's to mend; run_mindformer.py prints them as one sentence, everything else as a traceback."""
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """One sentence that says what is wrong and what to do."""
@@ -17,3 +20,12 @@ class TrainingStopped(UserError, RuntimeError):
     """Training cannot go on; the sentence names step and value."""
 
     exit_code = 3
+
+
+def exit_code_of(work: Callable[[], int | None]) -> int:
+    """Do a command line's work and return its exit code; the user's errors are printed as one sentence."""
+    try:
+        return work() or 0
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return error.exit_code

@@ -18,7 +18,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "research/deepseek3")]
 
-from mindformers_ext.errors import ConfigError, UserError  # noqa: E402 (after the project is on the path)
+from mindformers_ext.errors import ConfigError, exit_code_of  # noqa: E402 (after the project is on the path)
 
 PROMPTS = ["The assert statement", "What is a list?"]
 
@@ -117,14 +117,5 @@ def run(arguments: list[str] | None = None) -> bool:
     return same
 
 
-def main() -> int:
-    """Exit code 0: the same greedy tokens, 1: others, 2: bad input."""
-    try:
-        return 0 if run() else 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(lambda: 0 if run() else 1))  # 0: the same greedy tokens, 1: others, 2: bad input

@@ -24,7 +24,7 @@ from hf_config import config_to_hf, read_config, sections_from_hf  # noqa: E402
 
 from mindformers_ext.atomic_files import whole_file, write_json, write_text  # noqa: E402
 from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER  # noqa: E402
-from mindformers_ext.errors import ConfigError, UserError  # noqa: E402
+from mindformers_ext.errors import ConfigError, exit_code_of  # noqa: E402
 from mindformers_ext.yaml_config import load_yaml, lookup  # noqa: E402
 
 # As mindformers_ext/bin_dataset/conversations.py renders conversations for training.
@@ -89,15 +89,5 @@ def run(arguments: list[str] | None = None) -> None:
     print(f"wrote {args.output}")
 
 
-def main() -> int:
-    """Run; the user's errors end as one sentence."""
-    try:
-        run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(run))

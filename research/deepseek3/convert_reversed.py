@@ -27,7 +27,7 @@ from lora import MergedWeights
 from weights import Entry, boxes, name_table, write_part
 
 from mindformers_ext.atomic_files import whole_file, write_json
-from mindformers_ext.errors import ConfigError, UserError
+from mindformers_ext.errors import ConfigError, exit_code_of
 from mindformers_ext.pretrained import fingerprint, is_huggingface
 from mindformers_ext.safetensors_files import Output, write_folder
 from mindformers_ext.sharded_checkpoint.layout import is_state
@@ -156,15 +156,5 @@ def convert(arguments: list[str] | None = None) -> None:
     )
 
 
-def main() -> int:
-    """Run; the user's errors end as one sentence."""
-    try:
-        convert()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(convert))

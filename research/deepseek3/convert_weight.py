@@ -21,7 +21,7 @@ from hf_config import read_config, sections_from_hf
 from hf_weights import DTYPES, HuggingFaceWeights, audit_index, outputs
 
 from mindformers_ext.atomic_files import write_text
-from mindformers_ext.errors import ConfigError, UserError
+from mindformers_ext.errors import ConfigError, exit_code_of
 from mindformers_ext.pretrained import fingerprint
 from mindformers_ext.safetensors_files import write_folder
 
@@ -65,15 +65,5 @@ def convert(arguments: list[str] | None = None) -> None:
     )
 
 
-def main() -> int:
-    """Run; the user's errors end as one sentence."""
-    try:
-        convert()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(convert))
