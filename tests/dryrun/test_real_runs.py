@@ -46,10 +46,9 @@ def dry_run(out: Path, config: Path, *arguments: str, overrides: dict[str, str] 
     return report
 
 
-@pytest.mark.parametrize("ranks", ["per-stage", pytest.param("all", marks=pytest.mark.slow)])
-def test_one_billion_on_eight_devices(tmp_path, ranks):
-    report = dry_run(tmp_path, ONE_BILLION, "--ranks", ranks, "--jobs", "2")
-    assert {r["stage"] for r in report["ranks"]} == {0, 1}
+def test_one_billion_on_eight_devices(tmp_path):
+    report = dry_run(tmp_path, ONE_BILLION, "--ranks", "all", "--jobs", "2")
+    assert [r["stage"] for r in report["ranks"]] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert report["parameter_check"]["differences"] == []
     assert report["parameter_check"]["stages"] == [0, 1]
     first = report["ranks"][0]
@@ -57,14 +56,13 @@ def test_one_billion_on_eight_devices(tmp_path, ranks):
     assert not any(c["across_nodes"] for r in report["ranks"] for c in r["collectives"]), "eight ranks are one node"
 
 
-@pytest.mark.slow
 def test_slice_of_671b_on_1024_ranks(tmp_path):
     report = dry_run(tmp_path, CLUSTER, "--device_num", "1024", "--jobs", "2", overrides=SLICE)
     assert [r["rank"] for r in report["ranks"]] == [0, 512]
     assert report["parameter_check"]["differences"] == []
     experts = [row for row in report["ranks"][1]["layouts"] if row["name"] == "model.layers.2.mlp.experts.gate_up_proj"]
     assert experts[0]["full_shape"] == [256, 7168, 4096]
-    assert max(r["compiled"]["peak_rss_bytes"] for r in report["ranks"]) < 5 * 2**30
+    assert max(r["compiled"]["peak_rss_bytes"] for r in report["ranks"]) < 3 * 2**30
 
 
 @pytest.mark.slow
