@@ -59,6 +59,7 @@ def test_resumed_run_equals_the_straight_one(trained: Path, toy_folder: Path, st
     assert ends[0].meta == ends[1].meta and ends[0].private(0) == ends[1].private(0)
 
 
+@pytest.mark.slow
 def test_weights_alone_start_a_new_training(trained: Path, toy_folder: Path) -> None:
     """Without resume_training, here from a plain file: its weights, a new optimizer, the data from its start."""
     tensors = load_file(trained / "checkpoint/step_000016/rank_0000.safetensors")
@@ -72,6 +73,7 @@ def test_weights_alone_start_a_new_training(trained: Path, toy_folder: Path) -> 
     assert int(open_source(toy_folder / "new/checkpoint").read("global_step")[0]) == 8
 
 
+@pytest.mark.slow
 def test_another_batch_size_goes_on_at_the_same_sample(trained: Path, toy_folder: Path) -> None:
     """After 4 steps of 4 samples, batches of 3: the next one holds samples 16, 17 and 18, whatever came before."""
     arguments = ["--runner_config.batch_size", "3", "--callbacks.0.save_checkpoint_steps", "2"]
