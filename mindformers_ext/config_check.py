@@ -14,9 +14,9 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers_ext.config_schema import ANY, CLASS_SECTIONS, SECTIONS, Rule
 from mindformers_ext.cpu_parallel.rank_job import WORLD_SIZE, is_cpu_rank
 from mindformers_ext.dryrun.run_plan import make_plan
-from mindformers_ext.dryrun.strategy_rules import check_plan
+from mindformers_ext.dryrun.strategy_rules import refuse_illegal
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.yaml_config import is_semi_auto, lookup
+from mindformers_ext.yaml_config import is_semi_auto, lookup, short
 
 
 def check_config(config: dict, path: str | Path) -> None:
@@ -63,12 +63,6 @@ def nearest(key: Any, legal: Any) -> str:
     """Say which legal key is closest to a mistyped one."""
     near = difflib.get_close_matches(str(key), [str(k) for k in legal], n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"legal keys are {', '.join(sorted(map(str, legal)))}"
-
-
-def short(value: Any) -> str:
-    """A value as it is shown in an error, cut to one readable piece."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_class_section(values: dict, name: str, section: str, path: str | Path) -> None:
@@ -173,6 +167,4 @@ def check_degrees(config: dict, path: str | Path) -> None:
     rule = "on CPU such a run has several processes: start it with scripts/msrun_launcher.sh, or set use_parallel False"
     need(not on_cpu or is_cpu_rank(), config, "parallel.parallel_mode", rule, path)
     started = os.getenv("MS_WORKER_NUM") or os.getenv("RANK_SIZE") or os.getenv(WORLD_SIZE)
-    for violation in check_plan(make_plan(config, path, int(started) if started else None)):
-        value = short(lookup(config, violation.key))
-        raise ConfigError(f"{path}: {violation.key} is {value}, but {violation.sentence}")
+    refuse_illegal(make_plan(config, path, int(started) if started else None))

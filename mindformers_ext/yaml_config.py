@@ -73,3 +73,9 @@ def is_semi_auto(config: dict) -> bool:
     """True when MindSpore splits one graph over the devices (parallel_mode 1 or 2)."""
     mode = lookup(config, "parallel.parallel_mode", 1)
     return bool(config.get("use_parallel")) and mode in (1, 2, "semi_auto_parallel", "auto_parallel")
+
+
+def short(value: Any) -> str:
+    """A value as it is shown in an error, cut to one readable piece."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -53,10 +53,5 @@ class ParallelCheck(Callback):
     def _save(self, name: str, prefixes: tuple[str, ...]) -> None:
         """The parameters that this process stores; a rank's are parts."""
         lowered = hasattr(self.network, "stored")
-        stored = {n: p.value for n, p in self.network.stored()} if lowered else whole_parameters(self.network)
+        stored = {n: p.value for n, p in self.network.stored()} if lowered else self.network.parameters_dict()
         np.savez(self.folder / name, **{n: p.asnumpy() for n, p in stored.items() if n.startswith(prefixes)})
-
-
-def whole_parameters(network) -> dict:
-    """Every parameter of a single process by name."""
-    return {parameter.name: parameter for parameter in network.get_parameters()}

@@ -24,7 +24,7 @@ from mindformers_ext.cpu_parallel import launch
 from mindformers_ext.cpu_parallel.command import absolute, read_plan
 from mindformers_ext.cpu_parallel.rank_job import RankJob
 from mindformers_ext.dryrun.run_plan import RunPlan
-from mindformers_ext.dryrun.strategy_rules import check_plan
+from mindformers_ext.dryrun.strategy_rules import refuse_illegal
 from mindformers_ext.errors import ConfigError, UserError
 from mindformers_ext.yaml_config import lookup
 
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE_THE_GRAPH = ("output_dir", "load_checkpoint", "resume_training", "callbacks", "processor", "eval_dataset")
 GRAPH_SOURCES = ("research/deepseek3/*.py", "mindformers_ext/*.py", "mindformers_ext/dryrun/compile_*.py")
 GRAPH_SOURCES += ("mindformers_ext/cpu_parallel/lowering.py", "mindformers_ext/cpu_parallel/inlining.py")
+GRAPH_SOURCES += ("mindformers_ext/cpu_parallel/fused_operators.py",)
 MAX_RANKS = 64  # processes of one machine; more is a mistake
 
 
@@ -54,9 +55,7 @@ def run(command: list[str], worker_num: int, log_dir: Path, say: Callable[[str],
         UserError: the strategy is not legal, a rank does not compile, or one fails; the sentence names it.
     """
     plan = read_plan(command, worker_num)
-    violations = check_plan(plan)
-    if violations:
-        raise ConfigError(f"{plan.path}: {violations[0].key}: {violations[0].sentence}")
+    refuse_illegal(plan)
     if worker_num > MAX_RANKS:
         raise ConfigError(f"WORKER_NUM is {worker_num}, but one machine without cards runs at most {MAX_RANKS} ranks")
     folder = Path(lookup(plan.config, "output_dir", "./output")).resolve() / "compiled_ranks" / graph_key(plan)

@@ -14,7 +14,7 @@ import numpy as np
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor
 
-from mindformers_ext.cpu_parallel.parameters import Shard, layout_for, shard_of
+from mindformers_ext.cpu_parallel.parameters import Shard, layout_for, owner_of, shard_of
 from mindformers_ext.cpu_parallel.rank_job import RankJob
 from mindformers_ext.cpu_parallel.run_rank import ACCUMULATORS, load_graph, rank_folder
 from mindformers_ext.train_wrapper import DeviceAwareTrainOneStepCell
@@ -68,9 +68,6 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
         for ours, theirs in self.mirrored:
             ours.set_data(Tensor(theirs.asnumpy(), ours.dtype))
 
-    def _whole_parameters(self) -> dict[str, Parameter]:
-        return {parameter.name: parameter for parameter in self.get_parameters()}
-
     def _shard(self, parameter: Parameter, full_shape: tuple[int, ...]) -> Shard:
         layout = layout_for(parameter.name, self.rank_facts["layouts"])
         if layout is None or len(layout["tensor_map"]) != len(full_shape):
@@ -79,7 +76,7 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
 
     def _load_graph(self) -> None:
         """Load the graph and give it this rank's part of the values that model and optimizer have now."""
-        whole = self._whole_parameters()
+        whole = self.parameters_dict()
         self.full_shapes = {name: tuple(parameter.shape) for name, parameter in whole.items()}
         graph = load_graph(self.graph_path)
         weights = {parameter.name for parameter in self.optimizer.parameters}
@@ -92,7 +89,7 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
                 raise ValueError(f"parameter '{parameter.name}' of the rank's graph is not in the model")
             part = self._shard(parameter, source.shape).cut(source.asnumpy())
             parameter.set_data(Tensor(part, parameter.dtype))
-            if not belongs_to(parameter.name, weights):
+            if owner_of(parameter.name, weights) is None:
                 if part.shape != source.shape:
                     raise ValueError(
                         f"'{parameter.name}' is split over ranks, but callbacks need it whole: give the operator that "
@@ -113,12 +110,3 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
             )
         first = self.job.data_rank * shape[0]
         return whole[first : first + shape[0]]
-
-
-def belongs_to(name: str, weights: set[str]) -> bool:
-    """True for a weight and for optimizer states named after one (`exp_avg.<weight>`)."""
-    while name:
-        if name in weights:
-            return True
-        name = name.partition(".")[2]
-    return False

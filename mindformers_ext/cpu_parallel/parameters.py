@@ -5,7 +5,7 @@ pipeline stage, slowest axis first, and for every tensor dimension the axis that
 (-1: whole). A parameter stored smaller than its slice is cut once more along dimension 0 by optimizer parallelism.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -68,12 +68,15 @@ def shard_of(name: str, full_shape: Sequence[int], stored_shape: Sequence[int], 
 
 
 def layout_for(name: str, layouts: Mapping[str, Mapping]) -> Mapping | None:
-    """Layout of a parameter or of an optimizer state named after one (`adam_m.<weight>`, `accu_grads.<weight>`)."""
-    while name:
-        if name in layouts:
-            return layouts[name]
+    """Layout of a parameter or of an optimizer state named after one."""
+    return layouts.get(owner_of(name, layouts))
+
+
+def owner_of(name: str, known: Container[str]) -> str | None:
+    """The known parameter that `name` is, or is named after (`adam_m.<weight>`, `accu_grads.<weight>`)."""
+    while name and name not in known:
         name = name.partition(".")[2]
-    return None
+    return name or None
 
 
 def gather(

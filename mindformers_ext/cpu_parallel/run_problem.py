@@ -17,7 +17,7 @@ from mindformers_ext.cpu_parallel.rank_job import RankJob
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
 from mindformers_ext.cpu_parallel.verify import Layout
 from mindformers_ext.dryrun.run_plan import DEGREES, RunPlan, make_plan
-from mindformers_ext.dryrun.strategy_rules import check_plan
+from mindformers_ext.dryrun.strategy_rules import refuse_illegal
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.yaml_config import lookup, override
 
@@ -139,9 +139,7 @@ class RunProblem:
         plan = make_plan(config, self.plan.path, layout.world_size)
         if plan.global_batch != self.plan.global_batch:
             raise ConfigError(f"the YAML's global batch of {self.plan.global_batch} does not divide for {layout.name}")
-        violations = check_plan(plan)
-        if violations:
-            raise ConfigError(f"{plan.path}: {violations[0].key}: {violations[0].sentence}")
+        refuse_illegal(plan)
         builder = launch.RunBuilder(tuple(self._command(overrides, folder)), (str(job.ROOT),))
         return launch.compile_ranks(builder, layout.world_size, folder, layout.stages)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import gcd
 
 from mindformers_ext.dryrun.run_plan import RunPlan
+from mindformers_ext.errors import ConfigError
+from mindformers_ext.yaml_config import lookup, short
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,13 @@ class Violation:
 def check_plan(plan: RunPlan) -> list[Violation]:
     """Every rule that `plan` breaks; empty when it is legal."""
     return [violation for rule in RULES for violation in rule(plan)]
+
+
+def refuse_illegal(plan: RunPlan) -> None:
+    """Raise ConfigError that names the file, key, value and rule of the first violation, if there is one."""
+    for violation in check_plan(plan):
+        value = short(lookup(plan.config, violation.key))
+        raise ConfigError(f"{plan.path}: {violation.key} is {value}, but {violation.sentence}")
 
 
 def nearest(value: int, legal: Callable[[int], bool], limit: int) -> list[int]:

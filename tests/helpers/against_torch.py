@@ -55,3 +55,13 @@ def compare(ours: Callable, theirs: Callable, arrays: Sequence[np.ndarray], want
     close(result, expected, "result")
     for i, ours_i, theirs_i in zip(wanted, gradients, expected_gradients, strict=True):
         close(ours_i, theirs_i, f"gradient of input {i}")
+
+
+def swiglu_experts(x, gates, ids, gate_up, down):
+    """torch's routed experts: gates (T, K) of ids (T, K) on x (T, H), one expert after another."""
+    y = torch.zeros_like(x)
+    for e in range(gate_up.shape[0]):
+        gate, up = (x @ gate_up[e]).chunk(2, -1)
+        weight = (gates * (ids == e)).sum(-1, keepdim=True)
+        y = y + weight * ((torch.nn.functional.silu(gate) * up) @ down[e])
+    return y

@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from helpers.against_torch import random, run_ours
+from helpers.against_torch import random, run_ours, swiglu_experts
 from mindspore import Tensor
 
 from mindformers_ext.cpu_kernels import cells
@@ -19,15 +19,6 @@ def attention(query, key, value):
     scores = query @ key.transpose(-1, -2) * 0.3
     mask = torch.ones(scores.shape[-2:]).triu(1).bool()
     return scores.masked_fill(mask, float("-inf")).softmax(-1) @ value
-
-
-def experts(x, gates, ids, gate_up, down):
-    y = torch.zeros_like(x)
-    for e in range(gate_up.shape[0]):
-        gate, up = (x @ gate_up[e]).chunk(2, -1)
-        weight = (gates * (ids == e)).sum(-1, keepdim=True)
-        y = y + weight * ((torch.nn.functional.silu(gate) * up) @ down[e])
-    return y
 
 
 def flash(query, key, value):
@@ -52,7 +43,7 @@ CASES = {
     "attention": (lambda: flash, attention, [random(1, 2, 140, 12, seed=i) for i in range(3)], [0, 1, 2]),
     "experts": (
         cells.RoutedExperts,
-        experts,
+        swiglu_experts,
         [random(37, 24), random(37, 2), IDS, random(4, 24, 26), random(4, 13, 24)],
         [0, 1, 3, 4],
     ),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.against_torch import compare, random, run_ours
+from helpers.against_torch import compare, random, run_ours, swiglu_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor
@@ -23,16 +23,6 @@ def choose(tokens: int, topk: int, experts: int, load: str) -> np.ndarray:
     if load == "two experts":
         return rng.choice([0, experts - 1], (tokens, topk)).astype(np.int32)
     return rng.integers(0, experts + (2 if load == "some absent" else 0), (tokens, topk)).astype(np.int32)
-
-
-def swiglu_experts(x, gates, ids, gate_up, down):
-    """Loop over tokens and choices."""
-    y = torch.zeros_like(x)
-    for e in range(gate_up.shape[0]):
-        gate, up = (x @ gate_up[e]).chunk(2, -1)
-        weight = (gates * (ids == e)).sum(-1, keepdim=True)
-        y = y + weight * ((torch.nn.functional.silu(gate) * up) @ down[e])
-    return y
 
 
 @few
