@@ -16,10 +16,11 @@ ASCEND_910B_TFLOPS = 376.0
 ROW_MAJOR, NOT_TRANSPOSED = 101, 111  # cblas.h
 
 
-def measure_cpu_tflops(size: int = 2048, repeats: int = 8) -> float:
+def measure_cpu_tflops(size: int = 512, repeats: int = 400) -> float:
     """Time float32 matrix products of `size` on all threads and return the best TFLOP/s; takes about a second.
 
-    By OpenBLAS of scipy-openblas32, which our kernels call too; numpy's own is older and slower.
+    Many short products, some of which have the cores for themselves on a busy machine too. By OpenBLAS of
+    scipy-openblas32, which our kernels call; numpy's own is older and slower.
     """
     name = f"lib{scipy_openblas32.get_library()}.so"
     library = ctypes.CDLL(str(Path(scipy_openblas32.get_lib_dir()) / name))
