@@ -69,30 +69,22 @@ def test_what_goes_to_cpu_ranks():
 
 @pytest.mark.slow
 def test_killed_worker_ends_the_job_and_is_named(problem, tmp_path):
-    config = FOLDER / "pretrain_deepseek3_tiny_4p.yaml"
-    command = ["run_mindformer.py", "--config", str(config), *problem.command[2:]]
+    command = ["run_mindformer.py", *problem.command, "--config", str(FOLDER / "pretrain_deepseek3_tiny_4p.yaml")]
     command += ["--output_dir", str(tmp_path), "--parallel_config.model_parallel", "1", "--processor", "null"]
     command += ["--parallel_config.use_seq_parallel", "False", "--train_dataset.data_loader.sizes", "[40000, 0, 0]"]
-    launcher = [
-        "bash",
-        str(ROOT / "scripts/msrun_launcher.sh"),
-        shlex.join(command),
-        "2",
-        "2",
-        "127.0.0.1",
-        "8118",
-        "0",
-    ]
+    place = ["2", "2", "127.0.0.1", "8118", "0", str(tmp_path / "log")]
+    launcher = ["bash", str(ROOT / "scripts/msrun_launcher.sh"), shlex.join(command), *place]
     shared_memory = set(os.listdir("/dev/shm"))
     log = tmp_path / "log" / "scheduler.log"
-    with subprocess.Popen([*launcher, "0", str(tmp_path / "log")], stdout=subprocess.DEVNULL, cwd=tmp_path) as job:
+    with subprocess.Popen(launcher, stdout=subprocess.DEVNULL, cwd=tmp_path) as job:
         while job.poll() is None and (not log.exists() or "step 10, " not in log.read_text()):
             time.sleep(0.2)
+        assert job.poll() is None, log.read_text()
         workers = {p.environ().get("CPU_PARALLEL_RANK"): p for p in psutil.Process(job.pid).children()}
         workers["1"].kill()
         assert job.wait(timeout=30) != 0
     assert "error: rank 1 failed first: killed by SIGKILL" in log.read_text()
-    assert "rank 1 (process" in (tmp_path / "log" / "worker_0.log").read_text()
+    assert "has died" in (tmp_path / "log" / "worker_0.failure.json").read_text()
     assert set(os.listdir("/dev/shm")) <= shared_memory
 
 
