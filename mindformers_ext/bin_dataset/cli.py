@@ -1,4 +1,9 @@
-"""What the command lines in dataset_tools/ share: arguments, errors as one sentence, the summary."""
+"""What the command lines in dataset_tools/ share: arguments, errors as one sentence, the summary.
+
+numpy and the pipeline are imported where they are used, while the tokenizer loads.
+"""
+
+from __future__ import annotations
 
 import argparse
 import errno
@@ -6,13 +11,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from mindformers_ext.bin_dataset.indexed_dataset import CODES, smallest_dtype
-from mindformers_ext.bin_dataset.pipeline import Counts, Job, run
-from mindformers_ext.bin_dataset.text_sources import find_inputs
 from mindformers_ext.bin_dataset.tokenizer import TextTokenizer
 
-DTYPE_NAMES = sorted(str(dtype) for dtype in CODES if dtype.kind in "iu")
+if TYPE_CHECKING:
+    from mindformers_ext.bin_dataset.pipeline import Counts, Job
+
+DTYPE_NAMES = ("int16", "int32", "int64", "int8", "uint16", "uint8")  # the format's dtypes that hold token ids
 
 
 def text_parser(description: str, dtype: str, marks: bool = True) -> argparse.ArgumentParser:
@@ -46,7 +52,7 @@ def text_parser(description: str, dtype: str, marks: bool = True) -> argparse.Ar
 
 
 def load_tokenizer(args: argparse.Namespace) -> TextTokenizer:
-    """The tokenizer of the arguments, with as many threads as --workers says."""
+    """Start to load the tokenizer of the arguments, with as many threads as --workers says."""
     if args.workers < 1 or args.partitions < 0 or args.log_interval < 1:
         raise ValueError("--workers and --log-interval must be at least 1, --partitions at least 0")
     os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # Both tokenizer libraries read it when they start.
@@ -55,6 +61,10 @@ def load_tokenizer(args: argparse.Namespace) -> TextTokenizer:
 
 def text_job(tool: str, args: argparse.Namespace, tokenizer: TextTokenizer, **more: object) -> Job:
     """A job from the common arguments; ``more`` are fields only this tool sets."""
+    from mindformers_ext.bin_dataset.indexed_dataset import CODES, smallest_dtype
+    from mindformers_ext.bin_dataset.pipeline import Job
+    from mindformers_ext.bin_dataset.text_sources import find_inputs
+
     name = smallest_dtype(tokenizer.vocab_size).__name__ if args.dtype == "auto" else args.dtype
     dtype = next(dtype.type for dtype in CODES if str(dtype) == name)
     return Job(
@@ -76,6 +86,8 @@ def text_job(tool: str, args: argparse.Namespace, tokenizer: TextTokenizer, **mo
 
 def run_and_report(job: Job) -> None:
     """Run a job and print its summary."""
+    from mindformers_ext.bin_dataset.pipeline import run
+
     started = time.monotonic()
     try:
         counts = run(job)

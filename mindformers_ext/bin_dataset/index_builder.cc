@@ -2,7 +2,8 @@
 //
 // The random order is NumPy's legacy RandomState (MT19937, masked rejection sampling, Fisher-Yates from the end), the
 // order megatron-core uses. NumPy waits for memory at every swap; here the partners of a block of swaps are drawn and
-// prefetched before the block is swapped, which is the whole speed-up. Every function releases the GIL.
+// prefetched before the block is swapped. What the shuffle has passed is final, so a second thread follows it and cuts
+// the samples. Every function releases the GIL.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -25,20 +27,19 @@ namespace {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// MT19937 started from RandomState.get_state().
+// MT19937 started from RandomState.get_state(). Outputs are made a state at a time, in loops the compiler vectorizes.
 class LegacyRandom {
  public:
-  LegacyRandom(const uint32_t* key, int position) : position_(position) { std::copy_n(key, kSize, state_); }
+  LegacyRandom(const uint32_t* key, int position) : position_(position) {
+    std::copy_n(key, kSize, state_);
+    Temper();
+  }
 
   uint32_t Next() {
     if (position_ == kSize) {
       Refill();
     }
-    uint32_t y = state_[position_++];
-    y ^= y >> 11;
-    y ^= (y << 7) & 0x9d2c5680U;
-    y ^= (y << 15) & 0xefc60000U;
-    return y ^ (y >> 18);
+    return outputs_[position_++];
   }
 
   // Uniform in [0, max]: draws are masked to the next power of two and rejected above max, as NumPy does.
@@ -58,12 +59,18 @@ class LegacyRandom {
   }
 
   // Partners of swap positions first, first - 1, ..., first - count + 1, all of which share one mask (32 bits).
-  void Partners(uint32_t first, uint32_t count, uint32_t mask, uint32_t* out) {
-    uint32_t filled = 0;
+  void Partners(uint32_t first, int count, uint32_t mask, uint32_t* out) {
+    int filled = 0;
     while (filled < count) {
-      const uint32_t value = Next() & mask;
-      out[filled] = value;
-      filled += value <= first - filled;  // A rejected draw is overwritten; no branch to mispredict.
+      if (position_ == kSize) {
+        Refill();
+      }
+      const int end = std::min(position_ + count - filled, kSize);  // So many draws are needed even if none is rejected.
+      for (; position_ < end; ++position_) {
+        const uint32_t value = outputs_[position_] & mask;
+        out[filled] = value;
+        filled += value <= first - filled;  // A rejected draw is overwritten; no branch to mispredict.
+      }
     }
   }
 
@@ -83,10 +90,22 @@ class LegacyRandom {
       mix(i, i + 1, i + kShift - kSize);
     }
     mix(kSize - 1, 0, kShift - 1);
+    Temper();
     position_ = 0;
   }
 
+  void Temper() {
+    for (int i = 0; i < kSize; ++i) {
+      uint32_t y = state_[i];
+      y ^= y >> 11;
+      y ^= (y << 7) & 0x9d2c5680U;
+      y ^= (y << 15) & 0xefc60000U;
+      outputs_[i] = y ^ (y >> 18);
+    }
+  }
+
   uint32_t state_[kSize];
+  uint32_t outputs_[kSize];
   int position_;
 };
 
@@ -98,13 +117,16 @@ uint64_t MaskFor(uint64_t max) {
   return mask;
 }
 
-template <typename T>
-void Shuffle(T* values, int64_t size, LegacyRandom* random) {
-  constexpr int64_t kBlock = 512;
+// Shuffles, and calls finished(begin, end) for each stretch of final values, from the last one to the first.
+template <typename T, typename Finished>
+void Shuffle(T* values, int64_t size, LegacyRandom* random, Finished finished) {
+  constexpr int64_t kBlock = 256;
+  constexpr int64_t kStretch = 1 << 18;
   int64_t i = size - 1;
   for (; i > std::numeric_limits<uint32_t>::max(); --i) {
     std::swap(values[i], values[random->Below(i, MaskFor(i))]);
   }
+  int64_t told = size;
   uint32_t partners[kBlock];
   while (i > 0) {
     const uint64_t mask = MaskFor(i);
@@ -118,7 +140,12 @@ void Shuffle(T* values, int64_t size, LegacyRandom* random) {
       std::swap(values[i - k], values[partners[k]]);
     }
     i -= count;
+    if (told - i > kStretch) {
+      finished(i + 1, told);
+      told = i + 1;
+    }
   }
+  finished(0, told);
 }
 
 // Runs work(begin, end, part) over [0, size) cut in parts; work must not throw.
@@ -134,95 +161,117 @@ void Parallel(int64_t size, int threads, Work work) {
   }
 }
 
-// Documents [begin, end) `epochs` times over, in random order.
-void FillDocuments(int32_t* out, int64_t begin, int64_t end, int64_t epochs, LegacyRandom* random) {
-  int32_t* cursor = out;
-  for (int64_t epoch = 0; epoch < epochs; ++epoch) {
-    for (int64_t document = begin; document < end; ++document) {
-      *cursor++ = static_cast<int32_t>(document);
-    }
-  }
-  Shuffle(out, cursor - out, random);
-}
-
-Array<int32_t> DocumentIndex(int64_t begin, int64_t end, int64_t epochs, bool separate_final, LegacyRandom* random) {
-  const int64_t documents = end - begin;
-  Array<int32_t> index(documents * epochs);
-  int32_t* out = index.mutable_data();
-  py::gil_scoped_release release;
-  const int64_t together = separate_final ? epochs - 1 : epochs;
-  FillDocuments(out, begin, end, together, random);
-  if (separate_final) {
-    FillDocuments(out + documents * together, begin, end, 1, random);
-  }
-  return index;
-}
-
 template <typename T>
-Array<T> ShuffleIndex(int64_t first, int64_t total, LegacyRandom* random) {
+Array<T> ShuffleIndex(int64_t first, int64_t total, LegacyRandom* random, int threads) {
   Array<T> index(total);
   T* out = index.mutable_data();
   py::gil_scoped_release release;
-  for (int64_t i = 0; i < total; ++i) {
-    out[i] = static_cast<T>(i);
-  }
-  Shuffle(out, first, random);
-  Shuffle(out + first, total - first, random);
+  Parallel(total, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      out[i] = static_cast<T>(i);
+    }
+  });
+  auto ignore = [](int64_t, int64_t) {};
+  Shuffle(out, first, random, ignore);
+  Shuffle(out + first, total - first, random, ignore);
   return index;
 }
 
 // Sample k ends with token k * length + extra of the shuffled stream; row k holds the place in document_index of the
-// document with that token and the offset the next sample starts from. Each thread sums its share of the documents,
-// then walks it again and writes the rows that end there.
+// document with that token and the offset the next sample starts from. Cut writes the rows of a stretch of documents;
+// stretches come from the last one to the first.
 template <typename T>
-Array<T> SampleIndex(const Array<int32_t>& lengths, const Array<int32_t>& documents, int64_t sequence_length,
-                     int64_t samples, int64_t extra, int threads) {
-  Array<T> index({samples + 1, int64_t{2}});
-  T* out = index.mutable_data();
-  const int32_t* length_of = lengths.data();
-  const int32_t* document = documents.data();
-  const int64_t count = documents.size();
-  py::gil_scoped_release release;
-  constexpr int64_t kAhead = 32;
-  std::vector<int64_t> sums(threads + 1, 0);
-  auto visit = [&](int64_t begin, int64_t end, auto use) {
-    for (int64_t i = begin; i < end; ++i) {
-      __builtin_prefetch(&length_of[document[std::min(i + kAhead, count - 1)]]);
-      use(i, length_of[document[i]]);
-    }
-  };
-  Parallel(count, threads, [&](int64_t begin, int64_t end, int part) {
-    int64_t sum = 0;
-    visit(begin, end, [&](int64_t, int64_t length) { sum += length; });
-    sums[part + 1] = sum;
-  });
-  for (int part = 0; part < threads; ++part) {
-    sums[part + 1] += sums[part];
+class SampleCutter {
+ public:
+  SampleCutter(const int32_t* lengths, const int32_t* documents, int64_t sequence_length, int64_t extra, T* rows)
+      : lengths_(lengths), documents_(documents), sequence_length_(sequence_length), extra_(extra), rows_(rows) {}
+
+  // Samples to `samples` at most are cut from the stretches to come, which end with token `tokens`.
+  void Start(int64_t samples, int64_t tokens) {
+    after_ = tokens;
+    row_ = tokens < extra_ ? 0 : std::min(samples, (tokens - extra_) / sequence_length_);
   }
-  out[0] = out[1] = 0;
-  Parallel(count, threads, [&](int64_t begin, int64_t end, int part) {
-    int64_t before = sums[part];
-    int64_t row = std::max<int64_t>(1, (before - extra) / sequence_length + (before >= extra));
-    visit(begin, end, [&](int64_t i, int64_t length) {
-      const int64_t after = before + length;
-      for (; row <= samples && row * sequence_length + extra <= after; ++row) {
-        out[2 * row] = static_cast<T>(i);
-        out[2 * row + 1] = static_cast<T>(row * sequence_length - before);
+
+  void Cut(int64_t begin, int64_t end) {
+    constexpr int64_t kAhead = 32;
+    for (int64_t i = end - 1; i >= begin; --i) {
+      __builtin_prefetch(&lengths_[documents_[std::max(i - kAhead, begin)]]);
+      const int64_t before = after_ - lengths_[documents_[i]];
+      for (; row_ > 0 && row_ * sequence_length_ + extra_ > before; --row_) {
+        Write(row_, i, row_ * sequence_length_ - before);
       }
-      before = after;
-    });
+      after_ = before;
+    }
+  }
+
+  void Write(int64_t row, int64_t document, int64_t offset) {
+    rows_[2 * row] = static_cast<T>(document);
+    rows_[2 * row + 1] = static_cast<T>(offset);
+  }
+
+ private:
+  const int32_t* lengths_;
+  const int32_t* documents_;
+  int64_t sequence_length_;
+  int64_t extra_;
+  T* rows_;
+  int64_t after_ = 0;
+  int64_t row_ = 0;
+};
+
+// Fills out[first, last) with documents [begin, end), again and again, in random order; a second thread cuts the samples
+// behind the shuffle.
+template <typename T>
+void ShuffleDocuments(int64_t begin, int64_t end, int32_t* out, int64_t first, int64_t last, LegacyRandom* random,
+                      SampleCutter<T>* cutter, int threads) {
+  Parallel(last - first, threads, [&](int64_t from, int64_t to, int) {
+    int64_t document = begin + from % (end - begin);
+    for (int64_t i = from; i < to; ++i) {
+      out[first + i] = static_cast<int32_t>(document);
+      document = document + 1 == end ? begin : document + 1;
+    }
   });
-  // A last, partial sample (drop-last off) ends with the last document that has tokens.
-  int64_t last = count - 1;
-  while (last > 0 && length_of[document[last]] == 0) {
-    --last;
+  std::thread follower;
+  Shuffle(out + first, last - first, random, [&](int64_t from, int64_t to) {
+    if (follower.joinable()) {
+      follower.join();
+    }
+    follower = std::thread(&SampleCutter<T>::Cut, cutter, first + from, first + to);
+  });
+  follower.join();
+}
+
+// (document_index, sample_index) of documents [begin, end). A separate final epoch is shuffled after the others.
+template <typename T>
+py::tuple DocumentAndSampleIndex(const int32_t* lengths, int64_t begin, int64_t end, int64_t epochs,
+                                 bool separate_final, int64_t sequence_length, int64_t extra, int64_t samples,
+                                 LegacyRandom* random, int threads) {
+  Array<int32_t> document_index((end - begin) * epochs);
+  Array<T> sample_index({samples + 1, int64_t{2}});
+  int32_t* documents = document_index.mutable_data();
+  SampleCutter<T> cutter(lengths, documents, sequence_length, extra, sample_index.mutable_data());
+  {
+    py::gil_scoped_release release;
+    const int64_t tokens = std::accumulate(lengths + begin, lengths + end, int64_t{0});
+    cutter.Write(0, 0, 0);
+    int64_t done = 0;
+    for (const int64_t part : {epochs - separate_final, int64_t{separate_final}}) {
+      cutter.Start(samples, tokens * (done + part));
+      ShuffleDocuments(begin, end, documents, (end - begin) * done, (end - begin) * (done + part), random, &cutter,
+                       threads);
+      done += part;
+    }
+    // A last, partial sample (drop-last off) ends with the last document that has tokens.
+    int64_t last = document_index.size() - 1;
+    while (last > 0 && lengths[documents[last]] == 0) {
+      --last;
+    }
+    const int64_t whole = tokens * epochs < extra ? 0 : (tokens * epochs - extra) / sequence_length;
+    for (int64_t row = whole + 1; row <= samples; ++row) {
+      cutter.Write(row, last, lengths[documents[last]] - extra);
+    }
   }
-  const int64_t whole = sums[threads] < extra ? 0 : (sums[threads] - extra) / sequence_length;
-  for (int64_t row = whole + 1; row <= samples; ++row) {
-    out[2 * row] = static_cast<T>(last);
-    out[2 * row + 1] = static_cast<T>(length_of[document[last]] - extra);
-  }
-  return index;
+  return py::make_tuple(document_index, sample_index);
 }
 
 // (document_index, sample_index, shuffle_index) of one GPTDataset. The state is RandomState(seed)'s.
@@ -234,22 +283,18 @@ py::tuple BuildGptIndices(const Array<int32_t>& lengths, int64_t begin, int64_t 
     throw std::invalid_argument("build_gpt_indices: documents, epochs or sample counts out of range");
   }
   LegacyRandom random(key.data(), position);
-  const auto documents = DocumentIndex(begin, end, epochs, separate_final, &random);
   const int32_t longest = *std::max_element(lengths.data(), lengths.data() + lengths.size());
-  const bool wide = std::max<int64_t>(documents.size(), longest) > std::numeric_limits<int32_t>::max();
-  py::object sample_index;
-  if (wide) {
-    sample_index = SampleIndex<int64_t>(lengths, documents, sequence_length, samples, extra, threads);
-  } else {
-    sample_index = SampleIndex<int32_t>(lengths, documents, sequence_length, samples, extra, threads);
-  }
+  const bool wide = std::max<int64_t>((end - begin) * epochs, longest) > std::numeric_limits<int32_t>::max();
+  const auto build = wide ? DocumentAndSampleIndex<int64_t> : DocumentAndSampleIndex<int32_t>;
+  const py::tuple indices = build(lengths.data(), begin, end, epochs, separate_final, sequence_length, extra, samples,
+                                  &random, threads);
   py::object shuffle_index;
   if (samples >= std::numeric_limits<uint32_t>::max() - 1LL) {
-    shuffle_index = ShuffleIndex<int64_t>(samples_first, samples, &random);
+    shuffle_index = ShuffleIndex<int64_t>(samples_first, samples, &random, threads);
   } else {
-    shuffle_index = ShuffleIndex<uint32_t>(samples_first, samples, &random);
+    shuffle_index = ShuffleIndex<uint32_t>(samples_first, samples, &random, threads);
   }
-  return py::make_tuple(documents, sample_index, shuffle_index);
+  return py::make_tuple(indices[0], indices[1], shuffle_index);
 }
 
 // Which dataset, and which of its samples, each of `size` blended samples comes from: always the dataset whose share

@@ -5,7 +5,12 @@ identical ids, tens of times faster than `tokenizers`, memory that stays below 5
 it. gigatoken grew past 2 GB on the random words, snaptokens announces its own archival and needs glibc 2.34, kitoken
 is 10 times slower, tokie and splintr-rs give other ids on some hard texts. All the same no fast library is trusted: a
 sample of the documents of every run is encoded by `tokenizers`, in another process, and one difference stops the run.
+
+Loading is the slowest step of a short run, so it happens in the background, and this module imports nothing slow: a
+tool imports numpy and the rest meanwhile.
 """
+
+from __future__ import annotations
 
 import ctypes
 import hashlib
@@ -13,11 +18,15 @@ import json
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:
+    import fastokens
+    import numpy as np
 
 # Chosen without looking at the text: the first documents of every batch, and then one in this many.
 CHECKED_FIRST = 8
@@ -27,18 +36,32 @@ EOD_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", 
 BOS_NAMES = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 PAD_NAMES = ("<｜▁pad▁｜>", "<pad>", "[PAD]", "<|pad|>")
 
-Encoded = tuple[np.ndarray, np.ndarray]  # Flat ids (tokens,) uint32 and the length of each text (texts,) int64.
-
 
 class TokenizerError(ValueError):
     """A tokenizer that cannot be loaded, lacks a needed token, or disagrees with the reference."""
 
 
+class Encoded(NamedTuple):
+    """Ids of many texts."""
+
+    ids: np.ndarray  # (tokens,) uint32, text after text
+    lengths: np.ndarray  # (texts,) int64
+
+
+class Backend(NamedTuple):
+    """A loaded tokenizer library."""
+
+    name: str
+    vocab_size: int
+    encode: Callable[[list[str]], Encoded]
+
+
 class TextTokenizer:
     """Encode batches of texts without adding special tokens; special tokens written in a text become their ids.
 
-    ``path`` is a tokenizer.json, a HuggingFace folder or a sentencepiece .model. Attributes: ``backend`` (name of the
-    library in use), ``vocab_size``, ``checked`` (documents compared with the reference so far).
+    ``path`` is a tokenizer.json, a HuggingFace folder or a sentencepiece .model. It is loaded in the background; the
+    first use waits for it, and raises TokenizerError for a file that cannot be loaded. ``checked`` counts the documents
+    compared with the reference so far.
     """
 
     def __init__(self, path: str | Path, fast: bool = True) -> None:
@@ -46,77 +69,55 @@ class TextTokenizer:
         self.checked = 0
         self._pending: list[tuple[Future[list[list[int]]], list[list[int]], list[str]]] = []
         self._reference: ProcessPoolExecutor | None = None
-        self._encode: Callable[[list[str]], Encoded]
+        self._fast: Future[fastokens.Tokenizer] | None = None
+        if fast and self.path.suffix == ".json" and find_spec("fastokens"):
+            # The reference's process is forked before there is a second thread.
+            self._reference = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), _die_with_parent)
+            self._reference.submit(_reference_encode, str(self.path), [])
+            self._fast = ThreadPoolExecutor(1).submit(_load_fast, str(self.path))
+
+    @cached_property
+    def _backend(self) -> Backend:
         if self.path.suffix == ".model":
-            self._load_sentencepiece()
-        elif not fast or not self._load_fast():
-            self._load_reference()
+            return _sentencepiece_backend(self.path)
+        if self._fast is not None:
+            try:
+                return _fast_backend(self._fast.result())
+            except Exception:  # A file of another kind, of which it raises whatever it likes.
+                self.close()
+        return _reference_backend(self.path)
 
-    def _load_fast(self) -> bool:
-        try:
-            from fastokens import Tokenizer
-        except ImportError:
-            return False
-        # Started before the slow load so that both tokenizers load at the same time, on two cores.
-        self._reference = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), _die_with_parent)
-        self._reference.submit(_reference_encode, str(self.path), [])
-        try:
-            tokenizer = Tokenizer.from_file(str(self.path))
-        except Exception:
-            self.close()
-            return False
+    @property
+    def backend(self) -> str:
+        """Name of the library in use."""
+        return self._backend.name
 
-        def encode(texts: list[str]) -> Encoded:
-            ids, offsets = tokenizer.encode_batch_flat(texts)
-            return np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
-
-        self._encode, self.backend, self.vocab_size = encode, "fastokens", int(tokenizer.vocab_size)
-        return True
-
-    def _load_reference(self) -> None:
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(self.path))
-        except Exception as error:
-            raise TokenizerError(f"{self.path} is no tokenizer that `tokenizers` can load: {error}") from error
-
-        def encode(texts: list[str]) -> Encoded:
-            return _flatten([item.ids for item in tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
-
-        self._encode, self.backend, self.vocab_size = encode, "tokenizers", tokenizer.get_vocab_size()
-
-    def _load_sentencepiece(self) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            processor = SentencePieceProcessor(model_file=str(self.path))
-        except Exception as error:
-            raise TokenizerError(f"{self.path} is no sentencepiece model: {error}") from error
-        self._encode = lambda texts: _flatten(processor.encode(texts))
-        self.backend, self.vocab_size = "sentencepiece", processor.vocab_size()
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are, special tokens included."""
+        return self._backend.vocab_size
 
     def encode(self, texts: list[str]) -> Encoded:
         """Ids of all texts one after another, and the number of ids of each text."""
-        ids, lengths = self._encode(texts)
-        if len(ids) and ids.max() >= self.vocab_size:
+        encoded = self._backend.encode(texts)
+        if len(encoded.ids) and encoded.ids.max() >= self.vocab_size:
             raise TokenizerError(
-                f"{self.path}: {self.backend} gave id {ids.max()}, the vocabulary is {self.vocab_size}"
+                f"{self.path}: {self.backend} gave id {encoded.ids.max()}, the vocabulary is {self.vocab_size}"
             )
         if self._reference is not None:
-            self._submit_check(texts, ids, lengths)
-        return ids, lengths
+            self._submit_check(texts, *encoded)
+        return encoded
 
     def _submit_check(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> None:
         chosen = sorted({*range(min(CHECKED_FIRST, len(texts))), *range(0, len(texts), CHECKED_EVERY)})
-        ends = np.cumsum(lengths)
+        ends = lengths.cumsum()
         ours = [ids[ends[i] - lengths[i] : ends[i]].tolist() for i in chosen]
         sample = [texts[i] for i in chosen]
         self._pending.append((self._reference.submit(_reference_encode, str(self.path), sample), ours, sample))
         while self._pending and (self._pending[0][0].done() or len(self._pending) > 4):
             self._compare(*self._pending.pop(0))
 
-    def _compare(self, future: "Future[list[list[int]]]", ours: list[list[int]], sample: list[str]) -> None:
+    def _compare(self, future: Future[list[list[int]]], ours: list[list[int]], sample: list[str]) -> None:
         for text, fast, reference in zip(sample, ours, future.result(), strict=True):
             if fast != reference:
                 at = next((i for i, pair in enumerate(zip(fast, reference, strict=False)) if pair[0] != pair[1]), None)
@@ -165,7 +166,12 @@ class TextTokenizer:
                 for i in range(processor.vocab_size())
                 if processor.is_control(i) or processor.is_unknown(i)
             }
-        return {item["content"]: item["id"] for item in json.loads(self.path.read_text())["added_tokens"]}
+        import msgspec
+
+        # The one field of the file that is asked for; to parse the rest takes ten times as long.
+        kind = msgspec.defstruct("TokenizerFile", [("added_tokens", list[dict[str, object]])])
+        added = msgspec.json.decode(self.path.read_bytes(), type=kind).added_tokens
+        return {item["content"]: item["id"] for item in added}
 
     def eod_id(self, name: str | None = None) -> int:
         """Id of the token that ends a document: ``name``, the config's eos_token, or a well-known one."""
@@ -210,10 +216,51 @@ def _tokenizer_file(path: Path) -> Path:
     return path
 
 
+def _load_fast(path: str) -> fastokens.Tokenizer:
+    from fastokens import Tokenizer
+
+    return Tokenizer.from_file(path)
+
+
+def _fast_backend(tokenizer: fastokens.Tokenizer) -> Backend:
+    import numpy as np
+
+    def encode(texts: list[str]) -> Encoded:
+        ids, offsets = tokenizer.encode_batch_flat(texts)
+        return Encoded(np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64)))
+
+    return Backend("fastokens", int(tokenizer.vocab_size), encode)
+
+
+def _reference_backend(path: Path) -> Backend:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise TokenizerError(f"{path} is no tokenizer that `tokenizers` can load: {error}") from error
+
+    def encode(texts: list[str]) -> Encoded:
+        return _flatten([item.ids for item in tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+
+    return Backend("tokenizers", tokenizer.get_vocab_size(), encode)
+
+
+def _sentencepiece_backend(path: Path) -> Backend:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        processor = SentencePieceProcessor(model_file=str(path))
+    except Exception as error:
+        raise TokenizerError(f"{path} is no sentencepiece model: {error}") from error
+    return Backend("sentencepiece", processor.vocab_size(), lambda texts: _flatten(processor.encode(texts)))
+
+
 def _flatten(ids: list[list[int]]) -> Encoded:
+    import numpy as np
+
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    flat = np.fromiter((token for text in ids for token in text), np.uint32, int(lengths.sum()))
-    return flat, lengths
+    return Encoded(np.fromiter((token for text in ids for token in text), np.uint32, int(lengths.sum())), lengths)
 
 
 def _die_with_parent() -> None:

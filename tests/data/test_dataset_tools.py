@@ -290,3 +290,9 @@ def test_merge_bin(corpus, tmp_path):
     assert beside["counts"]["sequences"] == len(merged) and len(beside["parts"]) == len(parts)
     done = run_tool("merge_bin", "--input", *parts, "--output-prefix", parts[0], check=False)
     assert done.returncode == 1 and "also an input" in done.stderr
+
+
+def test_dtypes_offered_are_those_of_the_format():
+    from mindformers_ext.bin_dataset import cli, indexed_dataset
+
+    assert set(cli.DTYPE_NAMES) == {str(dtype) for dtype in indexed_dataset.CODES if dtype.kind in "iu"}

@@ -131,4 +131,4 @@ def test_bad_tokenizer_file(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(TokenizerError, match=message):
-        TextTokenizer(tmp_path / name)
+        TextTokenizer(tmp_path / name).encode(["a"])
