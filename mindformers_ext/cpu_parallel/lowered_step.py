@@ -17,7 +17,7 @@ from mindspore import Parameter, Tensor
 from mindformers_ext.cpu_parallel.parameters import Shard, layout_for, owner_of, shard_of
 from mindformers_ext.cpu_parallel.rank_job import RankJob
 from mindformers_ext.cpu_parallel.run_rank import ACCUMULATORS, load_graph, rank_folder
-from mindformers_ext.train_wrapper import DeviceAwareTrainOneStepCell
+from mindformers_ext.train_wrapper import DeviceAwareTrainOneStepCell, frozen_names
 
 
 class StoredParameter(NamedTuple):
@@ -79,7 +79,7 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
         whole = self.parameters_dict()
         self.full_shapes = {name: tuple(parameter.shape) for name, parameter in whole.items()}
         graph = load_graph(self.graph_path)
-        weights = {parameter.name for parameter in self.optimizer.parameters}
+        weights = {parameter.name for parameter in self.optimizer.parameters} | frozen_names(self)
         for parameter in graph.get_parameters():
             if parameter.name.startswith(ACCUMULATORS):
                 parameter.set_data(Tensor(np.zeros(parameter.shape), parameter.dtype))
