@@ -14,7 +14,7 @@ import numpy as np
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor
 
-from mindformers_ext.cpu_parallel.parameters import Shard, layout_for, owner_of, shard_of
+from mindformers_ext.cpu_parallel.parameters import Shard, owner_of, stored_part
 from mindformers_ext.cpu_parallel.rank_job import RankJob
 from mindformers_ext.cpu_parallel.run_rank import ACCUMULATORS, load_graph, rank_folder
 from mindformers_ext.train_wrapper import DeviceAwareTrainOneStepCell, frozen_names
@@ -69,10 +69,8 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
             ours.set_data(Tensor(theirs.asnumpy(), ours.dtype))
 
     def _shard(self, parameter: Parameter, full_shape: tuple[int, ...]) -> Shard:
-        layout = layout_for(parameter.name, self.rank_facts["layouts"])
-        if layout is None or len(layout["tensor_map"]) != len(full_shape):
-            return Shard(tuple((0, size) for size in full_shape), copy=self.job.index)
-        return shard_of(parameter.name, full_shape, parameter.shape, layout, self.job.index)
+        layouts = self.rank_facts["layouts"]
+        return stored_part(parameter.name, full_shape, parameter.shape, layouts, self.job.index)
 
     def _load_graph(self) -> None:
         """Load the graph and give it this rank's part of the values that model and optimizer have now."""
