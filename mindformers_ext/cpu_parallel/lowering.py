@@ -97,7 +97,34 @@ def lower(model: pb.ModelProto, rank: int, world_size: int) -> list[Call]:
     for function in model.functions:
         for node in function.node:
             _rewrite_optional(graph, function, node)
+    _keep_behind_additions(graph)
     return calls
+
+
+def _keep_behind_additions(graph: Graph) -> None:
+    """Let whatever takes a gradient buffer after an addition to it depend on that addition.
+
+    MindSpore lets the buffer's reduction depend on a sum of zeros, each of which depends on the addition of one
+    micro-batch. Its CPU backend drops zeros from sums, and with them all but one of the additions.
+    """
+    added: dict[str, str] = {}  # buffer: output of the last addition
+    nodes = []
+    for node in graph.model.graph.node:
+        buffers = list(node.input)
+        for place, buffer in enumerate(buffers):
+            if buffer in added:
+                after = pb.NodeProto(name=f"{node.name}/after{place}", input=[buffer, added[buffer]])
+                after.output.append(f"{node.output[0]}/after{place}")
+                graph.use(after, "Depend")
+                nodes.append(after)
+                node.input[place] = after.output[0]
+        nodes.append(node)
+        primitive = graph.primitive(node)
+        if primitive is not None and primitive.op_type == "AssignAdd":
+            added[buffers[0]] = node.output[0]
+    nodes = [pb.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.model.graph.node[:]
+    graph.model.graph.node.extend(nodes)
 
 
 def _rewrite_optional(graph: Graph, function: pb.GraphProto, node: pb.NodeProto) -> None:
