@@ -85,6 +85,12 @@ setup(
             extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
             extra_link_args=["-pthread"],
         ),
+        Pybind11Extension(
+            "mindformers_ext._transpose",
+            ["mindformers_ext/transpose.cc"],
+            cxx_std=17,
+            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+        ),
     ],
     cmdclass={"build_ext": build_ext},
 )

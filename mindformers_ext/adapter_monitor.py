@@ -1,4 +1,4 @@
-"""Saving a LoRA training, under the YAML name AdapterMonitor: the adapters alone, and as a folder for the peft package.
+"""Saving a LoRA training, under the YAML name AdapterMonitor: all but the frozen weights, and a folder for peft.
 
 Extends CheckpointMonitor (this package), which saves everything. The PEFT folder is put together from the saved step,
 so that it is whole whatever the layout of the run.
@@ -14,16 +14,18 @@ from mindformers.tools.utils import get_output_root_path
 from mindformers_ext.checkpoint_monitor import CheckpointMonitor
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.sharded_checkpoint.network import pieces_of
+from mindformers_ext.sharded_checkpoint.random_state import random_state
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint
 from mindformers_ext.sharded_checkpoint.writer import step_name
-from mindformers_ext.train_wrapper import real_model
+from mindformers_ext.train_wrapper import frozen_names, real_model
 
 
 @MindFormerRegister.register(MindFormerModuleType.CALLBACK)
 class AdapterMonitor(CheckpointMonitor):
     """Save the trained adapters every few steps and at the end; the frozen weights stay where they came from.
 
-    `checkpoint/step_N` holds the adapters of a step, `adapter/` in the output_dir the newest in PEFT's format.
+    `checkpoint/step_N` holds the adapters of a step, what the training needs to go on from them, and where the frozen
+    weights are; `adapter/` in the output_dir holds the newest adapters in PEFT's format.
 
     Args:
         base_model: base_model_name_or_path of the PEFT folder.
@@ -43,13 +45,15 @@ class AdapterMonitor(CheckpointMonitor):
         model = real_model(network)
         if not model.config.lora.lora_rank:
             raise ConfigError("callbacks: AdapterMonitor saves adapters, but model_config.pet_config asks for none")
-        trained = {parameter.name for parameter in model.trainable_params()}
-        pieces = {name: piece for name, piece in pieces_of(network).items() if name in trained}
-        self.saver.save(self.meta(cb_params, step), pieces)
+        frozen = frozen_names(network)
+        kept = {name: piece for name, piece in pieces_of(network).items() if name not in frozen}
+        private = {"random_state": random_state(), "base": cb_params.get("base", "")}
+        self.saver.save(self.meta(cb_params, step), kept, private)
         self.last_saved = step
         if self.saver.rank:
             return
         self.saver.wait()
         saved = Checkpoint(self.saver.root / step_name(step))
-        model.save_adapter(self.folder, {name: saved.read(name)[:] for name in saved.names()}, self.base_model)
+        adapters = {parameter.name: saved.read(parameter.name)[:] for parameter in model.trainable_params()}
+        model.save_adapter(self.folder, adapters, self.base_model)
         logger.info("saved the adapters of step %d in %s", step, self.folder)

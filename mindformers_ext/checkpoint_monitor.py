@@ -16,7 +16,8 @@ from mindspore import Parameter, nn
 from mindspore.train import Callback, RunContext
 
 from mindformers_ext.data.data_position import Start, position_of, start_of
-from mindformers_ext.pretrained import HuggingFaceFolder, resolve
+from mindformers_ext.errors import ConfigError
+from mindformers_ext.pretrained import HuggingFaceFolder, is_huggingface, resolve
 from mindformers_ext.sharded_checkpoint.layout import Meta, is_state
 from mindformers_ext.sharded_checkpoint.network import (
     check_model,
@@ -27,9 +28,9 @@ from mindformers_ext.sharded_checkpoint.network import (
     state_of,
 )
 from mindformers_ext.sharded_checkpoint.random_state import random_state, restore_random_state
-from mindformers_ext.sharded_checkpoint.reader import Source
+from mindformers_ext.sharded_checkpoint.reader import Source, open_source
 from mindformers_ext.sharded_checkpoint.writer import Saver
-from mindformers_ext.train_wrapper import real_model
+from mindformers_ext.train_wrapper import frozen_names, real_model
 from mindformers_ext.training_metrics import place_in_run, samples_per_step
 
 ADAPTERS = (".lora_a", ".lora_b")
@@ -60,11 +61,16 @@ class RestoreCheckpoint(Callback):
         parameters = state_of(network)
         if self.start is None:
             parameters = weights_of(model, source, parameters)
+            cb_params.base = str(Path(source.path).resolve())
+        else:
+            private = source.private(place_in_run()[0])
+            if "base" in private:
+                parameters = load_base(network, parameters, private["base"], source.path)
+                cb_params.base = private["base"]
+            cb_params.start = self.start
+            restore_random_state(private["random_state"])
         load_into(network, parameters, source, may_leave_mtp)
         logger.info("loaded %d parameters from %s", len(parameters), source.path)
-        if self.start is not None:
-            cb_params.start = self.start
-            restore_random_state(source.private(place_in_run()[0])["random_state"])
 
 
 @MindFormerRegister.register(MindFormerModuleType.CALLBACK, alias="CheckpointMonitor")
@@ -158,6 +164,29 @@ def load_weights(network: nn.Cell, source: Source) -> None:
     check_model(source, network.config)
     parameters = {parameter.name: parameter for parameter in network.get_parameters() if is_state(parameter.name)}
     load_into(network, parameters, source, may_leave_mtp)
+
+
+def load_base(
+    network: nn.Cell, parameters: dict[str, Parameter], base: str, adapters: str | Path
+) -> dict[str, Parameter]:
+    """Load the frozen weights from where a LoRA training had them; returns the rest of `parameters`.
+
+    `base` is "" for a training that began with random weights: the YAML's seed has made them again.
+
+    Raises:
+        ConfigError: they are not there any more; `adapters` is the checkpoint that needs them.
+    """
+    frozen = frozen_names(network)
+    if base:
+        try:
+            found = HuggingFaceFolder(Path(base), adapters) if is_huggingface(base) else open_source(base)
+            weights = {name: parameter for name, parameter in parameters.items() if name in frozen}
+            own = parameters.keys()  # the adapters' checkpoint has the router biases too
+            load_into(network, weights, resolve(found, real_model(network)), lambda n: may_leave_mtp(n) or n in own)
+        except ConfigError as error:
+            raise ConfigError(f"{adapters}: its adapters were trained on the weights of {base}: {error}") from None
+        logger.info("loaded %d frozen parameters from %s", len(weights), base)
+    return {name: parameter for name, parameter in parameters.items() if name not in frozen}
 
 
 def weights_of(model: nn.Cell, source: Source, parameters: dict[str, Parameter]) -> dict[str, Parameter]:

@@ -16,10 +16,18 @@ ASCEND_910B_TFLOPS = 376.0
 ROW_MAJOR, NOT_TRANSPOSED = 101, 111  # cblas.h
 
 
-def measure_cpu_tflops(size: int = 2048, repeats: int = 8) -> float:
-    """Time float32 matrix products of `size` on all threads and return the best TFLOP/s; takes about a second.
+def threads_of(processes: int) -> int:
+    """Cores that `processes` like this one use together, each with OMP_NUM_THREADS threads (default: all cores)."""
+    cores = len(os.sched_getaffinity(0))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(int(asked) * processes, cores) if asked.isdigit() else cores
 
-    By OpenBLAS of scipy-openblas32, which our kernels call too; numpy's own is older and slower.
+
+def measure_cpu_tflops(threads: int, size: int = 512, repeats: int = 400) -> float:
+    """Time float32 matrix products of `size` on `threads` threads and return the best TFLOP/s; takes about a second.
+
+    Many short products, some of which have the cores for themselves on a busy machine too. By OpenBLAS of
+    scipy-openblas32, which our kernels call; numpy's own is older and slower.
     """
     name = f"lib{scipy_openblas32.get_library()}.so"
     library = ctypes.CDLL(str(Path(scipy_openblas32.get_lib_dir()) / name))
@@ -28,8 +36,7 @@ def measure_cpu_tflops(size: int = 2048, repeats: int = 8) -> float:
     matrix, width = left.ctypes.data_as(ctypes.c_void_p), ctypes.c_int(size)
     one, zero = ctypes.c_float(1), ctypes.c_float(0)
     before = library.scipy_openblas_get_num_threads()
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    library.scipy_openblas_set_num_threads(int(asked) if asked.isdigit() else len(os.sched_getaffinity(0)))
+    library.scipy_openblas_set_num_threads(threads)
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
@@ -42,10 +49,13 @@ def measure_cpu_tflops(size: int = 2048, repeats: int = 8) -> float:
     return 2 * size**3 / best / 1e12
 
 
-def device_peak(device_target: str, given_tflops: float | None = None) -> tuple[float, str]:
-    """Return the TFLOP/s of one device and where the number comes from."""
+def device_peak(device_target: str, given_tflops: float | None = None, processes: int = 1) -> tuple[float, str]:
+    """Return the TFLOP/s of one device and where the number comes from.
+
+    On CPU a device is one of `processes` that share the machine: its part of what they reach together.
+    """
     if given_tflops is not None:
         return float(given_tflops), "given as device_peak_tflops"
     if device_target == "CPU":
-        return measure_cpu_tflops(), "measured, float32 matmul on this CPU"
+        return measure_cpu_tflops(threads_of(processes)) / processes, "measured, float32 matmul on this CPU"
     return ASCEND_910B_TFLOPS, "Ascend 910B, dense bfloat16"

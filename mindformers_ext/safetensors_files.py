@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mindformers_ext.atomic_files import whole_file, write_json
+from mindformers_ext.direct_file import DirectFile
 from mindformers_ext.errors import ConfigError
 
 DTYPES = {
@@ -211,16 +212,16 @@ def write_shard(
     if is_written(path, fingerprint):
         advance(size)
         return True
-    with whole_file(path, durable=True) as temporary, open(temporary, "wb") as stream:
-        stream.write(len(header).to_bytes(8, "little") + header)
+    with whole_file(path, durable=True) as temporary, DirectFile(temporary) as stream:
+        stream.append(np.frombuffer(len(header).to_bytes(8, "little") + header, np.uint8))
         for tensor in tensors:
-            start = stream.tell()
+            start = stream.size
             for piece in tensor.pieces:
-                array = np.ascontiguousarray(piece(), tensor.dtype)
-                stream.write(array.reshape(-1).view(np.uint8).data)
+                array = np.asarray(piece(), tensor.dtype)
+                stream.append(array)
                 advance(array.nbytes)
-            if stream.tell() - start != tensor.nbytes:
-                raise ValueError(f"{tensor.name}: {stream.tell() - start} bytes for shape {tensor.shape}")
+            if stream.size - start != tensor.nbytes:
+                raise ValueError(f"{tensor.name}: {stream.size - start} bytes for shape {tensor.shape}")
     return False
 
 

@@ -29,6 +29,12 @@ def real_model(train_network: nn.Cell) -> nn.Cell:
     return get_real_models(train_network)
 
 
+def frozen_names(train_network: nn.Cell) -> set[str]:
+    """Names of the weights that this training never changes: with LoRA all but the adapters, else none."""
+    model = real_model(train_network)
+    return model.frozen_names() if hasattr(model, "frozen_names") else set()
+
+
 class ScaledLoss(nn.Cell):
     """Multiply the network's loss by a factor, so that its gradients are scaled too."""
 

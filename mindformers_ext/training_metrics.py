@@ -122,8 +122,9 @@ class TrainingMetrics(Callback):
         seq_length = self.model.config.seq_length
         self.tokens_per_step = samples_per_step(cb_params.train_dataset) * seq_length
         self.flops_per_token = self.model.flops_per_token(seq_length)
-        self.peak_tflops, self.peak_source = device_peak(ms.get_context("device_target"), self.device_peak_tflops)
         rank, self.devices, stages = place_in_run()
+        target = ms.get_context("device_target")
+        self.peak_tflops, self.peak_source = device_peak(target, self.device_peak_tflops, self.devices)
         self.writes = rank == (self.devices - 1 if stages > 1 else 0)
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ if [ -e "$STAMP" ] && { [ -z "$EXTRA" ] || [ -e "$STAMP-test" ]; }; then
   exit 0
 fi
 echo "Installing into $PREFIX ..."
-pip_install() { "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"; }
+pip_install() { "$PYTHON" -m pip install --quiet --no-compile --disable-pip-version-check "$@"; }
 pip_install "setuptools>=68,<82" wheel "pybind11>=2.12"
 # The C++ operators compile against MindSpore's headers, so the dependencies come first.
 pip_install --requirement <("$PYTHON" - "$EXTRA" <<'PY'

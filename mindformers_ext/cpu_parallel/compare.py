@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ext.cpu_parallel.parameters import gather, layout_for, shard_of
+from mindformers_ext.cpu_parallel.parameters import gather, stored_part
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
 
 LOSS_LIMIT = 1e-5
@@ -103,10 +103,8 @@ def gathered(
                 if name not in stored[rank].files:
                     continue
                 part = stored[rank][name]
-                layout = layout_for(name, compiled[rank]["layouts"])
-                if layout is None or len(layout["tensor_map"]) != full.ndim:
-                    layout = {"device_matrix": [per_stage], "tensor_map": [-1] * full.ndim}
-                shards.append((rank, shard_of(name, full.shape, part.shape, layout, rank % per_stage), part))
+                layouts = compiled[rank]["layouts"]
+                shards.append((rank, stored_part(name, full.shape, part.shape, layouts, rank % per_stage), part))
             if shards:
                 value, replicas = gather(name, full.shape, shards)
                 yield name, value, full, replicas

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -34,6 +35,7 @@ OUTSIDE_THE_GRAPH = ("output_dir", "load_checkpoint", "resume_training", "callba
 GRAPH_SOURCES = ("research/deepseek3/*.py", "mindformers_ext/*.py", "mindformers_ext/dryrun/compile_*.py")
 GRAPH_SOURCES += ("mindformers_ext/cpu_parallel/lowering.py", "mindformers_ext/cpu_parallel/inlining.py")
 GRAPH_SOURCES += ("mindformers_ext/cpu_parallel/fused_operators.py",)
+REPORT = re.compile(r"- (step \d+, loss .*)")  # TrainingMetrics' line of a step
 MAX_RANKS = 64  # processes of one machine; more is a mistake
 
 
@@ -68,7 +70,7 @@ def run(command: list[str], worker_num: int, log_dir: Path, say: Callable[[str],
         (folder / "whole").touch()
     say(f"starting {worker_num} ranks; their logs are {log_dir}/worker_*.log")
     job = RankJob(folder, new_name(), 0, plan.device_num, plan.pp, plan.cp * plan.mp)
-    train(command, job, log_dir)
+    train(command, job, log_dir, say)
     say(f"all {worker_num} ranks have finished")
 
 
@@ -77,8 +79,11 @@ def new_name() -> str:
     return uuid.uuid4().hex
 
 
-def train(command: list[str], job: RankJob, log_dir: Path) -> None:
-    """Start all ranks and wait for them. Raises launch.RankError that names the first that failed."""
+def train(command: list[str], job: RankJob, log_dir: Path, say: Callable[[str], None] = lambda _: None) -> None:
+    """Start all ranks and wait for them; `say` gets the lines that report a step.
+
+    Raises launch.RankError that names the first rank that failed.
+    """
     threads = str(max((os.cpu_count() or 1) // job.world_size, 1))
     base = {"OMP_NUM_THREADS": threads, "GLOG_v": "3"} | dict(os.environ)
     base["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -95,7 +100,9 @@ def train(command: list[str], job: RankJob, log_dir: Path) -> None:
     def explain(rank: int, code: int) -> tuple[float, str]:
         return launch.failure_of(*files(rank), rank, code)
 
-    launch.supervise([start(rank) for rank in range(job.world_size)], explain)
+    ranks = [start(rank) for rank in range(job.world_size)]
+    follower = launch.Follower([files(rank)[1] for rank in range(job.world_size)], REPORT, say)
+    launch.supervise(ranks, explain, follower.read)
 
 
 def main(argv: list[str] | None = None) -> int:

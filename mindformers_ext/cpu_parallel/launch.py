@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,10 +142,30 @@ def start_rank(command: list[str], environment: dict[str, str], failure: Path, l
         )
 
 
-def supervise(processes: list[subprocess.Popen], explain: Callable[[int, int], tuple[float, str]]) -> None:
+class Follower:
+    """Hands on the lines that match `pattern`, its first group, as the logs grow."""
+
+    def __init__(self, logs: Sequence[Path], pattern: re.Pattern, say: Callable[[str], None]):
+        self.streams = [log.open(encoding="utf-8", errors="replace") for log in logs]
+        self.unfinished = [""] * len(logs)
+        self.pattern, self.say = pattern, say
+
+    def read(self) -> None:
+        """Take what is new."""
+        for index, stream in enumerate(self.streams):
+            *lines, self.unfinished[index] = (self.unfinished[index] + stream.read()).split("\n")
+            for match in filter(None, map(self.pattern.search, lines)):
+                self.say(match[1])
+
+
+def supervise(
+    processes: list[subprocess.Popen],
+    explain: Callable[[int, int], tuple[float, str]],
+    watch: Callable[[], None] = lambda: None,
+) -> None:
     """Wait for all processes; when one fails, give the others GRACE_SECONDS, kill them and raise RankError.
 
-    `explain(rank, exit code)` returns when the rank failed and why.
+    `explain(rank, exit code)` returns when the rank failed and why; `watch()` is called while they run, and once after.
     """
     try:
         first_noticed = None
@@ -153,6 +174,7 @@ def supervise(processes: list[subprocess.Popen], explain: Callable[[int, int], t
                 first_noticed = time.monotonic()
             if first_noticed is not None and time.monotonic() - first_noticed > GRACE_SECONDS:
                 break
+            watch()
             time.sleep(POLL_SECONDS)
         failed = [(rank, process.returncode) for rank, process in enumerate(processes) if process.returncode]
     finally:
@@ -160,6 +182,7 @@ def supervise(processes: list[subprocess.Popen], explain: Callable[[int, int], t
             if process.poll() is None:
                 process.kill()
             process.wait()
+        watch()
     if failed:
         # A rank that was killed wrote nothing and is the cause; otherwise the earliest failure is.
         explained = {rank: explain(rank, code) for rank, code in failed}

@@ -14,10 +14,10 @@ import numpy as np
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor
 
-from mindformers_ext.cpu_parallel.parameters import Shard, layout_for, owner_of, shard_of
+from mindformers_ext.cpu_parallel.parameters import Shard, owner_of, stored_part
 from mindformers_ext.cpu_parallel.rank_job import RankJob
 from mindformers_ext.cpu_parallel.run_rank import ACCUMULATORS, load_graph, rank_folder
-from mindformers_ext.train_wrapper import DeviceAwareTrainOneStepCell
+from mindformers_ext.train_wrapper import DeviceAwareTrainOneStepCell, frozen_names
 
 
 class StoredParameter(NamedTuple):
@@ -69,17 +69,15 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
             ours.set_data(Tensor(theirs.asnumpy(), ours.dtype))
 
     def _shard(self, parameter: Parameter, full_shape: tuple[int, ...]) -> Shard:
-        layout = layout_for(parameter.name, self.rank_facts["layouts"])
-        if layout is None or len(layout["tensor_map"]) != len(full_shape):
-            return Shard(tuple((0, size) for size in full_shape), copy=self.job.index)
-        return shard_of(parameter.name, full_shape, parameter.shape, layout, self.job.index)
+        layouts = self.rank_facts["layouts"]
+        return stored_part(parameter.name, full_shape, parameter.shape, layouts, self.job.index)
 
     def _load_graph(self) -> None:
         """Load the graph and give it this rank's part of the values that model and optimizer have now."""
         whole = self.parameters_dict()
         self.full_shapes = {name: tuple(parameter.shape) for name, parameter in whole.items()}
         graph = load_graph(self.graph_path)
-        weights = {parameter.name for parameter in self.optimizer.parameters}
+        weights = {parameter.name for parameter in self.optimizer.parameters} | frozen_names(self)
         for parameter in graph.get_parameters():
             if parameter.name.startswith(ACCUMULATORS):
                 parameter.set_data(Tensor(np.zeros(parameter.shape), parameter.dtype))

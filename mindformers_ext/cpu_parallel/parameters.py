@@ -67,6 +67,16 @@ def shard_of(name: str, full_shape: Sequence[int], stored_shape: Sequence[int], 
     return Shard(tuple(ranges), copy)
 
 
+def stored_part(
+    name: str, full_shape: Sequence[int], stored_shape: Sequence[int], layouts: Mapping, index: int
+) -> Shard:
+    """What the stage's `index`-th device stores of a parameter or optimizer state: its layout's part, or else all."""
+    layout = layout_for(name, layouts)
+    if layout is None or len(layout["tensor_map"]) != len(full_shape):
+        return Shard(tuple((0, size) for size in full_shape), copy=index)
+    return shard_of(name, full_shape, stored_shape, layout, index)
+
+
 def layout_for(name: str, layouts: Mapping[str, Mapping]) -> Mapping | None:
     """Layout of a parameter or of an optimizer state named after one."""
     return layouts.get(owner_of(name, layouts))

@@ -20,7 +20,7 @@ import numpy as np
 
 from mindformers_ext.atomic_files import write_json
 from mindformers_ext.cpu_parallel import collectives
-from mindformers_ext.cpu_parallel.parameters import layout_for, shard_of
+from mindformers_ext.cpu_parallel.parameters import stored_part
 
 # Gradient buffers of pipeline parallelism; the first step must find zeros in them.
 ACCUMULATORS = ("accu_grads.",)
@@ -61,10 +61,7 @@ def set_parameters(cell, initial, compiled: dict, index: int) -> None:
         name = parameter.name
         if name in initial:
             full = initial[name]
-            layout = layout_for(name, compiled["layouts"])
-            if layout is not None and full.ndim == len(layout["tensor_map"]):
-                full = shard_of(name, full.shape, parameter.shape, layout, index).cut(full)
-            value = full
+            value = stored_part(name, full.shape, parameter.shape, compiled["layouts"], index).cut(full)
         elif name.startswith(ACCUMULATORS):
             value = np.zeros(parameter.shape)
         else:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.atomic_files import whole_file, write_json
+from mindformers_ext.dryrun.stand_in_cann import MEMORY
 
 RESULTS = ("graph.mindir", "compiled.json", "failure.json")
 # Fields of one entry of MindSpore 2.9.0's `cell.parameter_layout_dict`, in its order.
@@ -59,7 +60,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False) -> dict[s
     weights (names of those that the optimizer updates), collectives (`mindir.Collective`), flops {model, hardware}
     per step of this rank, compile_seconds, peak_rss_bytes of this process.
     """
-    from mindspore.communication import get_group_size, get_rank
+    from mindspore.communication import get_group_size, get_process_group_ranks, get_rank
     from mindspore.graph.api import _cell_graph_executor
 
     from mindformers_ext.dryrun import mindir
@@ -68,13 +69,17 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False) -> dict[s
     gc.freeze()  # MindSpore collects garbage often while it compiles: not among what is there already
     if not values:
         without_values(cell)
+    if int(os.environ["MS_SIMULATION_LEVEL"]) >= MEMORY:
+        without_branch(cell)
     cell.compile(*inputs)
     seconds = time.time() - start
     phase = compiled_phase(cell)
     graph = _cell_graph_executor._get_func_graph_proto(cell, phase, "mind_ir")
+    model = mindir.load_model(graph)
+    if mindir.correct_groups(model, get_process_group_ranks):
+        graph = model.SerializeToString()
     with whole_file(out / "graph.mindir") as partial:
         partial.write_bytes(graph)
-    model = mindir.load_model(graph)
     rank, device_num = get_rank(), get_group_size()
     parameters = mindir.stored_parameters(model)
     flops = _cell_graph_executor.flops_collection(phase)
@@ -106,6 +111,27 @@ def without_values(cell) -> None:
     for parameter in cell.get_parameters():
         parameter.init_param = True
     _utils._init_optimizer_state = lambda parameter, phase: None
+
+
+def launch(cell, inputs: tuple) -> None:
+    """At level memory, hand the compiled graph to MindSpore's backend: it plans the memory, and prints it at exit."""
+    if int(os.environ["MS_SIMULATION_LEVEL"]) >= MEMORY:
+        cell(*inputs)
+
+
+def never_skips(overflow) -> bool:
+    """In place of a training cell's `process_loss_scale`: every step updates the weights."""
+    return False
+
+
+def without_branch(cell) -> None:
+    """Take the branch "no update after an overflow" out of a training cell, in place.
+
+    MindSpore 2.9's simulated backend refuses a graph with a branch ("contains ConditionSwitch"). The branch holds the
+    whole update, so the memory plan is that of a step which is taken.
+    """
+    if hasattr(cell, "process_loss_scale"):
+        cell.process_loss_scale = never_skips
 
 
 def compiled_phase(cell) -> str:
@@ -171,8 +197,7 @@ def _compile_built(options: argparse.Namespace) -> None:
     module, function = options.builder.split(":")
     cell, inputs = getattr(importlib.import_module(module), function)(**options.arguments)
     compile_cell(cell, inputs, options.out)
-    if int(os.environ["MS_SIMULATION_LEVEL"]) >= 1:
-        cell(*inputs)  # the memory plan is made, and printed at exit, when the graph is launched
+    launch(cell, inputs)
 
 
 if __name__ == "__main__":

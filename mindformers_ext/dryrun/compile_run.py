@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from mindformers_ext.dryrun.compile_rank import compile_cell, guarded
+from mindformers_ext.dryrun.compile_rank import compile_cell, guarded, launch
 from mindformers_ext.yaml_config import load_yaml, lookup
 
 # What a run that stops before training does not need: data files, checkpoints, reports of steps that never run.
@@ -47,8 +47,7 @@ def compile_run(arguments: list[str], samples: int | None, out: Path, whole_mode
         batch = next(train_dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
         inputs = tuple(ms.Tensor(column) for column in batch)
         compile_cell(network, inputs, out)
-        if int(os.environ["MS_SIMULATION_LEVEL"]) >= 1:
-            network(*inputs)  # the memory plan is made, and printed at exit, when the graph is launched
+        launch(network, inputs)
 
     arguments = prepare(arguments, samples, out.resolve())
     if not whole_model:

@@ -172,10 +172,9 @@ def _stage_cost(plan: RunPlan, profile: DeviceProfile, stage: int, weights: list
 
 def _held_bytes(plan: RunPlan, own: list[Weight]) -> dict[str, float]:
     """Bytes one rank keeps during the whole step."""
-    unit = parameter_bytes(plan.model)
     held = dict.fromkeys(("weight_bytes", "gradient_bytes", "optimizer_bytes", "gathered_bytes"), 0.0)
     for weight in own:
-        ways = optimizer_ways(weight, plan)
+        ways, unit = optimizer_ways(weight, plan), parameter_bytes(weight, plan)
         values = weight.size / weight.ways
         held["weight_bytes"] += values / ways * unit
         if not weight.trainable:

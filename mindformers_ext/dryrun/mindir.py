@@ -8,7 +8,7 @@ collective inside a function counts as often as the function runs.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import reduce
 from math import prod
@@ -82,6 +82,27 @@ def stored_parameters(model: pb.ModelProto) -> dict[str, dict[str, Any]]:
         name = tensor.name.split(":", 1)[-1]  # MindIR puts the graph's name in front
         found[name] = {"shape": shape, "dtype": dtype.lower(), "bytes": prod(shape) * DTYPE_BYTES[dtype]}
     return found
+
+
+def correct_groups(model: pb.ModelProto, ranks_of: Callable[[str], list[int]]) -> bool:
+    """Make `group_rank_ids` of every collective the ranks of its group; True when any was wrong.
+
+    The compiler knows the members of its own groups only: for one that the model made (expert parallelism) it may
+    write all ranks of the cluster. `rank_size`, the number of members, is right.
+    """
+    wrong = False
+    for primitive in model.primitives:
+        attributes = {a.name: a for a in primitive.attribute}
+        if primitive.op_type not in COLLECTIVES or not {"rank_size", "group_rank_ids"} <= attributes.keys():
+            continue
+        ranks = attributes["group_rank_ids"].values
+        if len(ranks) != attributes["rank_size"].i:
+            members = ranks_of(attributes["group"].s.decode())
+            del ranks[len(members) :]
+            for value, member in zip(ranks, members, strict=True):
+                value.ints[0] = member
+            wrong = True
+    return wrong
 
 
 def collectives(model: pb.ModelProto, rank: int, world_size: int) -> list[Collective]:

@@ -5,10 +5,10 @@ compare them, name by name, with what MindSpore's compiler stores on a rank.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
-from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, ModelPlan, RunPlan
+from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, RunPlan
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Weight:
     axis: int = 0
     ways: int = 1
     trainable: bool = True
+    dtype: str = ""  # "": the model's param_init_type
 
     @property
     def size(self) -> int:
@@ -34,7 +35,15 @@ class Weight:
 
 
 def model_weights(plan: RunPlan) -> Iterator[Weight]:
-    """Every weight of the model once, in the order of the layers."""
+    """Every weight of the model once, in the order of the layers; with LoRA the adapters, and the rest frozen."""
+    lora = plan.model.pet_config or {}
+    for weight in _base_weights(plan):
+        yield replace(weight, trainable=False) if lora else weight
+        if lora:
+            yield from _adapters(weight, lora)
+
+
+def _base_weights(plan: RunPlan) -> Iterator[Weight]:
     model, last = plan.model, plan.pp - 1
     table = (model.vocab_size, model.hidden_size)
     yield Weight("model.embed_tokens.weight", table, 0, 0, 1 if plan.vocab_emb_dp else plan.mp)
@@ -70,14 +79,13 @@ def optimizer_ways(weight: Weight, plan: RunPlan) -> int:
         return 1
     copies = plan.devices_per_stage // weight.ways
     ways = copies if plan.optimizer_shard_size == -1 else min(plan.optimizer_shard_size, copies)
-    size = prod(weight.slice_shape) * parameter_bytes(plan.model)
-    too_small = size < plan.optimizer_threshold_bytes
+    too_small = weight.size * parameter_bytes(weight, plan) < plan.optimizer_threshold_bytes  # before any split
     return 1 if too_small or copies % ways or weight.slice_shape[0] % ways else ways
 
 
-def parameter_bytes(model: ModelPlan) -> int:
-    """Bytes of one stored weight value."""
-    return DTYPE_BYTES[model.param_init_type]
+def parameter_bytes(weight: Weight, plan: RunPlan) -> int:
+    """Bytes of one stored value of a weight."""
+    return DTYPE_BYTES[weight.dtype or plan.model.param_init_type]
 
 
 def gathered_bytes(weight: Weight, plan: RunPlan) -> int:
@@ -85,7 +93,7 @@ def gathered_bytes(weight: Weight, plan: RunPlan) -> int:
     stays = (
         len(weight.shape) == 1 or weight.name == "model.embed_tokens.weight" or weight.name.endswith("mlp.gate.weight")
     )
-    return parameter_bytes(plan.model) if stays else DTYPE_BYTES[plan.model.compute_dtype]
+    return parameter_bytes(weight, plan) if stays else DTYPE_BYTES[plan.model.compute_dtype]
 
 
 def _layer(plan: RunPlan, prefix: str, layer: int, stage: int) -> Iterator[Weight]:
@@ -126,3 +134,22 @@ def _swiglu(weight, prefix: str, hidden: int, width: int, mp: int) -> Iterator[W
     yield weight(f"{prefix}gate_proj.weight", width, hidden, ways=mp)
     yield weight(f"{prefix}up_proj.weight", width, hidden, ways=mp)
     yield weight(f"{prefix}down_proj.weight", hidden, width, axis=1, ways=mp)
+
+
+def _adapters(weight: Weight, lora: dict) -> Iterator[Weight]:
+    """lora_a (rank, in) and lora_b (out, rank) of each projection in a weight, split where the projection is."""
+    module, _, leaf = weight.name.removesuffix(".weight").rpartition(".")
+    place = module.rpartition(".")[2]
+    parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+    for part in parts:
+        if not {part, f"{place}.{part}"} & set(lora["target_modules"]):
+            continue
+        if place == "experts":
+            (experts, width, out), name = weight.shape, f"{module}.lora.{part}"
+            lead, out, split = (experts,), out // len(parts), (weight.ways, weight.ways)
+        else:
+            (out, width), name = weight.shape, f"{module}.{part}.lora"
+            lead, split = (), (1, weight.ways) if weight.axis == 0 else (weight.ways, 1)
+        halves = {"lora_a": (*lead, lora["lora_rank"], width), "lora_b": (*lead, out, lora["lora_rank"])}
+        for (half, shape), ways in zip(halves.items(), split, strict=True):
+            yield Weight(f"{name}.{half}", shape, weight.stage, weight.axis, ways, dtype="float32")

@@ -78,7 +78,9 @@ def compile_ranks(jobs: RankJobs, ranks: list[int], workers: int) -> list[RankRe
     with ThreadPoolExecutor(workers) as pool:
         try:
             futures = [pool.submit(_compile_one, jobs, rank, running) for rank in ranks]
-            for future in tqdm(as_completed(futures), total=len(ranks), desc="compiling ranks", unit="rank"):
+            for future in tqdm(
+                as_completed(futures), total=len(ranks), desc="compiling ranks", unit="rank", disable=not ranks
+            ):
                 result = future.result()
                 results[result.rank] = result
         except BaseException:

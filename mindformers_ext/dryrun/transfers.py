@@ -154,7 +154,7 @@ def gradient_exchange(plan: RunPlan, weights: list[Weight]) -> list[Transfer]:
         if copies == 1 or not weight.trainable:
             continue
         values = weight.size // weight.ways
-        size = values * parameter_bytes(plan.model)
+        size = values * parameter_bytes(weight, plan)
         ways = optimizer_ways(weight, plan)
         if ways > 1:
             # Shards are neighbours among the copies: consecutive ranks when the weight is whole on every rank.

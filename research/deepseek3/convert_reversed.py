@@ -91,17 +91,16 @@ def outputs(entries: list[Entry], weights: Source, dtype: np.dtype) -> Iterable[
         kind = np.dtype(np.float32) if entry.ours.endswith(BIAS) else dtype
         ours = weights.read(entry.ours)
         for name, box in boxes(entry, 0, entry.shape[0]):
-            rows = rows_of_piece(entry.their_shape, kind)
-            axis = 0 if entry.layout == "same" else 2  # of ours: the rows of theirs
-            pieces = [partial(piece, entry, ours, part, kind, name) for part in cut(box, axis, rows)]
+            rows = rows_of_piece(entry.shape, kind) if entry.layout == "same" else 1
+            pieces = [partial(piece, entry, ours, part, kind, name) for part in cut(box, rows)]
             for stored in (name, *entry.copies):
                 yield Output(stored, entry.their_shape, kind, pieces)
 
 
-def cut(box: tuple, axis: int, rows: int) -> list[tuple]:
-    """A box in parts of `rows` along one axis."""
-    start, stop = box[axis]
-    return [(*box[:axis], (row, min(row + rows, stop)), *box[axis + 1 :]) for row in range(start, stop, rows)]
+def cut(box: tuple, rows: int) -> list[tuple]:
+    """A box in parts of `rows` along the first axis."""
+    start, stop = box[0]
+    return [((row, min(row + rows, stop)), *box[1:]) for row in range(start, stop, rows)]
 
 
 def piece(entry: Entry, ours, box: tuple, dtype: np.dtype, name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from deepseek2_config import DeepseekV2Config
 from flops import flops_per_token
 from hf_weights import HuggingFaceWeights
-from lora import ExpertAdapters, LoraAdapter, freeze_base, save_peft
+from lora import ExpertAdapters, LoraAdapter, freeze_base, frozen_names, save_peft
 from mindformers.core.loss import CrossEntropyLoss
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
@@ -278,7 +278,8 @@ class MixtureOfExperts(nn.Cell):
         self.balance = BalanceLoss(config)
         self.counts_unbiased = self.balance.active and self.gate.has_bias
         self.compute_dtype, self.out_type = getattr(mstype, config.compute_dtype), activation_type(config)
-        program = self._adapted if self.experts.adapted else self._local
+        programs = {0: self._local, 2: self._with_one, 4: self._with_two, 6: self._with_three}  # adapters' matrices
+        program = programs[config.lora.expert_matrices()]
         self.local = run_locally(program, self._local_shapes, self._local_types, config)
         self.count_mul, self.count = ops.Mul(), ops.ReduceSum()
         self.add_load = ops.AssignAdd().recompute(False)  # a recomputed forward must not count again
@@ -299,8 +300,18 @@ class MixtureOfExperts(nn.Cell):
             y = self.add_shared(y, self.shared_experts(x))
         return y, loss
 
-    def _adapted(self, x, gate_weight, bias, gate_up, down, *adapters):
-        """`_local` with the adapters added to the experts; apart, since the compiler takes no programs of any width."""
+    # `_local` with adapters on one, two or all three matrices of the experts; programs of any width do not compile.
+
+    def _with_one(self, x, gate_weight, bias, gate_up, down, a, b):
+        return self._adapted(x, gate_weight, bias, gate_up, down, (a, b))
+
+    def _with_two(self, x, gate_weight, bias, gate_up, down, a, b, a2, b2):
+        return self._adapted(x, gate_weight, bias, gate_up, down, (a, b, a2, b2))
+
+    def _with_three(self, x, gate_weight, bias, gate_up, down, a, b, a2, b2, a3, b3):
+        return self._adapted(x, gate_weight, bias, gate_up, down, (a, b, a2, b2, a3, b3))
+
+    def _adapted(self, x, gate_weight, bias, gate_up, down, adapters):
         return self._local(x, gate_weight, bias, *self.experts.lora.add_to(gate_up, down, adapters))
 
     def _local(self, x, gate_weight, bias, gate_up, down):
@@ -550,6 +561,10 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
     def huggingface_weights(self, folder: str) -> HuggingFaceWeights:
         """The weights of this model in a HuggingFace folder. Raises ConfigError where the folder does not fit."""
         return HuggingFaceWeights(folder, self.config)
+
+    def frozen_names(self) -> set[str]:
+        """Names of the weights that a LoRA training leaves as they were loaded; none without LoRA."""
+        return frozen_names(self.config)
 
     def save_adapter(self, folder: str, values: dict[str, np.ndarray], base: str = "") -> None:
         """Write LoRA adapters, whole arrays by our names, as a folder of the peft package."""

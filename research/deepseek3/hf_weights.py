@@ -23,7 +23,7 @@ SCALE = "_scale_inv"  # of X.weight: X.weight_scale_inv
 FP8 = np.dtype("float8_e4m3fn")
 FLOATS = ("float32", "float16", "bfloat16")
 BIAS = "e_score_correction_bias"
-PIECE_BYTES = 2**20  # read and written at a time; fits into a cache
+PIECE_BYTES = 2**20  # of rows that lie the same way in both, read and written at a time; fits into a cache
 DTYPES = {"bf16": np.dtype(bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 
 
@@ -233,13 +233,12 @@ def rows_of_piece(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 def pieces_of(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[tuple[slice, ...]]:
-    """Slices that cut a parameter into pieces, in C order: rows of a matrix, rows of each expert of a stack."""
-    rows = rows_of_piece(shape[-2:], dtype)
-    if len(shape) < 3:
-        yield from ((slice(row, row + rows),) for row in range(0, shape[0], rows))
-        return
-    for expert in range(shape[0]):
-        yield from ((slice(expert, expert + 1), slice(row, row + rows)) for row in range(0, shape[1], rows))
+    """Slices that cut a parameter into pieces, in C order: rows of a matrix, experts of a stack.
+
+    An expert is transposed, so each row of it would touch every page of its tensors.
+    """
+    rows = rows_of_piece(shape, dtype) if len(shape) < 3 else 1
+    yield from ((slice(row, row + rows),) for row in range(0, shape[0], rows))
 
 
 def outputs(weights: HuggingFaceWeights, dtype: np.dtype) -> Iterator[Output]:

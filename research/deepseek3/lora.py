@@ -36,6 +36,7 @@ __all__ = [
     "PeftFolder",
     "adapter_entries",
     "freeze_base",
+    "frozen_names",
     "save_peft",
 ]
 
@@ -141,6 +142,13 @@ def freeze_base(network: nn.Cell) -> None:
     for parameter in network.get_parameters():
         if not is_adapter(parameter.name):
             parameter.requires_grad = False
+
+
+def frozen_names(config) -> set[str]:
+    """Names of what `freeze_base` freezes: a model's weights, without router biases, which may go on balancing."""
+    if not config.lora.lora_rank:
+        return set()
+    return {entry.ours for entry in name_table(config) if not entry.ours.endswith("e_score_correction_bias")}
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def rotary_plan(x: tuple, batch: str = NONE) -> dict[str, tuple]:
 
 
 # Operators that take layouts by name only as self-defined local programs, outputs included.
-TAKES_NUMBERS = ("StridedSlice", "Concat", "Transpose", "Tile")
+TAKES_NUMBERS = ("StridedSlice", "Concat", "Transpose", "Tile", "RotaryPositionEmbedding")
 
 OPERATOR_CHOICES = set(rms_norm_plan(())) | set(rotary_plan((NONE,) * 4)) | set(attention_plan())
 

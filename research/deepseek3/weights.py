@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext import _transpose
+
 __all__ = ["Entry", "boxes", "from_huggingface", "name_table", "parameter_count", "to_huggingface", "write_part"]
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) on each axis
-TRANSPOSE_ROWS = 32  # rows of a strip that is transposed at once: a cache line of bfloat16
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def from_huggingface(entry: Entry, load: Callable[[str], Any], slices: tuple[sli
         if result is None:
             result = np.empty([max(stop - start, 0) for start, stop in wanted], values.dtype)
         for one, value in zip(result[place], values.reshape(-1, *values.shape[-2:]), strict=True):
-            transpose_into(one, value)
+            _transpose.transpose_into(one, value)
     return np.empty([max(b - a, 0) for a, b in wanted], np.float32) if result is None else result
 
 
@@ -178,14 +179,6 @@ def overlap(wanted: Box, box: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]
     here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, wanted, strict=True))
     there = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, box, strict=True))
     return here, there
-
-
-def transpose_into(place: np.ndarray, value: np.ndarray) -> None:
-    """place = value.T, as raw bits (numpy copies bfloat16 slowly) and in strips that suit the cache."""
-    raw = np.dtype(f"u{value.dtype.itemsize}")
-    place, value = place.view(raw), value.view(raw)
-    for row in range(0, len(value), TRANSPOSE_ROWS):
-        place[:, row : row + TRANSPOSE_ROWS] = value[row : row + TRANSPOSE_ROWS].T
 
 
 def to_huggingface(entry: Entry, value: np.ndarray) -> dict[str, np.ndarray]:
@@ -202,5 +195,5 @@ def write_part(entry: Entry, ours: Any, box: Box) -> np.ndarray:
         return values
     result = np.empty((len(values), *values.shape[:0:-1]), values.dtype)
     for place, value in zip(result, values, strict=True):
-        transpose_into(place, value)
+        _transpose.transpose_into(place, value)
     return result if entry.layout == "stacked" else result[0]

@@ -1,5 +1,6 @@
 """Supervision of rank processes."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -38,3 +39,21 @@ def test_killed_rank_is_the_cause_even_when_others_report_first():
 def test_killed_rank_without_a_report(tmp_path):
     _, message = launch.failure_of(tmp_path / "failure.json", tmp_path / "run.log", 2, -9)
     assert message.startswith("killed by SIGKILL; its log is ")
+
+
+def test_lines_are_handed_on_when_they_are_whole(tmp_path):
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    for log in logs:
+        log.write_text("")
+    said = []
+    follower = launch.Follower(logs, re.compile("INFO - (step .*)"), said.append)
+    with logs[1].open("a") as growing:
+        growing.write("starting\nINFO - step 1, los")
+        growing.flush()
+        follower.read()
+        assert said == []
+        growing.write("s 2.0\n")
+        growing.flush()
+        follower.read()
+    follower.read()
+    assert said == ["step 1, loss 2.0"]

@@ -1,8 +1,12 @@
 """The tiny YAML, cut smaller, as ranks of many layouts: each trains like one process, through the Trainer."""
 
+import os
+import shlex
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mindformers_ext.cpu_parallel import verify
@@ -61,6 +65,27 @@ def test_what_goes_to_cpu_ranks():
     assert not splits_one_graph([*run, str(FOLDER / "pretrain_deepseek3_tiny.yaml"), "--use_parallel", "True"])
     assert not splits_one_graph([*run, "nowhere.yaml"])
     assert not splits_one_graph([])
+
+
+@pytest.mark.slow
+def test_killed_worker_ends_the_job_and_is_named(problem, tmp_path):
+    command = ["run_mindformer.py", *problem.command, "--config", str(FOLDER / "pretrain_deepseek3_tiny_4p.yaml")]
+    command += ["--output_dir", str(tmp_path), "--parallel_config.model_parallel", "1", "--processor", "null"]
+    command += ["--parallel_config.use_seq_parallel", "False", "--train_dataset.data_loader.sizes", "[40000, 0, 0]"]
+    place = ["2", "2", "127.0.0.1", "8118", "0", str(tmp_path / "log")]
+    launcher = ["bash", str(ROOT / "scripts/msrun_launcher.sh"), shlex.join(command), *place]
+    shared_memory = set(os.listdir("/dev/shm"))
+    log = tmp_path / "log" / "scheduler.log"
+    with subprocess.Popen(launcher, stdout=subprocess.DEVNULL, cwd=tmp_path) as job:
+        while job.poll() is None and (not log.exists() or "step 10, " not in log.read_text()):
+            time.sleep(0.2)
+        assert job.poll() is None, log.read_text()
+        workers = {p.environ().get("CPU_PARALLEL_RANK"): p for p in psutil.Process(job.pid).children()}
+        workers["1"].kill()
+        assert job.wait(timeout=30) != 0
+    assert "error: rank 1 failed first: killed by SIGKILL" in log.read_text()
+    assert "has died" in (tmp_path / "log" / "worker_0.failure.json").read_text()
+    assert set(os.listdir("/dev/shm")) <= shared_memory
 
 
 def test_launcher_refuses_a_wrong_count(tmp_path):

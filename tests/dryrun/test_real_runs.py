@@ -60,6 +60,14 @@ def test_slice_of_671b_on_1024_ranks(tmp_path):
     report = dry_run(tmp_path, CLUSTER, "--device_num", "1024", "--jobs", "2", overrides=SLICE)
     assert [r["rank"] for r in report["ranks"]] == [0, 512]
     assert report["parameter_check"]["differences"] == []
+    for rank in report["ranks"]:
+        # Between stages only messages, the global norm and the overflow flag.
+        communication = rank["compiled"]["collectives"]
+        groups = [c for c in communication if c["kind"] not in ("Send", "Receive") and c["bytes"] > 64]
+        assert all(r // 512 == rank["stage"] for c in groups for r in c["ranks"]), "a group reaches into another stage"
+    (tokens,) = (c for c in groups if c["purpose"] == "gather_ids" and c["dtype"] == "bfloat16")
+    assert tokens["ranks"] == list(range(512, 520)), "expert parallelism over 8 ranks"
+    assert tokens["bytes"] == 8 * 1024 * 7168 * 2, "each has a quarter (mp 4) of a sequence of 4096"
     experts = [row for row in report["ranks"][1]["layouts"] if row["name"] == "model.layers.2.mlp.experts.gate_up_proj"]
     assert experts[0]["full_shape"] == [256, 7168, 4096]
     assert max(r["compiled"]["peak_rss_bytes"] for r in report["ranks"]) < 3 * 2**30
