@@ -4,8 +4,10 @@
 
 The Megatron side is the loop of Megatron-LM's tools/preprocess_data.py (a pool that encodes line by line, one writer)
 over the installed megatron-core's tokenizer and builder. With ``--script CHECKOUT/tools/preprocess_data.py`` it is that
-script itself. The corpus is 62 MB of documentation and code that this Python installation holds; both outputs must be
-the same bytes. Peak memory is that of the largest process.
+script itself, with ``--script CHECKOUT/tools/preprocess_data_fast.py`` Megatron-LM's one on gigatoken; both want the
+checkout and what it imports (gigatoken, triton, Python 3.12) on PYTHONPATH. The corpus is 62 MB of documentation and
+code that this Python installation holds; both outputs must be the same bytes. Peak memory is that of the largest
+process.
 """
 
 import argparse

@@ -199,8 +199,8 @@ class IndexedDatasetWriter:
         self.dtype = np.dtype(dtype)
         if self.dtype not in CODES:
             raise ValueError(f"dtype {self.dtype} is not in the format; choose one of {sorted(map(str, CODES))}")
-        self._lengths: list[np.ndarray] = []
-        self._marks: list[np.ndarray] = [np.zeros(1, np.int64)]
+        self._lengths: list[np.ndarray] = []  # of each batch: int32
+        self._marks: list[tuple[int, np.ndarray]] = [(0, np.zeros(1, np.int64))]  # and what is to be added to each
         self._sequences = 0
         self._partial = Path(f"{prefix}.bin.partial")
         self._partial.parent.mkdir(parents=True, exist_ok=True)
@@ -241,8 +241,8 @@ class IndexedDatasetWriter:
         other = IndexedDataset(prefix)
         if other.dtype != self.dtype:
             raise ValueError(f"{prefix} holds {other.dtype}, {self.prefix} is being written as {self.dtype}")
-        self._lengths.append(np.array(other.sequence_lengths))
-        self._marks.append(other.document_indices[1:] + self._sequences)
+        self._lengths.append(other.sequence_lengths)
+        self._marks.append((self._sequences, other.document_indices[1:]))
         self._sequences += len(other)
         with open(bin_path(prefix), "rb") as source:
             shutil.copyfileobj(source, self._file, 1 << 22)
@@ -254,22 +254,25 @@ class IndexedDatasetWriter:
             raise ValueError(f"lengths sum to {lengths.sum(dtype=np.int64)} but there are {len(tokens)} tokens")
         self._file.write(_cast(tokens, self.dtype).data)
         self._lengths.append(lengths)
-        self._marks.append(self._sequences + np.cumsum(sequences_per_document))
+        self._marks.append((self._sequences, np.cumsum(sequences_per_document, dtype=np.int32)))
         self._sequences += len(lengths)
 
     def close(self) -> None:
         """Write the index and rename both files; the .idx comes last, so a present .idx means a whole pair."""
         self._file.flush()
         index = Path(f"{self.prefix}.idx.partial")
-        lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, np.int32)
-        marks = np.concatenate(self._marks)
-        pointers = np.zeros(len(lengths), np.int64)
-        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-        pointers *= self.dtype.itemsize
+        documents = sum(len(marks) for _, marks in self._marks)
         with open(index, "wb") as file:
-            file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(marks)))
-            for array in (lengths, pointers, marks):
-                file.write(array.data)
+            file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], self._sequences, documents))
+            for lengths in self._lengths:
+                file.write(lengths.data)
+            offset = 0
+            for lengths in self._lengths:
+                sizes = np.multiply(lengths, self.dtype.itemsize, dtype=np.int64)
+                file.write((offset + np.cumsum(sizes) - sizes).data)
+                offset += int(sizes.sum())
+            for before, marks in self._marks:
+                file.write(np.add(marks, before, dtype=np.int64).data)
         # The old index goes first: a kill between the renames must not leave it beside the new tokens.
         idx_path(self.prefix).unlink(missing_ok=True)
         os.replace(self._partial, bin_path(self.prefix))

@@ -175,8 +175,16 @@ def test_other_bad_arguments(prefix):
         load(prefix, sizes=(None, 0, 0), seq_length=100_000, data_path=[prefix, prefix, prefix])
 
 
-# dp2 tp2 pp2, eight ranks: which of them read the files at each dataset_broadcast_opt_level.
-READERS = {0: set(range(8)), 2: {0, 2, 4, 6}, 3: {0, 2, 4, 6}}
+STAGES, DP, TP = 4, 2, 2
+LEVELS = (0, 1, 2, 3)
+
+
+def reads_files(level, rank):
+    """MindSpore's meaning of dataset_broadcast_opt_level: 1 spares the stages between first and last, which take no
+    input, 2 all but one rank of those in a stage that hold the same samples, 3 both, 0 none."""
+    stage, _, tp_rank = np.unravel_index(rank, (STAGES, DP, TP))
+    spared_by_stage = 0 < stage < STAGES - 1
+    return not (level in (1, 3) and spared_by_stage) and not (level in (2, 3) and tp_rank > 0)
 
 
 def test_broadcast_levels(prefix):
@@ -186,20 +194,20 @@ import mindspore as ms
 from mindformers.core.context import build_context, set_context
 from mindformers_ext.data import megatron_dataloader as loader
 build_context({{"use_parallel": False, "context": {{"device_target": "CPU"}}}})
-ms.set_auto_parallel_context(pipeline_stages=2, dataset_strategy=((2, 1), (2, 1)))
-os.environ["RANK_SIZE"] = "8"
+ms.set_auto_parallel_context(pipeline_stages={STAGES}, dataset_strategy=(({DP}, 1), ({DP}, 1)))
+os.environ["RANK_SIZE"] = "{STAGES * DP * TP}"
 config = {{"seq_length": 32, "data_path": ["1", {prefix!r}]}}
-for level in {list(READERS)}:
+for level in {LEVELS}:
     set_context(dataset_broadcast_opt_level=level)
-    for rank in range(8):
+    for rank in range({STAGES * DP * TP}):
         os.environ["RANK_ID"] = str(rank)
         data = loader.BlendedMegatronDatasetDataLoader("GPTDataset", [40, 0, 0], config, ["input_ids", "labels"])
         real = isinstance(data.source, loader.SampleSource)
         print("RANK", level, rank, real, len(data.source), *(column.shape[0] for column in data.source[0]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RANK")]
-    assert len(lines) == 8 * len(READERS), done.stderr[-2000:]
-    for level, readers in READERS.items():
-        assert {int(rank) for at, rank, real, *_ in lines if int(at) == level and real == "True"} == readers
-    assert all(rest == ["40", "32", "32"] for _, _, _, *rest in lines)
+    got = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RANK")]
+    ranks = [(level, rank) for level in LEVELS for rank in range(STAGES * DP * TP)]
+    expected = [f"{level} {rank} {reads_files(level, rank)} 40 32 32".split() for level, rank in ranks]
+    assert got == expected, done.stderr[-2000:]
+    assert [sum(reads_files(level, rank) for rank in range(16)) for level in LEVELS] == [16, 8, 8, 4]
