@@ -142,3 +142,24 @@ def test_collective_behind_a_branch_is_refused(model):
     node(model.graph, "chosen", ["x"], "branch")
     with pytest.raises(ValueError, match="'AllReduce' .* is in function 'back', which runs only when"):
         lower(model, 0, 2)
+
+
+def test_a_gradient_is_taken_behind_all_its_additions():
+    """As MindSpore writes two micro-batches: additions bound by zeros only, then the reduction of the buffer."""
+    model = pb.ModelProto()
+    for operator in ("AssignAdd", "Depend", "AddN", "Neg"):
+        primitive(model, f"{operator}:0", operator)
+    main = graph_with(model, model.graph, ["buffer", "dw0", "dw1", "zero"], "reduced")
+    for i in range(2):
+        node(main, "AssignAdd:0", ["buffer", f"dw{i}"], f"sum{i}")
+        node(main, "Depend:0", ["zero", f"sum{i}"], f"zero{i}")
+    node(main, "AddN:0", ["zero0", "zero1"], "zeros")
+    node(main, "Depend:0", ["buffer", "zeros"], "ready")
+    node(main, "Neg:0", ["ready"], "reduced")
+    lower(model, 0, 1)
+    made = {output: (operator, inputs) for operator, inputs, output in operators(model)}
+    assert made["sum0"] == ("AssignAdd", ["buffer", "dw0"])
+    assert made["sum1"] == ("AssignAdd", ["sum1/after0", "dw1"])
+    assert made["sum1/after0"] == ("Depend", ["buffer", "sum0"])
+    assert made["ready"] == ("Depend", ["ready/after0", "zeros"])
+    assert made["ready/after0"] == ("Depend", ["buffer", "sum1"])
