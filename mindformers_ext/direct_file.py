@@ -8,6 +8,7 @@ and whole blocks.
 import fcntl
 import mmap
 import os
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,10 +17,11 @@ import numpy as np
 
 BLOCK = 4096  # bytes; what direct writing aligns to on every disk of today
 BUFFER_BYTES = 16 * 2**20
+BUFFERS = 4  # so that the disk has work also while the caller waits for a core
 
 
 class DirectFile:
-    """A new file that arrays are appended to, in a `with` block; a thread writes one buffer while the other fills.
+    """A new file that arrays are appended to, in a `with` block; threads write full buffers while another fills.
 
     Where the file system has no direct writing (tmpfs) it is written as any file. The caller flushes it to the disk
     (atomic_files.flush).
@@ -29,10 +31,10 @@ class DirectFile:
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         with suppress(OSError):
             fcntl.fcntl(self.descriptor, fcntl.F_SETFL, os.O_DIRECT)
-        self.buffers = [np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), np.uint8) for _ in range(2)]  # aligned to pages
+        self.buffers = deque(np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), np.uint8) for _ in range(BUFFERS))  # aligned
         self.filled, self.size = 0, 0  # bytes in the first buffer, and in the file with it
-        self.thread = ThreadPoolExecutor(1)
-        self.writing: Future | None = None
+        self.threads = ThreadPoolExecutor(2)
+        self.writing: deque[Future] = deque()
 
     def append(self, array: np.ndarray) -> None:
         """Add the values in C order. Raises OSError when an earlier part could not be written."""
@@ -45,13 +47,13 @@ class DirectFile:
                 self._start_writing()
 
     def _start_writing(self) -> None:
-        """Wait for the other buffer, then give this one to the thread, in whole blocks."""
-        if self.writing:
-            self.writing.result()
+        """Give the first buffer to a thread, in whole blocks; wait until the next one is free."""
         blocks = -(-self.filled // BLOCK) * BLOCK
-        self.writing = self.thread.submit(self._write, self.buffers[0][:blocks].data, self.size - self.filled)
-        self.buffers.reverse()
+        self.writing.append(self.threads.submit(self._write, self.buffers[0][:blocks].data, self.size - self.filled))
+        self.buffers.rotate(-1)
         self.filled = 0
+        if len(self.writing) == len(self.buffers):
+            self.writing.popleft().result()
 
     def _write(self, data: memoryview, offset: int) -> None:
         while data:
@@ -65,8 +67,9 @@ class DirectFile:
         try:
             if error is None:
                 self._start_writing()
-                self.writing.result()
+                for writing in self.writing:
+                    writing.result()
                 os.ftruncate(self.descriptor, self.size)  # without the rest of the last block
         finally:
-            self.thread.shutdown()
+            self.threads.shutdown()
             os.close(self.descriptor)

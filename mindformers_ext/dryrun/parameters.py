@@ -36,7 +36,7 @@ class Weight:
 
 def model_weights(plan: RunPlan) -> Iterator[Weight]:
     """Every weight of the model once, in the order of the layers; with LoRA the adapters, and the rest frozen."""
-    lora = plan.model.pet_config or {}
+    lora = plan.model.pet_config
     for weight in _base_weights(plan):
         yield replace(weight, trainable=False) if lora else weight
         if lora:

@@ -33,6 +33,7 @@ class ModelPlan:
 
     def __init__(self, values: dict[str, Any], moe: dict[str, Any]):
         self.__dict__.update(values)
+        self.pet_config = values.get("pet_config") or {}
         self.moe_config = SimpleNamespace(**moe)
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // 3 // self.multiple_of) * self.multiple_of

@@ -39,7 +39,7 @@ def single_run(problem: verify.Problem, root: Path) -> Path:
     """The folder of the single process, which is run when it is asked for first."""
     folder = root / problem.module / "single"
     if not folder.exists():
-        problem.single(folder)
+        problem.single(None, folder)
     return folder
 
 
@@ -47,7 +47,7 @@ def compiled_folder(problem: verify.Problem, single: Path, layout: verify.Layout
     """The folder of a layout's ranks, compiled when it is asked for first."""
     folder = single.parent / layout.name
     if not folder.exists():
-        launch.compile_ranks(problem.rank_builder(layout), layout.world_size, folder)
+        problem.compile(layout, folder)
     return folder
 
 
@@ -95,6 +95,6 @@ def test_training_goes_on_in_another_layout(root, tmp_path, problem: verify.Prob
             np.testing.assert_array_equal(part, whole[name][cuts], err_msg=name)
     losses += train(folder, second, initial | whole, batches[STEPS:])
 
-    expected = [output[0] for output in json.loads((single / "single.json").read_text())["outputs"]]
+    expected = [output[0] for output in json.loads((single / "result.json").read_text())["outputs"]]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert losses[-1] < losses[0] and "global_step" in whole

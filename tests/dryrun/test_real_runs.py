@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "research" / "deepseek3"
 ONE_BILLION = RUNS / "deepseek3_1b" / "pretrain_deepseek3_1b.yaml"
 CLUSTER = RUNS / "deepseek3_671b" / "pretrain_deepseek3_671b.yaml"
+FINETUNE = RUNS / "deepseek3_671b" / "finetune_deepseek3_671b.yaml"
+LORA = RUNS / "deepseek3_671b" / "finetune_deepseek3_671b_lora.yaml"
 LITE = RUNS / "deepseek2_lite" / "pretrain_deepseek2_lite.yaml"
 # A slice of the 671B run: its widths and its 1024 devices, two stages, four layers and MTP.
 SLICE = {
@@ -71,6 +73,34 @@ def test_slice_of_671b_on_1024_ranks(tmp_path):
     experts = [row for row in report["ranks"][1]["layouts"] if row["name"] == "model.layers.2.mlp.experts.gate_up_proj"]
     assert experts[0]["full_shape"] == [256, 7168, 4096]
     assert max(r["compiled"]["peak_rss_bytes"] for r in report["ranks"]) < 3 * 2**30
+
+
+@pytest.mark.slow
+def test_slice_of_671b_fine_tuned_on_1024_ranks(tmp_path):
+    """YaRN, no balancing, a mask of the loss."""
+    report = dry_run(tmp_path, FINETUNE, "--device_num", "1024", "--ranks", "512", overrides=SLICE)
+    assert report["parameter_check"]["differences"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [False, True], ids=["as_written", "routed_experts"])
+def test_slice_of_671b_with_lora_on_128_ranks(tmp_path, experts):
+    """Only adapters are trained, and lie where their projections do, those of routed experts too."""
+    overrides = SLICE | {
+        "parallel_config.data_parallel": "16",
+        "parallel.dataset_strategy": "[[16, 1], [16, 1], [16, 1], [16, 1]]",
+    }
+    if experts:
+        overrides |= {
+            "model.model_config.pet_config.lora_dropout": "0.0",
+            "model.model_config.pet_config.target_modules": "[q_b_proj, kv_b_proj, gate_proj, up_proj, down_proj]",
+        }
+    report = dry_run(tmp_path, LORA, "--device_num", "128", "--ranks", "64", overrides=overrides)
+    assert report["parameter_check"]["differences"] == []
+    layouts = {row["name"]: row["stored_shape"] for row in report["ranks"][0]["layouts"]}
+    assert all(name.endswith((".lora_a", ".lora_b")) for name in layouts)
+    if experts:  # 256 experts over ep 16, and over 4 ranks of optimizer parallelism
+        assert layouts["model.layers.2.mlp.experts.lora.up_proj.lora_b"] == [4, 2048, 16]
 
 
 @pytest.mark.slow

@@ -261,3 +261,16 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         ConfigError, match=r"adapts model.layers.0.self_attn.o_proj of shape \(48, 48\), but .*\(48, 24\)"
     ):
         MergedWeights(SimpleNamespace(path=tmp_path), list(name_table(v3_config(v_head_dim=6))), adapter)
+
+
+def test_adapters_without_their_base_are_refused(tmp_path):
+    """Going on from saved adapters loads the frozen weights from where they were; routers' biases are not frozen."""
+    from mindformers_ext.checkpoint_monitor import load_base
+
+    network = DeepseekV3ForCausalLM(lora_config(["o_proj", "experts.up_proj"]))
+    parameters = network.parameters_dict()
+    with pytest.raises(ConfigError, match=r"step_4: its adapters were trained on the weights of .*gone: .*gone"):
+        load_base(network, parameters, str(tmp_path / "gone"), "step_4")
+    rest = set(load_base(network, parameters, "", "step_4"))  # began with random weights
+    assert {name for name in rest if is_adapter(name)} == {p.name for p in network.trainable_params()}
+    assert "model.layers.1.mlp.gate.e_score_correction_bias" in rest and "lm_head.weight" not in rest

@@ -86,6 +86,11 @@ def test_a_chat_over_http_gives_transformers_greedy_tokens(exported):
     tokenizer = AutoTokenizer.from_pretrained(exported)
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.bfloat16)
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-    expected = model.generate(prompt, max_new_tokens=TOKENS, do_sample=False)[0, prompt.shape[1] :].tolist()
-    assert answer["choices"][0]["token_ids"] == expected
-    assert answer["choices"][0]["message"]["content"] == tokenizer.decode(expected, skip_special_tokens=True)
+    options = dict(max_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    generated = model.generate(prompt, **options)
+    expected = generated.sequences[0, prompt.shape[1] :].tolist()
+    choice = answer["choices"][0]
+    assert choice["token_ids"] == expected
+    assert choice["message"]["content"] == tokenizer.decode(expected, skip_special_tokens=True)
+    for step, logits, token in zip(choice["logprobs"]["content"], generated.logits, expected, strict=True):
+        assert abs(step["logprob"] - logits[0].float().log_softmax(-1)[token].item()) <= 0.05  # bfloat16 logits
