@@ -217,7 +217,7 @@ SMALL = {
     "train_dataset.data_loader.config.seq_length": 16,
     "eval_dataset.data_loader.config.seq_length": 16,
     "train_dataset.data_loader.config.data_path": "['1','toy_text_document']",
-    "train_dataset.data_loader.sizes": "[40,0,0]",
+    "train_dataset.data_loader.sizes": "[400,0,0]",
     "processor.tokenizer.tokenizer_file": "tokenizer.json",
     "callbacks.2.save_checkpoint_steps": 2,
 }
@@ -238,4 +238,4 @@ def test_twenty_kills_of_four_ranks(toy_folder: Path) -> None:
     result = run_command(four_ranks("--output_dir", "ranks"), toy_folder, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     shutil.copytree(reference / "compiled_ranks", toy_folder / "ranks_killed/compiled_ranks")
-    kill_and_resume(four_ranks, [], reference, "ranks_killed", kills=20, longest=4.0)
+    kill_and_resume(four_ranks, [], reference, "ranks_killed", kills=20, longest=0.5)
