@@ -37,6 +37,7 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any], dict[str, Any]]] = {
     "dp2-cp2-mp2": ({"dp": 2, "cp": 2, "mp": 2}, {}, {}),
     "ep2": ({"dp": 2, "ep": 2}, {}, {}),
     "ep4": ({"dp": 4, "ep": 4}, {}, {}),
+    "dp4-ep2": ({"dp": 4, "ep": 2}, {}, {}),
     "dp2-mp2-ep2": ({"dp": 2, "mp": 2, "ep": 2}, {}, {}),
     "ep2-capacity": ({"dp": 2, "ep": 2}, {}, CAPACITY),
     "ep4-mp2-a2a": ({"dp": 2, "mp": 2, "ep": 4}, {}, CAPACITY),
