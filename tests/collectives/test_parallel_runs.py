@@ -13,7 +13,7 @@ from mindformers_ext.cpu_parallel.run_rank import rank_folder
 
 TESTS = Path(__file__).parents[1]
 PROBLEM = verify.Problem("collectives.toy_transformer", (str(TESTS.parent), str(TESTS)))
-QUICK, BROKEN = 3, LAYOUTS[1]
+QUICK, BROKEN = 5, LAYOUTS[1]
 
 
 @pytest.fixture(scope="session")
