@@ -4,7 +4,7 @@ import importlib.util
 import platform
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, setup
 
 
@@ -69,6 +69,7 @@ def cpu_kernels() -> Extension:
 
 CPU_PARALLEL = "mindformers_ext/cpu_parallel"
 
+ParallelCompile(default=0).install()  # the files of an extension at once, one on each core
 setup(
     ext_modules=[
         custom_operator(

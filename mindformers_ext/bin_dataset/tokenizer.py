@@ -14,6 +14,7 @@ tool imports numpy and the rest meanwhile.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import json
@@ -77,6 +78,8 @@ class TextTokenizer:
             self._reference = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), _die_with_parent)
             self._reference.submit(_reference_encode, str(self.path), [])
             self._fast = ThreadPoolExecutor(1).submit(_load_fast, str(self.path))
+            # Kept until the end: Python 3.11 fails to wait for a pool that was collected before (an early error).
+            atexit.register(self.close)
 
     @cached_property
     def _backend(self) -> Backend:

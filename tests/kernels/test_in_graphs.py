@@ -49,10 +49,12 @@ def test_fused_and_basic_operators_train_alike(losses):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_recomputed_layers_train_alike(losses):
     assert train(parallel_config={"recompute": {"recompute": True}}) == losses
 
 
+@pytest.mark.slow
 def test_more_threads_give_the_same_bits(losses):
     assert train_with_threads(3) == losses
 

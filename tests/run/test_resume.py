@@ -195,6 +195,7 @@ def changed_at(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_killed_run_equals_the_unbroken_one(trained: Path) -> None:
     kill_and_resume(toy_command, SHORT, trained, "killed", kills=1, longest=0.3)
 

@@ -77,6 +77,7 @@ def test_accumulated_micro_batches_equal_one_batch(trained: Path, toy_folder: Pa
         assert (record["mtp_loss"], record["lr"]) == (0.5, whole["lr"])
 
 
+@pytest.mark.slow
 def test_two_data_parallel_processes_equal_one_with_the_double_batch(trained: Path, toy_folder: Path) -> None:
     command = (
         f"run_mindformer.py --config {TOY}/train_toy.yaml --register_path {TOY} --output_dir parallel "

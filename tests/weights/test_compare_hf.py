@@ -63,6 +63,7 @@ def test_our_checkpoint_and_its_export_are_the_same_model(folder, capsys):
         assert difference <= 1e-4 and abs(kl) <= 1e-6
 
 
+@pytest.mark.slow
 def test_another_checkpoint_is_told_apart(folder, tmp_path):
     config = json.loads((folder / "assets/config.json").read_text())
     other = write_folder(tmp_path, config, random_tensors(config, seed=1))
