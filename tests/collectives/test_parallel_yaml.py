@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.small_yaml import small_sizes
 
 from mindformers_ext.cpu_parallel import verify
 from mindformers_ext.cpu_parallel.command import splits_one_graph
@@ -16,13 +17,8 @@ from mindformers_ext.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "research/deepseek3/deepseek3_tiny"
-SMALL = {
-    "model.model_config.hidden_size": 64,
-    "model.model_config.num_layers": 2,
-    "model.model_config.seq_length": 32,
-    "train_dataset.data_loader.config.seq_length": 32,
+SMALL = small_sizes(32) | {
     "model.model_config.intermediate_size": 128,
-    "moe_config.moe_intermediate_size": 32,
     "train_dataset.data_loader.config.data_path": "[1, absent]",
 }
 SIZES = [text for key, value in SMALL.items() for text in (f"--{key}", str(value))]

@@ -4,18 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.small_yaml import small_sizes
 
 from mindformers_ext.dryrun import rank_pool
 from mindformers_ext.dryrun.stand_in_cann import COMPILE
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny_8p.yaml"
-SMALL = {
-    "model.model_config.num_layers": 4,
-    "model.model_config.hidden_size": 64,
-    "model.model_config.seq_length": 32,
-    "train_dataset.data_loader.config.seq_length": 32,
-    "moe_config.moe_intermediate_size": 32,
+SMALL = small_sizes(32, num_layers=4) | {
     "parallel_config.data_parallel": 1,
     "parallel_config.model_parallel": 1,
     "parallel_config.expert_parallel": 1,

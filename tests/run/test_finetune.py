@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.small_yaml import small_sizes
 
 from mindformers_ext.sharded_checkpoint.audit import differences
 from mindformers_ext.sharded_checkpoint.layout import COUNTERS
@@ -18,14 +19,9 @@ from .test_resume import check_same_steps, metrics
 YAMLS = ROOT / "research/deepseek3/deepseek3_tiny"
 TOOLS = ROOT / "dataset_tools"
 LENGTH = 64
-SMALL = {
-    "model.model_config.hidden_size": 64,
-    "model.model_config.num_layers": 2,
+SMALL = small_sizes(LENGTH) | {
     "model.model_config.intermediate_size": 64,
-    "moe_config.moe_intermediate_size": 32,
     "model.model_config.vocab_size": 2048,
-    "model.model_config.seq_length": LENGTH,
-    "train_dataset.data_loader.config.seq_length": LENGTH,
     "eval_dataset.data_loader.config.seq_length": LENGTH,
     "train_dataset.data_loader.sizes": "[32,0,0]",  # 8 steps of 4
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.small_yaml import small_sizes
 from mindformers.tools.register import MindFormerConfig
 from safetensors.numpy import load_file, save_file
 
@@ -208,14 +209,9 @@ def test_twenty_kills(toy_folder: Path) -> None:
 
 
 TINY = ROOT / "research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny_8p.yaml"
-SMALL = {
+SMALL = small_sizes(16) | {
     "parallel_config.pipeline_stage": 1,
-    "model.model_config.num_layers": 2,
-    "model.model_config.hidden_size": 64,
     "model.model_config.intermediate_size": 64,
-    "moe_config.moe_intermediate_size": 32,
-    "model.model_config.seq_length": 16,
-    "train_dataset.data_loader.config.seq_length": 16,
     "eval_dataset.data_loader.config.seq_length": 16,
     "train_dataset.data_loader.config.data_path": "['1','toy_text_document']",
     "train_dataset.data_loader.sizes": "[400,0,0]",
