@@ -123,10 +123,10 @@ class TrainingMetrics(Callback):
         self.tokens_per_step = samples_per_step(cb_params.train_dataset) * seq_length
         self.flops_per_token = self.model.flops_per_token(seq_length)
         rank, self.devices, stages = place_in_run()
-        target = ms.get_context("device_target")
-        self.peak_tflops, self.peak_source = device_peak(target, self.device_peak_tflops, self.devices)
         self.writes = rank == (self.devices - 1 if stages > 1 else 0)
         if self.writes:
+            target = ms.get_context("device_target")
+            self.peak_tflops, self.peak_source = device_peak(target, self.device_peak_tflops, self.devices)
             self.folder.mkdir(parents=True, exist_ok=True)
             keep_lines_until(self.metrics_path, self.first_step)
             self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
@@ -145,7 +145,9 @@ class TrainingMetrics(Callback):
         tokens_per_s = self.tokens_per_step * steps / (now - self.clock)
         self.clock, self.last_step = now, cb_params.cur_step_num
         record = {"step": self.first_step + cb_params.cur_step_num}
-        record |= self.losses(cb_params.net_outputs) | self.speed(tokens_per_s)
+        record |= self.losses(cb_params.net_outputs)
+        if self.writes:
+            record |= self.speed(tokens_per_s)
         if "expert_load" in cb_params:
             self.loads = cb_params.expert_load
         else:
