@@ -110,7 +110,8 @@ def compile_plan(options, plan: RunPlan, overrides: list[tuple[str, Any]], out: 
     arguments += ["--register_path", str(find(options.register_path).resolve())]
     arguments += [text for key, value in overrides for text in (f"--{key}", json.dumps(value))]
     jobs = RankJobs(
-        command=lambda folder: ["-m", "mindformers_ext.dryrun.compile_run", "--out", str(folder), *arguments],
+        module="mindformers_ext.dryrun.compile_run",
+        arguments=lambda folder: ["--out", str(folder), *arguments],
         world_size=plan.device_num,
         devices_per_stage=plan.devices_per_stage,
         out=out,

@@ -1,6 +1,5 @@
 """Compile the ranks of a layout, lower them, and run them as processes of this machine."""
 
-import ctypes
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from mindformers_ext.cpu_parallel.lowering import Call, lower
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
 from mindformers_ext.dryrun import rank_pool
 from mindformers_ext.dryrun.mindir import load_model
+from mindformers_ext.dryrun.rank_server import end_with_parent
 from mindformers_ext.dryrun.stand_in_cann import COMPILE
 from mindformers_ext.errors import UserError
 
@@ -39,13 +39,11 @@ class Builder:
     arguments: dict
     python_path: tuple[str, ...] = ()
 
-    def command(self, module: str, out: Path) -> list[str]:
-        """Arguments of `python` that run one of this project's modules on it."""
-        arguments = json.dumps(self.arguments)
-        return ["-m", module, "--builder", self.function, "--arguments", arguments, "--out", str(out)]
+    module = "mindformers_ext.dryrun.compile_rank"  # compiles it, with these arguments
 
-    def compile_command(self, out: Path) -> list[str]:
-        return self.command("mindformers_ext.dryrun.compile_rank", out)
+    def module_arguments(self, out: Path) -> list[str]:
+        """Arguments of a module of this project that works on it."""
+        return ["--builder", self.function, "--arguments", json.dumps(self.arguments), "--out", str(out)]
 
 
 @dataclass(frozen=True)
@@ -55,20 +53,16 @@ class RunBuilder:
     arguments: tuple[str, ...]
     python_path: tuple[str, ...] = ()
 
-    def compile_command(self, out: Path) -> list[str]:
-        return ["-m", "mindformers_ext.dryrun.compile_run", "--whole_model", "--out", str(out), *self.arguments]
+    module = "mindformers_ext.dryrun.compile_run"
 
-
-def end_with_parent() -> None:
-    """In a child: ask the kernel to kill this process when its parent dies, so that no rank is ever left behind."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    def module_arguments(self, out: Path) -> list[str]:
+        return ["--whole_model", "--out", str(out), *self.arguments]
 
 
 def run_reference(builder: Builder, folder: Path) -> dict:
     """Train in a single process; returns its losses and seconds, and fills `folder` for `run_ranks`."""
-    run_child(
-        builder.command("mindformers_ext.cpu_parallel.reference", folder), builder.python_path, folder / "log.txt"
-    )
+    command = ["-m", "mindformers_ext.cpu_parallel.reference", *builder.module_arguments(folder)]
+    run_child(command, builder.python_path, folder / "log.txt")
     return json.loads((folder / "result.json").read_text())
 
 
@@ -80,7 +74,8 @@ def compile_ranks(
     Raises RankError with the compiler's message and deadlock.DeadlockError.
     """
     jobs = rank_pool.RankJobs(
-        command=builder.compile_command,
+        module=builder.module,
+        arguments=builder.module_arguments,
         world_size=world_size,
         devices_per_stage=world_size // stages,
         out=folder,

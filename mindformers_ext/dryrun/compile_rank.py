@@ -13,6 +13,7 @@ and communication are ready when it is called. Into DIR go
 """
 
 import argparse
+import contextlib
 import gc
 import importlib
 import json
@@ -168,14 +169,26 @@ def start_as_rank() -> tuple[int, int]:
     return get_rank(), get_group_size()
 
 
+def preload(argv: list[str]) -> None:
+    """Import what `main(argv)` will; a builder that cannot be imported is for `main` to report."""
+    import mindspore  # noqa: F401
+
+    with contextlib.suppress(Exception):
+        importlib.import_module(_parse(argv).builder.split(":")[0])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compile what `--builder` returns; 0 when compiled, 1 when the builder or the compiler failed."""
+    options = _parse(argv)
+    return guarded(options.out, lambda: _compile_built(options))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--builder", required=True, help="package.module:function, returns (cell, inputs)")
     parser.add_argument("--arguments", default="{}", type=json.loads, help="keyword arguments of the builder, JSON")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
-    options = parser.parse_args(argv)
-    return guarded(options.out, lambda: _compile_built(options))
+    return parser.parse_args(argv)
 
 
 def guarded(out: Path, work) -> int:

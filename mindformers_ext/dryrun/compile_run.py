@@ -27,13 +27,26 @@ WITHOUT = {
 
 def main(argv: list[str] | None = None) -> int:
     """Compile the run; 0 when compiled, 1 when the YAML, the model or the compiler failed."""
+    options, arguments = _parse(argv)
+    arguments += ["--use_parallel", "True", "--device_target", "Ascend"]
+    return guarded(options.out, lambda: compile_run(arguments, options.samples, options.out, options.whole_model))
+
+
+def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--samples", type=int, help="stand-in samples, in place of train_dataset.data_loader.sizes")
     parser.add_argument("--whole_model", action="store_true", help="keep the layers of other pipeline stages")
-    options, arguments = parser.parse_known_args(argv)
-    arguments += ["--use_parallel", "True", "--device_target", "Ascend"]
-    return guarded(options.out, lambda: compile_run(arguments, options.samples, options.out, options.whole_model))
+    return parser.parse_known_args(argv)
+
+
+def preload(argv: list[str]) -> None:
+    """Import what `main(argv)` will. MindFormers' own log files are those of the first rank."""
+    import run_mindformer
+
+    options, _ = run_mindformer.build_parser().parse_known_args(argv)
+    run_mindformer.prepare_environment(options.register_path, os.path.join(_parse(argv)[0].out, "output"))
+    from mindformers_ext import run_modes  # noqa: F401
 
 
 def compile_run(arguments: list[str], samples: int | None, out: Path, whole_model: bool) -> None:
@@ -83,8 +96,12 @@ def only_own_stage() -> None:
 
 def prepare(arguments: list[str], samples: int | None, out: Path) -> list[str]:
     """Arguments of a run that needs no data and reports nothing; prepares the environment that MindFormers reads."""
+    from mindformers.tools.hub.hub import HubConstants
+
     import run_mindformer
 
+    # MindFormers copies the model's files there, and the ranks share what this was when it was imported.
+    HubConstants.OM_MODULES_CACHE = str(out / "output" / "log" / "modules")
     settings = WITHOUT | {"output_dir": str(out / "output")}
     if samples is not None:
         settings["train_dataset.data_loader.sizes"] = f"[{samples}, 0, 0]"

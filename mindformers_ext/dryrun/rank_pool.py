@@ -1,23 +1,20 @@
 """Compile many ranks in child processes: one folder and one log a rank, a failure of one never stops the others."""
 
 import contextlib
-import os
+import json
 import re
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from json import loads
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mindformers_ext.dryrun.stand_in_cann import ascend_environment, stand_in_home
+from mindformers_ext.dryrun import rank_server
+from mindformers_ext.dryrun.stand_in_cann import ascend_environment
 
 COMPILED, REFUSED, KILLED, TIMED_OUT = "compiled", "refused", "killed", "timed out"
 # The compiler's own reason: "[ERROR] PARALLEL(...) [file.cc:12] Function] text". Missing CANN parts are expected.
@@ -28,6 +25,7 @@ MEMORY_LINES = {
     "actual_peak_bytes": re.compile(r"Actual peak memory usage \(with fragments\): (\d+)M"),
 }
 LAST_LOG_LINES = 20
+LOG = "log.txt"  # in the folder of each rank, and of the process that they are forked from
 
 
 @dataclass
@@ -57,7 +55,8 @@ class RankResult:
 class RankJobs:
     """How the ranks of one cluster are compiled."""
 
-    command: Callable[[Path], list[str]]  # arguments of `python` that write the results into a folder
+    module: str  # its `main` writes a rank's results into a folder, see rank_server.py
+    arguments: Callable[[Path], list[str]]  # of `main`, from the folder
     world_size: int
     devices_per_stage: int
     out: Path
@@ -72,67 +71,65 @@ def compile_ranks(jobs: RankJobs, ranks: list[int], workers: int) -> list[RankRe
 
     Raises StandInError when the stand-in libraries cannot be built. Ctrl-C stops the children too.
     """
-    stand_in_home()  # built once, before the children ask for it
-    running: set[subprocess.Popen] = set()
+    if not ranks:
+        return []
+    folders = {rank: jobs.out.resolve() / f"rank_{rank}" for rank in ranks}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    request = {"module": jobs.module, "workers": workers, "timeout_seconds": jobs.timeout_seconds}
+    request["ranks"] = [
+        {"rank": rank, "folder": str(folder), "arguments": jobs.arguments(folder)} for rank, folder in folders.items()
+    ]
     results: dict[int, RankResult] = {}
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            futures = [pool.submit(_compile_one, jobs, rank, running) for rank in ranks]
-            for future in tqdm(
-                as_completed(futures), total=len(ranks), desc="compiling ranks", unit="rank", disable=not ranks
-            ):
-                result = future.result()
-                results[result.rank] = result
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                _kill(process)
-            raise
+    with _server(jobs, ranks[0]) as server:
+        server.stdin.write(json.dumps(request).encode())
+        server.stdin.close()
+        for line in tqdm(server.stdout, total=len(ranks), desc="compiling ranks", unit="rank"):
+            ended = json.loads(line)
+            results[ended["rank"]] = _read_result(jobs, folders[ended["rank"]], **ended)
+    for rank in set(ranks) - set(results):  # the server itself ended
+        results[rank] = _read_result(jobs, jobs.out.resolve(), rank, server.returncode, 0.0, False)
     return [results[rank] for rank in ranks]
 
 
-def _compile_one(jobs: RankJobs, rank: int, running: set[subprocess.Popen]) -> RankResult:
-    folder = jobs.out.resolve() / f"rank_{rank}"
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
+@contextlib.contextmanager
+def _server(jobs: RankJobs, rank: int) -> Iterator[subprocess.Popen]:
+    """The process of rank_server.py, from which the ranks are forked; it and they end when the caller leaves."""
     env = ascend_environment(rank, jobs.world_size, jobs.level)
     env["PYTHONPATH"] = ":".join((*jobs.python_path, env["PYTHONPATH"]))
     env.setdefault("GLOG_v", "3")
-    env |= jobs.environment
-    start = time.time()
-    with log.open("wb") as stream:
+    with (jobs.out / LOG).open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, *jobs.command(folder)],
-            cwd=folder,
-            env=env,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            [sys.executable, "-m", rank_server.__name__],
+            env=env | jobs.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            preexec_fn=rank_server.end_with_parent,
         )
-        running.add(process)
-        timer = threading.Timer(jobs.timeout_seconds, _kill, [process])
-        timer.start()
-        code = process.wait()
-        timer.cancel()
-        running.discard(process)
-    seconds = time.time() - start
-    return _read_result(jobs, rank, code, seconds, folder)
+    try:
+        yield process
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        process.wait()
 
 
-def _read_result(jobs: RankJobs, rank: int, code: int, seconds: float, folder: Path) -> RankResult:
-    log = folder / "log.txt"
+def _read_result(jobs: RankJobs, folder: Path, rank: int, code: int, seconds: float, timed_out: bool) -> RankResult:
+    log = folder / LOG
     text = log.read_text(errors="replace")
     result = RankResult(rank, rank // jobs.devices_per_stage, COMPILED, seconds, str(log))
     result.compiler_errors = list(dict.fromkeys(COMPILER_ERROR.findall(text)))
     if code == 0 and (folder / "compiled.json").exists():
-        result.compiled = loads((folder / "compiled.json").read_text())
+        result.compiled = json.loads((folder / "compiled.json").read_text())
         result.memory = {k: int(m[1]) * 2**20 for k, p in MEMORY_LINES.items() if (m := p.search(text))}
     elif (folder / "failure.json").exists():
-        failure = loads((folder / "failure.json").read_text())
+        failure = json.loads((folder / "failure.json").read_text())
         result.status = REFUSED
         result.message = f"{failure['exception']}: {failure['message'].strip().splitlines()[0]}"
         result.source_lines = failure["source_lines"]
-    elif code < 0 and seconds >= jobs.timeout_seconds:
+    elif timed_out:
         result.status, result.message = TIMED_OUT, f"no result after {jobs.timeout_seconds:.0f} s"
     elif code < 0:
         name = signal.Signals(-code).name
@@ -142,9 +139,3 @@ def _read_result(jobs: RankJobs, rank: int, code: int, seconds: float, folder: P
         last = "\n".join(text.splitlines()[-LAST_LOG_LINES:])
         result.status, result.message = KILLED, f"the compiler process ended with code {code}:\n{last}"
     return result
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """End a child and whatever it started."""
-    with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
-        os.killpg(process.pid, signal.SIGKILL)

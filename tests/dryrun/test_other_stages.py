@@ -26,7 +26,8 @@ def compiled(out: Path, *flags: str) -> list[dict]:
     arguments = ["--config", str(CONFIG), "--register_path", str(ROOT / "research/deepseek3"), "--samples", "4", *flags]
     arguments += [text for key, value in SMALL.items() for text in (f"--{key}", json.dumps(value))]
     jobs = rank_pool.RankJobs(
-        command=lambda folder: ["-m", "mindformers_ext.dryrun.compile_run", "--out", str(folder), *arguments],
+        module="mindformers_ext.dryrun.compile_run",
+        arguments=lambda folder: ["--out", str(folder), *arguments],
         world_size=4,
         devices_per_stage=1,
         out=out,

@@ -9,7 +9,8 @@ from mindformers_ext.dryrun.run_plan import load_plan
 from mindformers_ext.dryrun.stand_in_cann import COMPILE
 from mindformers_ext.dryrun.terminal_report import render
 
-CLUSTER = Path(__file__).parent / "runs" / "cluster_671b.yaml"
+TESTS = Path(__file__).parents[1]
+CLUSTER = TESTS / "dryrun" / "runs" / "cluster_671b.yaml"
 PRINT_MEMORY = "print('Actual peak memory usage (with fragments): 1024M')"
 CHILDREN = {
     0: f"import json; json.dump({{}}, open('compiled.json', 'w')); {PRINT_MEMORY}",
@@ -26,7 +27,9 @@ CHILDREN = {
 
 def run_children(out: Path, ranks: list[int]) -> list:
     jobs = RankJobs(
-        command=lambda folder: ["-c", CHILDREN[int(folder.name.removeprefix("rank_"))]],
+        module="helpers.rank_code",
+        arguments=lambda folder: [CHILDREN[int(folder.name.removeprefix("rank_"))]],
+        python_path=(str(TESTS),),
         world_size=1024,
         devices_per_stage=64,
         out=out,
@@ -65,3 +68,10 @@ def test_exit_codes(tmp_path):
     assert exit_code([], None, [fitting], limit=2**29) == DOES_NOT_FIT
     assert exit_code([], None, [refused], limit=2**31) == DOES_NOT_FIT
     assert exit_code(["a violation"], None, [], limit=2**31) == DOES_NOT_FIT
+
+
+def test_a_compiler_that_cannot_start_is_told_for_every_rank(tmp_path):
+    jobs = RankJobs("no_such_module", lambda folder: [], 4, 2, tmp_path, COMPILE)
+    results = compile_ranks(jobs, [0, 3], workers=2)
+    assert [(r.rank, r.stage, r.status) for r in results] == [(0, 0, KILLED), (3, 1, KILLED)]
+    assert all("No module named 'no_such_module'" in r.message for r in results)
