@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -83,12 +82,20 @@ def compile_ranks(jobs: RankJobs, ranks: list[int], workers: int) -> list[RankRe
             ):
                 result = future.result()
                 results[result.rank] = result
+                tqdm.write(_one_line(result), file=sys.stderr)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
                 _kill(process)
             raise
     return [results[rank] for rank in ranks]
+
+
+def _one_line(result: RankResult) -> str:
+    """What became of a rank, for those who watch."""
+    peak = result.memory.get("actual_peak_bytes")
+    memory = f", planned peak {peak / 2**30:.1f} GiB" if peak else ""
+    return f"rank {result.rank} (stage {result.stage}) {result.status} after {result.seconds:.0f} s{memory}"
 
 
 def _compile_one(jobs: RankJobs, rank: int, running: set[subprocess.Popen]) -> RankResult:
@@ -110,16 +117,19 @@ def _compile_one(jobs: RankJobs, rank: int, running: set[subprocess.Popen]) -> R
             start_new_session=True,
         )
         running.add(process)
-        timer = threading.Timer(jobs.timeout_seconds, _kill, [process])
-        timer.start()
-        code = process.wait()
-        timer.cancel()
+        try:
+            code = process.wait(jobs.timeout_seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+            _kill(process)
+            process.wait()
         running.discard(process)
     seconds = time.time() - start
     return _read_result(jobs, rank, code, seconds, folder)
 
 
-def _read_result(jobs: RankJobs, rank: int, code: int, seconds: float, folder: Path) -> RankResult:
+def _read_result(jobs: RankJobs, rank: int, code: int | None, seconds: float, folder: Path) -> RankResult:
+    """What a child left in `folder`; `code` is its exit code, None when it took too long."""
     log = folder / "log.txt"
     text = log.read_text(errors="replace")
     result = RankResult(rank, rank // jobs.devices_per_stage, COMPILED, seconds, str(log))
@@ -132,7 +142,7 @@ def _read_result(jobs: RankJobs, rank: int, code: int, seconds: float, folder: P
         result.status = REFUSED
         result.message = f"{failure['exception']}: {failure['message'].strip().splitlines()[0]}"
         result.source_lines = failure["source_lines"]
-    elif code < 0 and seconds >= jobs.timeout_seconds:
+    elif code is None:
         result.status, result.message = TIMED_OUT, f"no result after {jobs.timeout_seconds:.0f} s"
     elif code < 0:
         name = signal.Signals(-code).name
