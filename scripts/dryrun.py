@@ -7,7 +7,9 @@ Exit code: 0 the run fits, 1 it is illegal or does not fit, 2 the tool itself fa
 
 import argparse
 import json
+import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ sys.path.insert(0, str(ROOT))
 from mindformers_ext.atomic_files import write_json, write_text  # noqa: E402
 from mindformers_ext.dryrun.cost_model import estimate  # noqa: E402 (after the project is on the path)
 from mindformers_ext.dryrun.device_profile import DEFAULT_PROFILE, DeviceProfile, load_profile  # noqa: E402
+from mindformers_ext.dryrun.html_report import render_html  # noqa: E402
 from mindformers_ext.dryrun.report import TOOL_FAILURE, make_report, memory_limit  # noqa: E402
 from mindformers_ext.dryrun.run_plan import RunPlan, load_plan  # noqa: E402
 from mindformers_ext.dryrun.stand_in_cann import COMPILE, MEMORY, StandInError  # noqa: E402
 from mindformers_ext.dryrun.strategy_rules import check_plan  # noqa: E402
 from mindformers_ext.dryrun.sweep import Candidate, parse_axes, sweep  # noqa: E402
-from mindformers_ext.dryrun.terminal_report import GIB, render, table  # noqa: E402
+from mindformers_ext.dryrun.terminal_report import GIB, render_plan, render_ranks, table  # noqa: E402
 from mindformers_ext.errors import ConfigError  # noqa: E402
 
 LEVELS = {"compile": COMPILE, "memory": MEMORY}
@@ -43,12 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line; everything else is --section.key value, as for run_mindformer.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML of the run")
-    parser.add_argument("--device_num", type=int, help="devices of the cluster (default: the product of the degrees)")
+    parser.add_argument(
+        "--device_num", type=positive, help="devices of the cluster (default: the product of the degrees)"
+    )
     parser.add_argument(
         "--ranks", default="per-stage", help="per-stage, all-stages-first-last, all, none, or a list as 0,64,128"
     )
     parser.add_argument("--level", choices=LEVELS, default="compile", help="memory also plans the device memory")
-    parser.add_argument("--jobs", type=int, default=1, help="ranks compiled at a time")
+    parser.add_argument("--jobs", type=positive, default=1, help="ranks compiled at a time")
     parser.add_argument("--out", type=Path, help="folder for report.json, report.html and the ranks' logs")
     parser.add_argument("--device", default=DEFAULT_PROFILE, help="device profile (YAML)")
     parser.add_argument("--register_path", default="research/deepseek3", help="folder of the model's Python files")
@@ -57,6 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", nargs="+", metavar="KEY=V1,V2", help="try all combinations of these keys")
     parser.add_argument("--verify", type=int, default=0, metavar="K", help="compile the best K of the sweep")
     return parser
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1 from the command line."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def parse_overrides(rest: list[str]) -> list[tuple[str, Any]]:
@@ -87,22 +99,26 @@ def chosen_ranks(text: str, plan: RunPlan) -> list[int]:
 
 
 def dry_run(options, plan: RunPlan, overrides: list[tuple[str, Any]], profile: DeviceProfile, out: Path) -> int:
-    """Check, estimate and compile one plan; print and write its report; return the exit code."""
-    from mindformers_ext.dryrun.html_report import render_html  # plotting: not needed by the instant check
+    """Check, estimate and compile one plan; print and write its report; return the exit code.
 
+    The estimate is printed before anything is compiled: often it is the answer.
+    """
     violations = check_plan(plan)
     cost = None if violations else estimate(plan, profile)
-    results = [] if violations else compile_plan(options, plan, overrides, out)
+    ranks = [] if violations else chosen_ranks(options.ranks, plan)
+    out.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
+    print(render_plan(make_report(plan, profile, violations, cost, [])), end="\n\n", flush=True)
+    results = compile_plan(options, plan, overrides, ranks, out) if ranks else []
     report = make_report(plan, profile, violations, cost, results)
     write_json(out / "report.json", report)
     write_text(out / "report.html", render_html(report))
-    print(render(report))
+    print(render_ranks(report))
     print(f"\nreport: {out / 'report.html'} and {out / 'report.json'}")
     return report["exit_code"]
 
 
-def compile_plan(options, plan: RunPlan, overrides: list[tuple[str, Any]], out: Path) -> list:
-    """Compile the asked ranks through run_mindformer.py's path."""
+def compile_plan(options, plan: RunPlan, overrides: list[tuple[str, Any]], ranks: list[int], out: Path) -> list:
+    """Compile `ranks` through run_mindformer.py's path."""
     from mindformers_ext.dryrun.rank_pool import RankJobs, compile_ranks
     from run_mindformer import find
 
@@ -119,7 +135,7 @@ def compile_plan(options, plan: RunPlan, overrides: list[tuple[str, Any]], out: 
         timeout_seconds=options.timeout,
         python_path=(str(ROOT),),
     )
-    return compile_ranks(jobs, chosen_ranks(options.ranks, plan), options.jobs)
+    return compile_ranks(jobs, ranks, options.jobs)
 
 
 def compare(options, plan: RunPlan, profile: DeviceProfile) -> int:
@@ -187,6 +203,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the asked check; see the head of this file for the exit code."""
     options, rest = build_parser().parse_known_args(argv)
     try:
+        if options.verify and not options.sweep:
+            raise ConfigError("--verify K compiles the best K of --sweep; give both")
         overrides = parse_overrides(rest)
         plan = load_plan(options.config, options.device_num, overrides)
         profile = load_profile(options.device)
@@ -199,10 +217,14 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except StandInError as error:
+    except (StandInError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return TOOL_FAILURE
+    except Exception:
+        traceback.print_exc()
         return TOOL_FAILURE
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stops the children, as Ctrl-C does
     sys.exit(main())

@@ -11,7 +11,7 @@ DEFAULT_PROFILE = Path(__file__).parent / "atlas_800t_a2.yaml"
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """One kind of device; all numbers are assumptions, explained in the YAML."""
+    """One kind of device in servers whose devices are connected pairwise; the YAML says where its numbers come from."""
 
     name: str
     peak_tflops: float  # dense bfloat16
@@ -19,8 +19,8 @@ class DeviceProfile:
     usable_memory: float  # share of the memory that the framework may plan
     devices_per_node: int
     hbm_gb_per_s: float
-    inside_node_gb_per_s: float  # per device, one direction
-    across_nodes_gb_per_s: float
+    node_link_gb_per_s: float  # between two devices of a node, one direction
+    across_nodes_gb_per_s: float  # per device, one direction
     latency_us: float  # per collective call
     matmul_efficiency: float  # share of the peak that matmuls reach
     attention_efficiency: float
@@ -32,9 +32,10 @@ class DeviceProfile:
         """Bytes that a plan may use on one device."""
         return self.memory_gib * 2**30 * self.usable_memory
 
-    def link_bytes_per_s(self, across: bool) -> float:
-        """Bandwidth that a collective reaches, per device and direction."""
-        return (self.across_nodes_gb_per_s if across else self.inside_node_gb_per_s) * 1e9 * self.network_efficiency
+    def link_bytes_per_s(self, across: bool, group_size: int) -> float:
+        """Bandwidth that a collective reaches, per device and direction: inside a node over the links of its group."""
+        inside = self.node_link_gb_per_s * (group_size - 1)
+        return (self.across_nodes_gb_per_s if across else inside) * 1e9 * self.network_efficiency
 
 
 def load_profile(path: str | Path = DEFAULT_PROFILE) -> DeviceProfile:

@@ -4,11 +4,6 @@ import html
 import io
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from mindformers_ext.dryrun.rank_pool import COMPILED
 from mindformers_ext.dryrun.report import GIB, summed_collectives
 from mindformers_ext.dryrun.terminal_report import HELD, VERDICT, estimate_text, failure_text, parameter_text
@@ -108,11 +103,12 @@ def _table(headers: list[str], rows) -> str:
 
 def _plot(draw, data) -> str:
     """An SVG element of what `draw(axes, data)` draws."""
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    draw(axes, data)
+    from matplotlib.figure import Figure  # takes seconds to import: an illegal plan has nothing to plot
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    draw(figure.subplots(), data)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
-    plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

@@ -86,10 +86,19 @@ def compile_ranks(jobs: RankJobs, ranks: list[int], workers: int) -> list[RankRe
         server.stdin.close()
         for line in tqdm(server.stdout, total=len(ranks), desc="compiling ranks", unit="rank"):
             ended = json.loads(line)
-            results[ended["rank"]] = _read_result(jobs, folders[ended["rank"]], **ended)
+            result = _read_result(jobs, folders[ended["rank"]], **ended)
+            results[result.rank] = result
+            tqdm.write(_one_line(result), file=sys.stderr)
     for rank in set(ranks) - set(results):  # the server itself ended
-        results[rank] = _read_result(jobs, jobs.out.resolve(), rank, server.returncode, 0.0, False)
+        results[rank] = _read_result(jobs, jobs.out.resolve(), rank, server.returncode, 0.0)
     return [results[rank] for rank in ranks]
+
+
+def _one_line(result: RankResult) -> str:
+    """What became of a rank, for those who watch."""
+    peak = result.memory.get("actual_peak_bytes")
+    memory = f", planned peak {peak / 2**30:.1f} GiB" if peak else ""
+    return f"rank {result.rank} (stage {result.stage}) {result.status} after {result.seconds:.0f} s{memory}"
 
 
 @contextlib.contextmanager
@@ -116,7 +125,8 @@ def _server(jobs: RankJobs, rank: int) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def _read_result(jobs: RankJobs, folder: Path, rank: int, code: int, seconds: float, timed_out: bool) -> RankResult:
+def _read_result(jobs: RankJobs, folder: Path, rank: int, code: int | None, seconds: float) -> RankResult:
+    """What a child left in `folder`; `code` is its exit code, None when it took too long."""
     log = folder / LOG
     text = log.read_text(errors="replace")
     result = RankResult(rank, rank // jobs.devices_per_stage, COMPILED, seconds, str(log))
@@ -129,7 +139,7 @@ def _read_result(jobs: RankJobs, folder: Path, rank: int, code: int, seconds: fl
         result.status = REFUSED
         result.message = f"{failure['exception']}: {failure['message'].strip().splitlines()[0]}"
         result.source_lines = failure["source_lines"]
-    elif timed_out:
+    elif code is None:
         result.status, result.message = TIMED_OUT, f"no result after {jobs.timeout_seconds:.0f} s"
     elif code < 0:
         name = signal.Signals(-code).name

@@ -5,7 +5,8 @@ MindFormers costs each rank as much as compiling three layers.
 
 Reads one JSON object: `module`, whose `main(arguments) -> exit code` compiles a rank and whose `preload(arguments)`
 imports what it needs; `workers`, `timeout_seconds`; and `ranks`, each {rank, folder, arguments}. Prints a JSON line
-{rank, code, seconds, timed_out} for each rank that has ended. A rank's output is the file log.txt of its folder.
+{rank, code, seconds} for each rank that has ended, code null when it took too long. What a rank prints goes to log.txt
+in its folder.
 """
 
 import ctypes
@@ -51,7 +52,7 @@ def serve(request: dict, answer: Callable[[dict], None]) -> None:
                 children.remove(child)
                 os.close(child.handle)
                 code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
-                answer({"rank": child.rank, "code": code, "seconds": seconds, "timed_out": timed_out})
+                answer({"rank": child.rank, "code": None if timed_out else code, "seconds": seconds})
 
 
 def start(module, job: dict) -> Child:

@@ -44,7 +44,7 @@ def make_report(
         "memory_limit_bytes": limit,
         "estimate": estimate_record(plan, cost) if cost else None,
         "ranks": ranks,
-        "parameter_check": check_parameters(plan, results),
+        "parameter_check": check_parameters(plan, results) if results else None,
         "exit_code": exit_code(violations, cost, results, limit),
     }
 

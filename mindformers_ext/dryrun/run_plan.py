@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.yaml_config import load_yaml, lookup, override
+from mindformers_ext.yaml_config import load_yaml, lookup, override, short
 
 # MindFormers 1.9.0's own defaults of sections that have no class of ours (modules/transformer/transformer.py).
 DEGREES = (
@@ -133,12 +133,13 @@ def make_plan(config: dict, path: str | Path, device_num: int | None = None) -> 
     """`load_plan` for a configuration already in memory."""
     parallel = PARALLEL_DEFAULTS | (config.get("parallel_config") or {})
     recompute = RECOMPUTE_DEFAULTS | (config.get("recompute_config") or {})
+    _check_kinds(config, path)
     dp, cp, mp, pp, ep, micro = (_whole(parallel[key], f"parallel_config.{key}", path, 1) for key in DEGREES)
     shard = lookup(config, "parallel.parallel_optimizer_config", {})
     accumulation = lookup(config, "runner_config.gradient_accumulation_steps", 1)
     return RunPlan(
         path=str(path),
-        device_num=device_num or dp * cp * mp * pp,
+        device_num=dp * cp * mp * pp if device_num is None else device_num,
         model=_model_plan(config, path),
         dp=dp,
         cp=cp,
@@ -212,7 +213,66 @@ def class_defaults(folder: Path, module: str, name: str) -> dict[str, Any]:
     return values
 
 
+def _check_kinds(config: dict, path: str | Path) -> None:
+    """Refuse values that the arithmetic cannot use; the run itself checks all the others (config_check.py)."""
+    for says, (holds, keys) in KINDS.items():
+        for key in keys:
+            value = lookup(config, key)
+            if value is not None and not holds(value):
+                raise ConfigError(f"{path}: {key} is {short(value)}, but must be {says}")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_layers(value: Any) -> bool:
+    return isinstance(value, bool) or isinstance(value, list) and all(isinstance(n, int) for n in value)
+
+
+# What a value must be: {sentence: (test, keys)}.
+KINDS = {
+    "True or False": (
+        lambda v: isinstance(v, bool),
+        (
+            "parallel_config.use_seq_parallel",
+            "parallel_config.vocab_emb_dp",
+            "parallel.enable_parallel_optimizer",
+            "parallel.parallel_optimizer_config.gradient_accumulation_shard",
+            "model.model_config.use_flash_attention",
+            "moe_config.use_gmm",
+        ),
+    ),
+    "True, False, or a list with a number of layers per pipeline stage": (
+        _is_layers,
+        ("recompute_config.recompute", "recompute_config.select_recompute"),
+    ),
+    "0, or a list with a number of layers per pipeline stage": (
+        lambda v: v == 0 and not isinstance(v, bool) or isinstance(v, list) and _is_layers(v),
+        ("model.model_config.offset",),
+    ),
+    f"one of {', '.join(DTYPE_BYTES)}": (
+        lambda v: v in DTYPE_BYTES,
+        ("model.model_config.compute_dtype", "model.model_config.param_init_type"),
+    ),
+    "a whole number of at least 0": (
+        lambda v: _is_whole(v, 0),
+        (
+            "model.model_config.mtp_depth",
+            "moe_config.shared_expert_num",
+            "moe_config.first_k_dense_replace",
+            "parallel.parallel_optimizer_config.parallel_optimizer_threshold",
+        ),
+    ),
+    "a whole number of at least 1": (lambda v: _is_whole(v, 1), ("runner_config.gradient_accumulation_steps",)),
+    "a whole number of at least 1, or -1 for all copies of a weight": (
+        lambda v: _is_whole(v, 1) or v == -1,
+        ("parallel.parallel_optimizer_config.optimizer_weight_shard_size",),
+    ),
+}
+
+
 def _whole(value: Any, key: str, path: str | Path, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not _is_whole(value, least):
         raise ConfigError(f"{path}: {key} is {value!r}, but must be a whole number of at least {least}")
     return value

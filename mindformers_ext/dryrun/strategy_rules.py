@@ -174,6 +174,12 @@ def experts_per_token(plan: RunPlan) -> Iterator[Violation]:
             f"n_group must divide expert_num, but {moe.n_group} does not divide {moe.expert_num}; "
             f"{divisors_near(moe.n_group, moe.expert_num)}",
         )
+    elif moe.topk_group and not 1 <= moe.topk_group <= moe.n_group:
+        yield Violation(
+            "moe_config.topk_group",
+            f"a token chooses topk_group of n_group groups, but topk_group is {moe.topk_group} and n_group is "
+            f"{moe.n_group}; {_near([min(max(moe.topk_group, 1), moe.n_group)])}",
+        )
 
 
 def stages_within_layers(plan: RunPlan) -> Iterator[Violation]:
@@ -223,6 +229,9 @@ def offset_list(plan: RunPlan) -> Iterator[Violation]:
 
 
 def recompute_lists(plan: RunPlan) -> Iterator[Violation]:
+    if len(plan.layers_per_stage) != plan.pp:
+        return  # an offset list of another length: its own rule speaks
+    held_by_stage = [len(plan.layers_of(stage)) for stage in range(plan.pp)]
     for key, value in (("recompute", plan.recompute), ("select_recompute", plan.select_recompute)):
         if not isinstance(value, list):
             continue
@@ -230,10 +239,10 @@ def recompute_lists(plan: RunPlan) -> Iterator[Violation]:
             yield Violation(
                 f"recompute_config.{key}",
                 f"{key} needs one number of layers per pipeline stage, but has {len(value)} and pipeline_stage is "
-                f"{plan.pp}; nearest legal: a list of {plan.pp} numbers",
+                f"{plan.pp}; nearest legal: numbers up to {held_by_stage}",
             )
             continue
-        for stage, (asked, held) in enumerate(zip(value, map(len, map(plan.layers_of, range(plan.pp))), strict=True)):
+        for stage, (asked, held) in enumerate(zip(value, held_by_stage, strict=True)):
             if not 0 <= asked <= held:
                 yield Violation(
                     f"recompute_config.{key}",
@@ -254,15 +263,18 @@ def optimizer_shards(plan: RunPlan) -> Iterator[Violation]:
 
 
 def dataset_strategy(plan: RunPlan) -> Iterator[Violation]:
+    """One sentence for all entries: they are usually wrong together."""
     if not isinstance(plan.dataset_strategy, list | tuple):
         return
     for index, axes in enumerate(plan.dataset_strategy):
         if isinstance(axes, list | tuple) and axes and axes[0] != plan.dp:
+            legal = [[plan.dp, *axes[1:]] for axes in plan.dataset_strategy]
             yield Violation(
                 "parallel.dataset_strategy",
                 f"the first number of every entry splits the batch and must be data_parallel, but entry {index} has "
-                f"{axes[0]} and data_parallel is {plan.dp}; {_near([plan.dp])}",
+                f"{axes[0]} and data_parallel is {plan.dp}; nearest legal: {legal}",
             )
+            return
 
 
 RULES = (

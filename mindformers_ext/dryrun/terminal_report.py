@@ -16,6 +16,11 @@ HELD = ("weight", "gradient", "optimizer", "gathered", "activation", "working")
 
 def render(report: dict[str, Any]) -> str:
     """The whole report as text."""
+    return f"{render_plan(report)}\n\n{render_ranks(report)}"
+
+
+def render_plan(report: dict[str, Any]) -> str:
+    """What is known before anything is compiled: the rules that are broken, or the estimate."""
     degrees = " ".join(f"{k}={v}" for k, v in report["degrees"].items())
     parts = [f"{report['config']} on {report['device_num']} devices: {degrees}"]
     if report["violations"]:
@@ -24,6 +29,12 @@ def render(report: dict[str, Any]) -> str:
         )
     if report["estimate"]:
         parts += ["Estimate (bytes in GiB a rank):\n" + stage_table(report), estimate_text(report)]
+    return "\n\n".join(parts)
+
+
+def render_ranks(report: dict[str, Any]) -> str:
+    """What compiling has shown, and the verdict."""
+    parts = []
     if report["ranks"]:
         parts.append("Compiled ranks (bytes in GiB):\n" + rank_table(report))
         parts += [failure_text(r) for r in report["ranks"] if r["status"] != COMPILED]

@@ -39,7 +39,7 @@ class Transfer:
 
     def seconds(self, profile: DeviceProfile) -> float:
         """Time of all calls when nothing hides them."""
-        rate = profile.link_bytes_per_s(self.across_nodes(profile))
+        rate = profile.link_bytes_per_s(self.across_nodes(profile), self.group_size)
         return self.wire_bytes / rate + self.calls * profile.latency_us * 1e-6
 
 

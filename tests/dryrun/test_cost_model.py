@@ -51,8 +51,10 @@ def test_stage_boundary_and_wire_bytes():
     assert wire_factor("Send", 2) == 1
     profile = load_profile()
     transfer = Transfer("expert parallel", "AlltoAll", 8, 8, 1e9, 2)
-    rate = 168e9 * 0.75
+    rate = 7 * 28e9 * 0.7  # full mesh: a device sends to 7 others over as many links
     assert transfer.seconds(profile) == pytest.approx(2 * 1e9 * 7 / 8 / rate + 2 * 25e-6)
+    four = Transfer("tensor parallel", "AllGather", 4, 4, 1e9, 1)
+    assert four.seconds(profile) == pytest.approx(1e9 / 4 / (28e9 * 0.7) + 25e-6), "three links are left for others"
     assert not transfer.across_nodes(profile)
     assert stage_boundary(cluster()).across_nodes(profile)
 

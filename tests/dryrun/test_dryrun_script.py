@@ -71,5 +71,19 @@ def test_bad_arguments_are_sentences(dryrun, tmp_path, capsys):
     assert "numbers from 0 to 1023" in capsys.readouterr().err
     assert dryrun(["--config", str(CLUSTER), "--sweep", "pipeline_stage"]) == 1
     assert "write section.key=value" in capsys.readouterr().err
+    assert dryrun(["--config", str(CLUSTER), "--verify", "2"]) == 1
+    assert "the best K of --sweep; give both" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        dryrun(["--config", str(CLUSTER), "--jobs", "0"])
+    assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
     assert dryrun(["--config", str(tmp_path / "none.yaml")]) == 1
     assert "cannot read this YAML file" in capsys.readouterr().err
+
+
+def test_failures_of_the_tool_itself_end_with_2(dryrun, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    assert dryrun(["--config", str(CLUSTER), "--ranks", "none", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "file/out" in capsys.readouterr().err
+    monkeypatch.setitem(dryrun.__globals__, "check_plan", lambda plan: 1 / 0)
+    assert dryrun(["--config", str(CLUSTER), "--ranks", "none", "--out", str(tmp_path)]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err

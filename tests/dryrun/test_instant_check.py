@@ -50,6 +50,16 @@ ILLEGAL = [
         ["1000 does not divide 1024", "nearest legal: 512 or 1024"],
     ),
     ([("moe_config.num_experts_chosen", 300)], ["num_experts_chosen is 300", "expert_num is 256"]),
+    ([("moe_config.topk_group", 9)], ["topk_group is 9", "n_group is 8", "nearest legal: 8"]),
+    ([("moe_config.n_group", 7)], ["7 does not divide 256", "nearest legal: 4 or 8"]),
+    (
+        [("parallel_config.use_seq_parallel", False)],
+        ["model_parallel is 4", "expert_num 256", "use_seq_parallel is True"],
+    ),
+    (  # both lists are too short
+        [("model.model_config.offset", [1, 1]), ("recompute_config.recompute", [4, 4])],
+        ["offset needs one number per pipeline stage, but has 2 and pipeline_stage is 16"],
+    ),
 ]
 
 
@@ -70,6 +80,23 @@ def test_wrong_kinds_name_file_key_and_value():
         load_plan(CLUSTER, 1024, [("parallel_config.model_parallel", "four")])
     with pytest.raises(ConfigError, match="deepseek3_config.DeepseekV3Config"):
         load_plan(CLUSTER, 1024, [("model.model_config.auto_register", "nowhere.Thing")])
+
+
+WRONG_KINDS = {
+    "parallel_config.use_seq_parallel": ("yes", "True or False"),
+    "recompute_config.recompute": (3, "True, False, or a list"),
+    "model.model_config.offset": (3, "0, or a list"),
+    "model.model_config.compute_dtype": ("float8", "one of float32, float16, bfloat16"),
+    "parallel.parallel_optimizer_config.optimizer_weight_shard_size": ("all", "or -1 for all copies"),
+    "parallel.parallel_optimizer_config.parallel_optimizer_threshold": (-1, "a whole number of at least 0"),
+    "runner_config.batch_size": (0, "a whole number of at least 1"),
+}
+
+
+@pytest.mark.parametrize(("key", "value", "says"), [(k, *v) for k, v in WRONG_KINDS.items()], ids=WRONG_KINDS)
+def test_values_that_the_arithmetic_cannot_use(key, value, says):
+    with pytest.raises(ConfigError, match=f"cluster_671b.yaml: {key} is {value!r}, but must be .*{says}"):
+        load_plan(CLUSTER, 1024, [(key, value)])
 
 
 def test_counts_agree_with_the_released_model():
