@@ -8,9 +8,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import ml_dtypes
@@ -34,6 +37,7 @@ DTYPES = {
 }
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
+Piece = Callable[[], np.ndarray]  # makes a part of a tensor
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Output:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    pieces: Sequence[Callable[[], np.ndarray]]
+    pieces: Sequence[Piece]
 
     @property
     def nbytes(self) -> int:
@@ -156,11 +160,11 @@ def write_folder(
     workers: int,
     shard_bytes: int = 5 * 10**9,
 ) -> Written:
-    """Write tensors to `{prefix}-00001-of-000NN.safetensors` and an index, `workers` files at a time.
+    """Write tensors to `{prefix}-00001-of-000NN.safetensors` and an index; `workers` threads make the pieces.
 
     A file gets its name when it is whole and on the disk, the index comes last. A file that is there already with the
     same fingerprint (its tensors, types and `source`, a text that changes with the source) is not written again.
-    Memory: one piece for each worker.
+    Memory: two pieces for each worker.
     """
     shards = split(outputs, shard_bytes)
     names = [f"{prefix}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -169,15 +173,11 @@ def write_folder(
         tqdm(total=total, unit="B", unit_scale=True, desc=folder.name) as bar,
         ThreadPoolExecutor(workers) as pool,
     ):
-        jobs = [
-            pool.submit(write_shard, folder / name, shard, source, metadata, bar.update)
+        made = partial(ahead, pool, 2 * workers)
+        kept = sum(
+            write_shard(folder / name, shard, source, metadata, made, bar.update)
             for name, shard in zip(names, shards, strict=True)
-        ]
-        try:
-            kept = sum(job.result() for job in jobs)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        )
     weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / f"{prefix}.safetensors.index.json", index, durable=True)
@@ -197,10 +197,35 @@ def split(outputs: Iterable[Output], shard_bytes: int) -> list[list[Output]]:
     return shards
 
 
+def ahead(pool: ThreadPoolExecutor, count: int, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
+    """What `pieces` return, in order; the pool's threads work on `count` of them while one is used."""
+    waiting: deque[Future] = deque()
+    try:
+        for piece in pieces:
+            if len(waiting) == count:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(piece))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:  # after an error
+            future.cancel()
+
+
 def write_shard(
-    path: Path, tensors: list[Output], source: str, metadata: dict[str, str], advance: Callable[[int], object]
+    path: Path,
+    tensors: list[Output],
+    source: str,
+    metadata: dict[str, str],
+    made: Callable[[Iterable[Piece]], Iterator[np.ndarray]],
+    advance: Callable[[int], object],
 ) -> bool:
-    """Write one file; return True when it was there already. `advance` hears of the bytes done."""
+    """Write one file; return True when it was there already.
+
+    Args:
+        made: gives the arrays that pieces return.
+        advance: hears of the bytes done.
+    """
     layout, size = {}, 0
     for tensor in tensors:
         offsets = [size, size + tensor.nbytes]
@@ -214,10 +239,11 @@ def write_shard(
         return True
     with whole_file(path, durable=True) as temporary, DirectFile(temporary) as stream:
         stream.append(np.frombuffer(len(header).to_bytes(8, "little") + header, np.uint8))
+        arrays = made(chain.from_iterable(tensor.pieces for tensor in tensors))
         for tensor in tensors:
             start = stream.size
-            for piece in tensor.pieces:
-                array = np.asarray(piece(), tensor.dtype)
+            for array in islice(arrays, len(tensor.pieces)):
+                array = np.asarray(array, tensor.dtype)
                 stream.append(array)
                 advance(array.nbytes)
             if stream.size - start != tensor.nbytes:

@@ -1,9 +1,9 @@
 """The training step of a rank on CPU: its own lowered graph behind the face of MindFormers' training wrapper.
 
 Extends mindformers.wrapper.MFTrainOneStepCell (1.9.0) through our CPU version. The Trainer builds model, optimizer
-and data as for one process; this cell cuts their values into the rank's shards before the first step, so that a
-checkpoint of any layout can be loaded, and runs the rank's graph in place of `construct`. Small state that callbacks
-read and write on the model (router biases, loads, loss parts) is copied between both around every step.
+and data as for one process; this cell cuts their values into the rank's shards, into which a checkpoint of any layout
+is loaded, and runs the rank's graph in place of `construct`. Small state that callbacks read and write on the model
+(router biases, loads, loss parts) is copied between both around every step.
 """
 
 import json
@@ -42,31 +42,29 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
         self.rank_facts = json.loads((own / "compiled.json").read_text())
         self.graph = None
         self.graph_path = own / "cpu.mindir"
-        self.mirrored: list[tuple[Parameter, Parameter]] = []
+        self.mirrored: dict[str, tuple[Parameter, Parameter]] = {}  # the graph's and the model's
         self.full_shapes: dict[str, tuple[int, ...]] = {}  # of the model's parameters; the graph's have the same names
 
     def __call__(self, *inputs):
         """One step; outputs of the graph: loss, overflow, loss scale, learning rate, gradient norm."""
         if self.graph is None:
             self._load_graph()
-        self._take_changes()
+        for ours, theirs in self.mirrored.values():  # what callbacks have written
+            ours.set_data(Tensor(theirs.asnumpy(), ours.dtype))
         outputs = self.graph(*(self._own_part(x, i) for i, x in enumerate(inputs)))
-        for ours, theirs in self.mirrored:
+        for ours, theirs in self.mirrored.values():
             theirs.set_data(Tensor(ours.asnumpy(), theirs.dtype))
         return outputs
 
     def stored(self) -> Iterator[tuple[str, StoredParameter]]:
         """(name, what this rank holds) of every parameter of its graph, gradient buffers left out."""
-        self._take_changes()
+        if self.graph is None:
+            self._load_graph()
         for parameter in self.graph.get_parameters():
             if not parameter.name.startswith(ACCUMULATORS):
                 shape = self.full_shapes[parameter.name]
-                yield parameter.name, StoredParameter(parameter, shape, self._shard(parameter, shape))
-
-    def _take_changes(self) -> None:
-        """What callbacks have written on the model since the last step."""
-        for ours, theirs in self.mirrored:
-            ours.set_data(Tensor(theirs.asnumpy(), ours.dtype))
+                _, value = self.mirrored.get(parameter.name, (None, parameter))  # a checkpoint's goes to the model
+                yield parameter.name, StoredParameter(value, shape, self._shard(parameter, shape))
 
     def _shard(self, parameter: Parameter, full_shape: tuple[int, ...]) -> Shard:
         layouts = self.rank_facts["layouts"]
@@ -93,7 +91,7 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
                         f"'{parameter.name}' is split over ranks, but callbacks need it whole: give the operator that "
                         "writes it a plan in sharding.py"
                     )
-                self.mirrored.append((parameter, source))
+                self.mirrored[parameter.name] = parameter, source
         self.graph = graph
 
     def _own_part(self, whole: Tensor, index: int) -> Tensor:

@@ -23,6 +23,11 @@ def is_split() -> bool:
     return ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
 
 
+def is_lowered(network: nn.Cell) -> bool:
+    """True for the training step of a rank on CPU (cpu_parallel.lowered_step), which says itself what it holds."""
+    return hasattr(network, "stored")
+
+
 def state_of(network: nn.Cell) -> dict[str, Parameter]:
     """The parameters that this process must save, by name; a split network must have been compiled."""
     split = is_split()
@@ -31,11 +36,17 @@ def state_of(network: nn.Cell) -> dict[str, Parameter]:
         elsewhere = split and (not parameter.sliced or parameter.has_init)  # on another pipeline stage
         if is_state(parameter.name) and not elsewhere and not parameter.param_info.is_pipeline_shared_param:
             found[parameter.name] = parameter
+    if is_lowered(network):  # the parts, and numbers that are constants of the graph
+        found = {name: parameter for name, parameter in found.items() if "." not in name}
+        found |= {name: part.value for name, part in network.stored() if is_state(name)}
     return found
 
 
 def slots_of(network: nn.Cell, parameters: Mapping[str, Parameter]) -> dict[str, Slot]:
     """The part of every parameter that this process holds."""
+    if is_lowered(network):
+        parts = {name: Slot(part.full_shape, part.shard.ranges, part.shard.copy) for name, part in network.stored()}
+        return {name: parts.get(name, Slot.whole(p.shape, network.job.rank)) for name, p in parameters.items()}
     rank = get_real_rank()
     if not is_split():
         return {name: Slot.whole(parameter.shape, copy=rank) for name, parameter in parameters.items()}
@@ -54,23 +65,9 @@ def slots_of(network: nn.Cell, parameters: Mapping[str, Parameter]) -> dict[str,
 
 def pieces_of(network: nn.Cell) -> dict[str, Piece]:
     """What this process saves; on CPU the arrays share the parameters' memory."""
-    if hasattr(network, "stored"):
-        return lowered_pieces(network)
     parameters = state_of(network)
     slots = slots_of(network, parameters)
     return {name: Piece(to_numpy(parameter), slots[name]) for name, parameter in parameters.items()}
-
-
-def lowered_pieces(network: nn.Cell) -> dict[str, Piece]:
-    """What a rank on CPU saves (cpu_parallel.lowered_step): its graph's parts, and numbers that the graph has not."""
-    pieces = {}
-    for name, part in network.stored():
-        if is_state(name):
-            pieces[name] = Piece(to_numpy(part.value), Slot(tuple(part.full_shape), part.shard.ranges, part.shard.copy))
-    for name, parameter in state_of(network).items():
-        if "." not in name and name not in pieces:  # a constant of the graph
-            pieces[name] = Piece(to_numpy(parameter), Slot.whole(parameter.shape, copy=network.job.rank))
-    return pieces
 
 
 def to_numpy(parameter: Parameter) -> np.ndarray:
@@ -93,7 +90,8 @@ def load_into(
         ConfigError: the checkpoint does not fit or is damaged; no parameter has changed.
     """
     slots = slots_of(network, parameters)
-    check_names(source, slots, not is_split(), may_leave)
+    holds_all = network.job.stages == 1 if is_lowered(network) else not is_split()
+    check_names(source, slots, holds_all, may_leave)
     for name, array in load(source, slots):
         parameter = parameters[name]
         parameter.set_data(Tensor(array, parameter.dtype), slice_shape=parameter.sliced)

@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hf_assets_path", required=True, type=Path, help="folder of config.json and the tokenizer")
     parser.add_argument("--export_dtype", choices=DTYPES, default="bf16", help="type of the weights (default bf16)")
     parser.add_argument("--merge_lora", type=Path, help="folder of an adapter in PEFT's format, added to the weights")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="files written at a time (default: cores)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (default: cores)")
     return parser
 
 

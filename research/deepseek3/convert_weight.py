@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", required=True, type=Path, help="HuggingFace folder: config.json and *.safetensors")
     parser.add_argument("--output", type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="type of the weights (default bf16)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="files written at a time (default: cores)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (default: cores)")
     parser.add_argument("--only-names", action="store_true", help="check the names of the index and stop")
     return parser
 
