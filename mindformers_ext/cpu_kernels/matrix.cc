@@ -6,8 +6,12 @@
 namespace cpu_kernels {
 namespace {
 
-// Products below this many multiply-adds are not worth cutting further.
-constexpr int64_t kTaskSize = 1 << 23;
+// Every call copies both matrices into its own order first, so large tiles of c cost least: kTile x kTile, and smaller
+// ones only to give kTasks tasks, none below kTaskSize multiply-adds.
+constexpr int64_t kTile = 256, kTasks = 8, kTaskSize = 1 << 23;
+
+// Size of each of `parts` parts of `side`, a multiple of the width of vectors.
+int64_t part_size(int64_t side, int64_t parts) { return blocks_of(blocks_of(side, parts), 16) * 16; }
 
 const bool single_threaded = [] {
   scipy_openblas_set_num_threads(1);
@@ -32,18 +36,17 @@ void multiply(int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b,
 
 void multiply_parallel(int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, float* c, int64_t c_stride,
                        float beta) {
-  // Cut the longer side of c, in multiples of 64.
-  const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(64, m * n * std::max<int64_t>(k, 1) / kTaskSize));
-  const int64_t side = std::max(m, n);
-  const int64_t block = std::max<int64_t>(64, (blocks_of(side, wanted) + 63) / 64 * 64);
-  parallel_ranges(side, block, [&](int64_t begin, int64_t end) {
-    if (m >= n) {
-      const Matrix part = {a.data + (a.transposed ? begin : begin * a.stride), a.stride, a.transposed};
-      multiply(end - begin, n, k, part, b, c + begin * c_stride, c_stride, beta);
-    } else {
-      const Matrix part = {b.data + (b.transposed ? begin * b.stride : begin), b.stride, b.transposed};
-      multiply(m, end - begin, k, a, part, c + begin, c_stride, beta);
-    }
+  if (m == 0 || n == 0) return;
+  int64_t high = blocks_of(m, kTile), wide = blocks_of(n, kTile);  // tiles
+  while (high * wide < kTasks && m * n * k / (high * wide) > kTaskSize) (m * wide >= n * high ? high : wide) *= 2;
+  const int64_t rows = part_size(m, high), columns = part_size(n, wide);
+  wide = blocks_of(n, columns);
+  parallel(blocks_of(m, rows) * wide, [&](int64_t tile) {
+    const int64_t row = tile / wide * rows, column = tile % wide * columns;
+    const Matrix a_rows = {a.data + (a.transposed ? row : row * a.stride), a.stride, a.transposed};
+    const Matrix b_columns = {b.data + (b.transposed ? column * b.stride : column), b.stride, b.transposed};
+    multiply(std::min(rows, m - row), std::min(columns, n - column), k, a_rows, b_columns, c + row * c_stride + column,
+             c_stride, beta);
   });
 }
 

@@ -1,8 +1,10 @@
-// A small thread pool: the caller works too, idle workers sleep. One kernel uses it at a time; another that MindSpore
-// runs beside it computes its tasks alone, which is as fast when all cores are busy and gives the same bits.
+// A small thread pool: the caller works too; idle workers look for work a moment longer, then sleep. One kernel uses it
+// at a time; another that MindSpore runs beside it computes its tasks alone, which is as fast when all cores are busy and
+// gives the same bits.
 #include <sched.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -15,6 +17,21 @@
 namespace cpu_kernels {
 namespace {
 
+// Waking a sleeping thread takes longer than the gap between two kernels of a step. Whoever waits gives its core to any
+// other thread that wants it, so that it costs nothing where processes share cores.
+constexpr std::chrono::microseconds kPatience(200);
+
+// Wait for `holds()` at most kPatience without sleeping; returns it.
+template <class Condition>
+bool wait_awake(const Condition& holds) {
+  const auto end = std::chrono::steady_clock::now() + kPatience;
+  while (!holds()) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
 class Pool {
  public:
   explicit Pool(int threads) {
@@ -25,6 +42,7 @@ class Pool {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       stopping_ = true;
+      ++round_;
     }
     wake_.notify_all();
     for (std::thread& worker : workers_) worker.join();
@@ -42,13 +60,19 @@ class Pool {
       count_ = count;
       next_ = 0;
       error_ = nullptr;
-      busy_ = static_cast<int>(workers_.size());
       ++round_;
     }
     wake_.notify_all();
     take_tasks();
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      task_ = nullptr;  // a worker that wakes up only now has nothing to do, and nobody waits for it
+    }
+    const auto all_done = [this] { return busy_ == 0; };
+    if (!wait_awake(all_done)) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      done_.wait(lock, all_done);
+    }
     if (error_) std::rethrow_exception(error_);
     return true;
   }
@@ -56,11 +80,15 @@ class Pool {
  private:
   void work() {
     uint64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
+    const auto called = [&] { return round_ != seen; };
     while (true) {
-      wake_.wait(lock, [&] { return stopping_ || round_ != seen; });
+      wait_awake(called);
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, called);
       if (stopping_) return;
       seen = round_;
+      if (task_ == nullptr) continue;
+      ++busy_;
       lock.unlock();
       take_tasks();
       lock.lock();
@@ -85,8 +113,8 @@ class Pool {
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
   std::exception_ptr error_;
-  int busy_ = 0;
-  uint64_t round_ = 0;
+  std::atomic<int> busy_{0};  // workers inside the round
+  std::atomic<uint64_t> round_{0};
   bool stopping_ = false;
 };
 
