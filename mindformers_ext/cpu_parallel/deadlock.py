@@ -47,13 +47,29 @@ def _advance(sequences, place: list[int], sent: dict, rank: int) -> bool:
     for peer, other in zip(call.ranks, waiting, strict=True):
         if _agreed(other) != _agreed(call):
             raise DeadlockError(f"rank {rank} runs {call} while rank {peer} runs {other}")
+    if call.operation == "AlltoAllV":
+        _check_counts(waiting)
     for peer in call.ranks:
         place[peer] += 1
     return True
 
 
+def _check_counts(calls: Sequence[Call]) -> None:
+    """What each member sends to another is what that one expects."""
+    for i, sender in enumerate(calls):
+        for j, receiver in enumerate(calls):
+            sent, expected = sender.detail[0][j], receiver.detail[1][i]
+            if sent != expected:
+                source, target = sender.ranks[i], sender.ranks[j]
+                raise DeadlockError(
+                    f"rank {source} sends {sent} elements to rank {target}, which expects {expected}: {sender}"
+                )
+
+
 def _agreed(call: Call) -> tuple:
     """What all members of a group must have in common."""
+    if call.operation == "AlltoAllV":
+        return call.operation, call.dtype
     return call.operation, call.detail, call.dtype, call.elements
 
 

@@ -5,6 +5,7 @@ operators become the Custom operators of collective_op.cc (each takes the previo
 that their order never changes), and operators without a CPU kernel are rewritten by the functions in `REWRITES`.
 """
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import mindspore.train.mind_ir_pb2 as pb
 
 from mindformers_ext.cpu_parallel.collectives import library_path
 from mindformers_ext.cpu_parallel.fused_operators import FUSED_REWRITES
+from mindformers_ext.cpu_parallel.fused_update import fuse_updates
 from mindformers_ext.cpu_parallel.inlining import inline_functions, reference
 from mindformers_ext.dryrun.mindir import DTYPE_BYTES
 
@@ -24,7 +26,8 @@ class Call:
 
     operation: str
     ranks: tuple[int, ...]  # global ranks of the group; for Send and Receive (source, target)
-    detail: tuple  # what all members must agree on: reduction, dimensions, root; the tag of a message
+    # What all members must agree on: reduction, dimensions, root; the tag of a message; AlltoAllV's counts both ways.
+    detail: tuple
     dtype: str
     elements: int  # of this rank's output (Send: of its input)
     bytes: int
@@ -98,6 +101,7 @@ def lower(model: pb.ModelProto, rank: int, world_size: int) -> list[Call]:
         for node in function.node:
             _rewrite_optional(graph, function, node)
     _keep_behind_additions(graph)
+    fuse_updates(graph)
     return calls
 
 
@@ -199,6 +203,43 @@ def collective(*same: str) -> Callable:
     return rewrite
 
 
+def all_to_all_v(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> Call:
+    """Rewriter of AlltoAllV(x, counts to send, counts to receive); both are constants, in blocks."""
+    block = attributes_of(primitive).get("block_size", 1)
+    sent, received = ([block * count for count in constant_integers(graph, name)] for name in node.input[1:3])
+    return _exchange(graph, node, primitive, sent, received)
+
+
+def all_to_all_vc(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> Call:
+    """Rewriter of AlltoAllVC(x, what every rank sends to every other), the matrix written row by row."""
+    attributes = attributes_of(primitive)
+    size, own = len(group_ranks(graph, primitive, attributes)), attributes["rank_id"]
+    counts = [attributes.get("block_size", 1) * count for count in constant_integers(graph, node.input[1])]
+    sent, received = counts[own * size : (own + 1) * size], counts[own::size]
+    if attributes.get("transpose"):
+        sent, received = received, sent
+    return _exchange(graph, node, primitive, sent, received)
+
+
+def _exchange(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto, sent: list, received: list) -> Call:
+    ranks = group_ranks(graph, primitive, attributes_of(primitive))
+    del node.input[1:]
+    _place(graph, node, collective="AlltoAllV", rank_list=ranks, send_counts=sent, recv_counts=received)
+    return _call(node, "AlltoAllV", ranks, (tuple(sent), tuple(received)))
+
+
+def constant_integers(graph: Graph, name: str) -> list[int]:
+    """A constant list of integers, from a tuple or a tensor. Raises ValueError when it is computed."""
+    node = graph.producers.get(name)
+    value = next((a for a in node.attribute if a.name == "value"), None) if node is not None else None
+    if node is None or node.op_type != "Constant" or value is None:
+        raise ValueError(f"'{name}' says how much is sent, but is computed in the step: only constants can be lowered")
+    if value.tensors:
+        width = DTYPE_BYTES[pb.TensorProto.DataType.Name(value.tensors[0].data_type)]
+        return [count for (count,) in struct.iter_unpack({4: "<i", 8: "<q"}[width], value.tensors[0].raw_data)]
+    return [item.ints[0] if item.ints else item.i for item in value.values]
+
+
 def message(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> Call:
     """Rewriter of Send and Receive."""
     attributes = attributes_of(primitive)
@@ -236,6 +277,8 @@ REWRITES: dict[str, Callable[[Graph, pb.NodeProto, pb.PrimitiveProto], Call | No
     "AllGather": collective(),
     "ReduceScatter": collective("op"),
     "AlltoAll": collective("split_dim", "concat_dim"),
+    "AlltoAllV": all_to_all_v,
+    "AlltoAllVC": all_to_all_vc,
     "Broadcast": collective("root_rank"),
     "Send": message,
     "Receive": message,

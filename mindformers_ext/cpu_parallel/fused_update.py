@@ -1,0 +1,224 @@
+"""The optimizer's update in a rank's graph as one operator: some 25 operators per parameter become AdamW for all.
+
+Extends lowering.py. MindSpore writes MindFormers' AdamW out for every parameter, with a copy of each state before and
+after; on CPU these thousands of small operators took as long as the matrix products. A function is replaced only when
+every single assignment in it is AdamW's own formula (see cpu_kernels/adamw.cc); any other optimizer stays as it is.
+"""
+
+import struct
+from dataclasses import dataclass
+
+import mindspore.train.mind_ir_pb2 as pb
+
+from mindformers_ext.cpu_kernels.library import library_path
+from mindformers_ext.cpu_parallel.inlining import reference
+
+PASS_ON = ("Depend", "Load", "TensorMove")  # their first input is their value
+MONADS = ("UMonadType", "IOMonadType")  # inputs that only order what happens: to memory, and to the outside
+HARMLESS = ("Load", "UpdateState", "Depend", "MakeTuple", "TensorMove")  # may hold a state and write nothing
+
+
+class NoMatch(Exception):
+    """A node is not what AdamW has in its place."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """The new value of one parameter, as the names of what it is made of."""
+
+    parameter: str
+    first: str
+    second: str
+    gradient: str
+    rate: str
+    decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: str  # the counter, after this step
+
+
+@dataclass(frozen=True)
+class Is:
+    """Pattern: operator and the patterns of its inputs; a string is a value to remember under that name."""
+
+    operator: str
+    inputs: tuple
+
+
+def op(operator: str, *inputs) -> Is:
+    return Is(operator, inputs)
+
+
+NEW_FIRST = op("Add", op("Mul", "first", "beta1"), op("Mul", "gradient", "rest1"))
+NEW_SECOND = op("Addcmul", op("Mul", "second", "beta2"), "gradient", "gradient", "rest2")
+POWER1 = op("Sub", "one", op("Pow", "beta1", op("Cast", "step", "float")))
+POWER2 = op("Sub", "one", op("Pow", "beta2", op("Cast", "step", "float")))
+DIRECTION = op("Div", "first", op("Add", op("Sqrt", op("Div", "second", POWER2)), "eps"))
+STEP = op("Mul", DIRECTION, op("Div", "rate", POWER1))
+DECAYED = op("Mul", "parameter", op("Sub", "one", op("Mul", "rate", "decay")))
+NEW_PARAMETER = (op("Sub", DECAYED, STEP), op("Sub", "parameter", STEP))
+
+
+class UpdateFunction:
+    """A function of the model that may be AdamW's update."""
+
+    def __init__(self, graph, function: pb.GraphProto):
+        self.graph, self.function = graph, function
+        self.nodes = {node.output[0]: node for node in function.node}
+        self.constants = {
+            node.output[0]: node
+            for part in (graph.model.graph, *graph.model.functions)
+            for node in part.node
+            if node.op_type == "Constant"
+        }
+
+    def operator(self, node: pb.NodeProto | None) -> str:
+        primitive = self.graph.primitive(node) if node is not None else None
+        return primitive.op_type if primitive is not None else ""
+
+    def origin(self, name: str) -> str:
+        """What `name` is a copy of."""
+        while self.operator(self.nodes.get(name)) in PASS_ON:
+            name = self.nodes[name].input[0]
+        return name
+
+    def match(self, name: str, pattern: Is | str, found: dict[str, str]) -> None:
+        """Fill `found` with the values that stand where the pattern has names. Raises NoMatch."""
+        name = self.origin(name)
+        if isinstance(pattern, str):
+            if found.setdefault(pattern, name) != name:
+                raise NoMatch(f"{pattern} is {found[pattern]} and {name}")
+            return
+        node = self.nodes.get(name)
+        if self.operator(node) != pattern.operator or len(node.input) != len(pattern.inputs):
+            raise NoMatch(f"{name} is no {pattern.operator}")
+        for given, inner in zip(node.input, pattern.inputs, strict=True):
+            self.match(given, inner, found)
+
+    def number(self, name: str) -> float:
+        """Value of a constant float32 tensor of one element."""
+        values = [a for a in self.constants[name].attribute if a.name == "value"] if name in self.constants else []
+        if not values or len(values[0].tensors) != 1 or len(values[0].tensors[0].raw_data) != 4:
+            raise NoMatch(f"{name} is not a number")
+        return struct.unpack("<f", values[0].tensors[0].raw_data)[0]
+
+    def updates(self) -> list[Update]:
+        """What is assigned, if all of it together is AdamW. Raises NoMatch."""
+        assigned: dict[str, str] = {}
+        counters = []
+        for node in self.function.node:
+            operator = self.operator(node)
+            if operator == "Assign":
+                if assigned.setdefault(node.input[0], node.input[1]) != node.input[1]:
+                    raise NoMatch(f"{node.input[0]} is assigned twice")
+            elif operator == "AssignAdd":
+                counters.append(node.input[0])
+            elif operator not in HARMLESS and any("side_effect" in a.name for a in self._attributes(node)):
+                raise NoMatch(f"{operator} has an effect")
+        found = [self._update(name, assigned) for name in assigned if not self._is_state(name, assigned)]
+        whole = {name for update in found for name in (update.parameter, update.first, update.second)}
+        if not found or whole != set(assigned) or set(counters) != {update.step for update in found}:
+            raise NoMatch("something else is assigned")
+        if len({(u.rate, u.beta1, u.beta2, u.eps, u.step) for u in found}) != 1:
+            raise NoMatch("parameters are updated with different rules")
+        return found
+
+    def _attributes(self, node: pb.NodeProto):
+        primitive = self.graph.primitive(node)
+        return primitive.attribute if primitive is not None else ()
+
+    def _is_state(self, name: str, assigned: dict[str, str]) -> bool:
+        return self.operator(self.nodes.get(self.origin(assigned[name]))) != "Sub"
+
+    def _update(self, parameter: str, assigned: dict[str, str]) -> Update:
+        for pattern in NEW_PARAMETER:
+            found = {"parameter": parameter}
+            try:
+                self.match(assigned[parameter], pattern, found)
+                break
+            except NoMatch:
+                if pattern is NEW_PARAMETER[-1]:
+                    raise
+        for state, pattern in (("first", NEW_FIRST), ("second", NEW_SECOND)):
+            if found[state] not in assigned:
+                raise NoMatch(f"{found[state]} is not assigned")
+            self.match(assigned[found[state]], pattern, found)
+        numbers = {name: self.number(found[name]) for name in ("beta1", "beta2", "eps", "one", "rest1", "rest2")}
+        decay = self.number(found["decay"]) if "decay" in found else 0.0
+        rests = abs(numbers["rest1"] + numbers["beta1"] - 1) + abs(numbers["rest2"] + numbers["beta2"] - 1)
+        if numbers["one"] != 1 or rests > 1e-6:
+            raise NoMatch("the moments are no running means")
+        rule = {name: numbers[name] for name in ("beta1", "beta2", "eps")}
+        places = {name: found[name] for name in ("parameter", "first", "second", "gradient", "rate", "step")}
+        return Update(**places, decay=decay, **rule)
+
+
+def fuse_updates(graph) -> None:
+    """Replace every function of the model that is AdamW's update by one operator."""
+    for function in graph.model.functions:
+        candidate = UpdateFunction(graph, function)
+        try:
+            updates = candidate.updates()
+        except NoMatch:
+            continue
+        _replace(graph, candidate, updates)
+
+
+def _replace(graph, old: UpdateFunction, updates: list[Update]) -> None:
+    """Let the function compute the learning rate and then the one operator; its value stays."""
+    function, one = old.function, updates[0]
+    states = [given.name for given in function.input if given.denotation in MONADS]
+    value = function.output[0].name
+    while old.operator(old.nodes.get(value)) == "Depend":
+        value = old.nodes[value].input[0]
+    if value in old.nodes or not states:
+        raise ValueError(f"'{function.name}' updates all weights, but returns something that it computes")
+    prefix = f"{function.name}:adamw"
+    constants = {"factor": [1.0], "decay": [update.decay for update in updates]}
+    made = [_constant(f"{prefix}/{name}", numbers) for name, numbers in constants.items()]
+    columns = ("parameter", "first", "second", "gradient")
+    tensors = [getattr(update, column) for column in columns for update in updates]
+    inputs = [one.step, one.rate, *(node.output[0] for node in made), *tensors, states[0]]
+    update = pb.NodeProto(name=prefix, input=inputs, output=[prefix])
+    shape = pb.TensorProto(dims=[1], data_type=pb.TensorProto.FLOAT)
+    update.attribute.add(name="shape", type=pb.AttributeProto.TENSORS, tensors=[shape])
+    library = f"{library_path()}:AdamW"
+    rule = {name: repr(getattr(one, name)) for name in ("beta1", "beta2", "eps")}
+    aot = {"imply_path": "", "func_type": "aot", "func_name": library, "uniq_name": f"Custom_{library}"}
+    graph.use(update, "Custom", **aot, multi_output=False, autodiff=False, side_effect_mem=True, **rule)
+    result, nodes = value, []
+    for i, after in enumerate((prefix, *states[1:])):
+        node = pb.NodeProto(name=f"{prefix}/result{i}", input=[result, after], output=[f"{prefix}/result{i}"])
+        graph.use(node, "Depend")
+        nodes.append(node)
+        result = node.output[0]
+    needed = _needed(old, one.rate)
+    kept = [node for node in function.node if node.output[0] in needed or node.op_type == "Constant"]
+    kept = [pb.NodeProto.FromString(node.SerializeToString()) for node in kept]
+    del function.node[:]
+    function.node.extend([*kept, *made, update, *nodes])
+    function.output[0].name = result
+
+
+def _needed(old: UpdateFunction, name: str) -> set[str]:
+    """Everything in the function that `name` is computed from."""
+    needed, waiting = set(), [name]
+    while waiting:
+        node = old.nodes.get(waiting.pop())
+        if node is not None and node.output[0] not in needed:
+            needed.add(node.output[0])
+            waiting.extend(node.input)
+    return needed
+
+
+def _constant(name: str, numbers: list[float]) -> pb.NodeProto:
+    node = pb.NodeProto(name=name, output=[name], op_type="Constant")
+    value = node.attribute.add(name="value", type=pb.AttributeProto.TENSORS)
+    value.tensors.add(
+        name="value0",
+        dims=[len(numbers)],
+        data_type=pb.TensorProto.FLOAT,
+        raw_data=struct.pack(f"<{len(numbers)}f", *numbers),
+    )
+    return node
