@@ -211,7 +211,7 @@ SMALL = small_sizes(16) | {
     "model.model_config.intermediate_size": 64,
     "eval_dataset.data_loader.config.seq_length": 16,
     "train_dataset.data_loader.config.data_path": "['1','toy_text_document']",
-    "train_dataset.data_loader.sizes": "[400,0,0]",
+    "train_dataset.data_loader.sizes": "[160,0,0]",  # 80 steps
     "processor.tokenizer.tokenizer_file": "tokenizer.json",
     "callbacks.2.save_checkpoint_steps": 2,
 }
@@ -232,4 +232,4 @@ def test_twenty_kills_of_four_ranks(toy_folder: Path) -> None:
     result = run_command(four_ranks("--output_dir", "ranks"), toy_folder, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     shutil.copytree(reference / "compiled_ranks", toy_folder / "ranks_killed/compiled_ranks")
-    kill_and_resume(four_ranks, [], reference, "ranks_killed", kills=20, longest=0.5)
+    kill_and_resume(four_ranks, [], reference, "ranks_killed", kills=20, longest=0.1)
