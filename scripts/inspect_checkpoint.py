@@ -46,6 +46,11 @@ def describe(source: Source, with_parameters: bool) -> str:
     return "\n".join(lines)
 
 
+def is_huggingface(source: Source) -> bool:
+    """True for a folder as transformers has it."""
+    return (Path(source.path) / "config.json").is_file()
+
+
 def report_differences(first: Source, second: Source) -> int:
     """Print every parameter that differs; returns how many."""
     found = list(audit.differences(first, second))
@@ -66,6 +71,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         sources = [open_source(path, args.step) for path in (args.checkpoint, args.other) if path]
+        if len({is_huggingface(source) for source in sources}) == 2:
+            raise ConfigError("only one of the two has HuggingFace's names; compare them with scripts/compare_hf.py")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if "damaged" not in str(error) and "not whole" not in str(error) else 1

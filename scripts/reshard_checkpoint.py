@@ -68,6 +68,8 @@ def main() -> int:
         source = open_source(args.checkpoint, args.step)
         if not isinstance(source, Checkpoint):
             raise ConfigError(f"{args.checkpoint}: holds whole weights, there is nothing to reshard")
+        if args.output.resolve() == source.path.resolve().parent:
+            raise ConfigError(f"{args.output}: holds the checkpoint that is read; give another folder")
         ranks = target(args.like, source)
         reshard(source, ranks, args.output)
     except UserError as error:

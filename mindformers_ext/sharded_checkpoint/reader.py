@@ -265,8 +265,9 @@ def open_source(location: str | Path | None, step: str | None = None) -> Source:
         return Checkpoint(folder)
     if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors"))):
         return PlainFiles(path)
+    hint = f"; did you mean {str(path / 'checkpoint')!r}?" if (path / "checkpoint" / LATEST).exists() else ""
     raise ConfigError(
-        f"load_checkpoint is {str(location)!r}, which holds no checkpoint: neither {LATEST} nor a folder step_N"
+        f"load_checkpoint is {str(location)!r}, which holds no checkpoint: neither {LATEST} nor a folder step_N{hint}"
     )
 
 

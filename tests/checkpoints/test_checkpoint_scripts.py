@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.layouts import LAYOUTS, Degrees, compiled, save, values
+from safetensors.numpy import save_file
 
 from mindformers_ext.sharded_checkpoint.audit import Difference, differences, rows, verify_all
 from mindformers_ext.sharded_checkpoint.reader import open_source
@@ -82,8 +83,11 @@ def test_differences_of_names_shapes_and_types() -> None:
 
 
 def test_inspect_refuses(saved, tmp_path) -> None:
+    result = call("inspect_checkpoint.py", saved)
+    assert result.returncode == 2 and "holds no checkpoint" in result.stderr and "did you mean" not in result.stderr
+    save(tmp_path / "checkpoint", Degrees())
     result = call("inspect_checkpoint.py", tmp_path)
-    assert result.returncode == 2 and "holds no checkpoint" in result.stderr
+    assert result.returncode == 2 and f"did you mean '{tmp_path / 'checkpoint'}'?" in result.stderr
     save(tmp_path, Degrees())
     path = tmp_path / "step_000007/rank_0000.safetensors"
     content = bytearray(path.read_bytes())
@@ -92,6 +96,19 @@ def test_inspect_refuses(saved, tmp_path) -> None:
     result = call("inspect_checkpoint.py", tmp_path)
     assert result.returncode == 1
     assert "error: " in result.stderr and "damaged: 'adam_v.layers.3.experts.down_proj' in rank_0000" in result.stderr
+
+
+def test_huggingface_folders_are_not_compared_by_our_names(saved, tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"model.embed_tokens.weight": np.ones((2, 2), np.float32)}, tmp_path / "model.safetensors")
+    result = call("inspect_checkpoint.py", saved / "first", tmp_path)
+    assert result.returncode == 2 and "compare them with scripts/compare_hf.py" in result.stderr
+    assert call("inspect_checkpoint.py", tmp_path, tmp_path).returncode == 0
+
+
+def test_reshard_does_not_write_over_what_it_reads(saved) -> None:
+    result = call("reshard_checkpoint.py", saved / "first", saved / "first")
+    assert result.returncode == 2 and "holds the checkpoint that is read; give another folder" in result.stderr
 
 
 def same_values(root: Path) -> bool:

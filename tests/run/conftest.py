@@ -10,13 +10,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = Path(__file__).resolve().parent / "toy"
+WITHOUT_TORCH = Path(__file__).resolve().parent / "without_torch"
+
+
+def run_environment() -> dict[str, str]:
+    """Of a run: one thread, this Python first in PATH, no torch."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    folders = os.pathsep.join([str(WITHOUT_TORCH), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return dict(os.environ, PATH=path, PYTHONPATH=folders, OMP_NUM_THREADS="1", GLOG_v="3")
 
 
 def run_command(arguments: list[str], folder: Path, timeout: int = 240) -> subprocess.CompletedProcess:
-    """Run a command in a folder, on one thread, with this Python first in PATH."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = dict(os.environ, PATH=path, OMP_NUM_THREADS="1", GLOG_v="3")
-    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    """Run a command in a folder, in `run_environment`."""
+    return subprocess.run(arguments, cwd=folder, env=run_environment(), capture_output=True, text=True, timeout=timeout)
 
 
 def run_mindformer(folder: Path, *arguments: str, config: Path = TOY / "train_toy.yaml") -> subprocess.CompletedProcess:

@@ -67,9 +67,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_fine_tuning_learns_from_conversations_and_keeps_the_balance(folder):
     """The loss falls, all weights move, MTP's too, and only the routers' biases stay (facts 4)."""
-    python(folder, *command("finetune_deepseek3_tiny.yaml", "--lr_schedule.warmup_steps", "1"))
+    fast = ["--lr_schedule.warmup_steps", "1", "--lr_schedule.learning_rate", "2.0e-3"]  # to learn in 8 steps
+    python(folder, *command("finetune_deepseek3_tiny.yaml", *fast))
     losses = [record["loss"] for record in metrics(folder / "output_finetune")]
-    assert len(losses) == 8 and losses[-1] < losses[0] - 0.02
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.2
     before, after = open_source(folder / "output/checkpoint"), open_source(folder / "output_finetune/checkpoint")
     assert np.array_equal(before.read(BIAS)[:], after.read(BIAS)[:]) and np.any(before.read(BIAS)[:])
     for name in ("model.layers.0.self_attn.o_proj.weight", "mtp.0.layer.mlp.experts.down_proj"):
