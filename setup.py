@@ -48,11 +48,11 @@ def custom_operator(name: str, sources: list[str], depends: list[str]) -> Extens
     )
 
 
-def cpu_kernels() -> Extension:
+def cpu_kernels(name: str, *options: str) -> Extension:
     """The CPU kernels of the fused operators: vector code, and OpenBLAS for the matrix products."""
     folder = Path("mindformers_ext/cpu_kernels")
     extension = custom_operator(
-        "mindformers_ext.cpu_kernels._kernels",
+        f"mindformers_ext.cpu_kernels.{name}",
         sorted(map(str, folder.glob("*.cc"))),
         sorted(map(str, folder.glob("*.h"))),
     )
@@ -61,10 +61,18 @@ def cpu_kernels() -> Extension:
     extension.library_dirs.append(str(openblas / "lib"))
     extension.libraries.append("scipy_openblas")
     extension.extra_link_args += [f"-Wl,-rpath,{openblas / 'lib'}", "-pthread"]
-    extension.extra_compile_args += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-    if platform.machine() == "x86_64":
-        extension.extra_compile_args.append("-march=x86-64-v3")  # AVX2 and FMA: any x86 since 2013-2015
+    extension.extra_compile_args += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *options]
     return extension
+
+
+def cpu_kernel_builds() -> list[Extension]:
+    """The kernels once for every kind of CPU; mindformers_ext/cpu_kernels/library.py takes the best that runs."""
+    if platform.machine() != "x86_64":
+        return [cpu_kernels("_kernels")]
+    return [
+        cpu_kernels("_kernels", "-march=x86-64-v3"),  # AVX2 and FMA: any x86 since 2013-2015
+        cpu_kernels("_kernels_avx512", "-march=x86-64-v4", "-mprefer-vector-width=512"),
+    ]
 
 
 CPU_PARALLEL = "mindformers_ext/cpu_parallel"
@@ -77,7 +85,7 @@ setup(
             [f"{CPU_PARALLEL}/{name}.cc" for name in ("shared_job", "collectives", "collective_op")],
             [f"{CPU_PARALLEL}/{name}.h" for name in ("shared_job", "reduce", "collectives")],
         ),
-        cpu_kernels(),
+        *cpu_kernel_builds(),
         Pybind11Extension(
             "mindformers_ext.bin_dataset._index_builder",
             ["mindformers_ext/bin_dataset/index_builder.cc"],

@@ -311,6 +311,20 @@ def core_attention(config, scale: float) -> nn.Cell:
     return FlashAttention(config, scale) if fused(config.use_flash_attention) else BasicAttention(config, scale)
 
 
+def latent_attention(config, scale: float) -> nn.Cell | None:
+    """Cell that makes MLA's context from its projections in one operator (see cells.LatentAttention).
+
+    None where heads, rotation and attention are operators of their own.
+    """
+    at_once = config.use_flash_attention and config.use_fused_rope and config.rotary_dtype == "float32"
+    return cells.LatentAttention(config.num_heads, scale) if on_cpu(at_once) else None
+
+
+def split_columns(width: int) -> nn.Cell:
+    """Cell x (T, D) -> its first `width` columns and the rest."""
+    return cells.SplitColumns(width)
+
+
 def activation_type(config):
     """Type of values between operators: compute_dtype; on CPU, which cannot cut, add or repeat bfloat16, float32.
 
@@ -348,6 +362,14 @@ def rotary(config) -> nn.Cell:
 def swiglu(config) -> nn.Cell:
     """Cell (gate, up) -> silu(gate) * up."""
     return cells.SwiGlu() if on_cpu(config.use_fused_swiglu) else BasicSwiGlu()
+
+
+def feed_forward(config) -> nn.Cell | None:
+    """Cell (x (T, H), gate (F, H), up (F, H), down (H, F)) -> down(silu(gate x) * up x), (T, H), in one operator.
+
+    None where products and activation are operators of their own.
+    """
+    return cells.FeedForward() if on_cpu(config.use_fused_swiglu) else None
 
 
 def matrix_product():

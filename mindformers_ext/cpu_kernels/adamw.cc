@@ -53,7 +53,7 @@ void global_norm(const Call& call) {
 }
 
 struct Rule {
-  float beta1, beta2, eps, step_size, correction2, factor;
+  float beta1, beta2, eps, step_size, scale2, factor;  // scale2 = 1 / (1 - b2^t)
 };
 
 void update(float* p, float* m, float* v, const float* g, float keep, const Rule& rule, int64_t count) {
@@ -62,7 +62,7 @@ void update(float* p, float* m, float* v, const float* g, float keep, const Rule
     const float grad = g[i] * rule.factor;
     m[i] = m[i] * rule.beta1 + grad * (1.0f - rule.beta1);
     v[i] = v[i] * rule.beta2 + grad * grad * (1.0f - rule.beta2);
-    p[i] = p[i] * keep - rule.step_size * m[i] / (std::sqrt(v[i] / rule.correction2) + rule.eps);
+    p[i] = p[i] * keep - rule.step_size * m[i] / (std::sqrt(v[i] * rule.scale2) + rule.eps);
   }
 }
 
@@ -83,7 +83,7 @@ void adamw(const Call& call) {
                      static_cast<float>(beta2),
                      static_cast<float>(call.number("eps")),
                      static_cast<float>(rate / (1 - std::pow(beta1, *step))),
-                     static_cast<float>(1 - std::pow(beta2, *step)),
+                     static_cast<float>(1 / (1 - std::pow(beta2, *step))),
                      factor};
   const std::vector<Piece> pieces = pieces_of(call, 4, tensors);
   parallel(pieces.size(), [&](int64_t task) {

@@ -75,6 +75,62 @@ class FlashAttention(nn.Cell):
         return self.masked(query, key, value, mask)[0]
 
 
+class LatentAttention(nn.Cell):
+    """Causal or masked attention of MLA from its projections to the context, heads, rotation and shared key included.
+
+    (T, N*Dv) <- query (T, N*(nope+rope)), kv (T, N*(nope+Dv)): each head's key and value side by side, k_pe (T, rope),
+    cos, sin (1 or B, 1, S, rope) float32 without gradient, mask None (causal) or uint8 (1 or B, 1, S, S), 1 may not be
+    attended. T = B*S. As arXiv 2405.04434, eq. 10-19.
+    """
+
+    def __init__(self, heads: int, scale: float):
+        super().__init__()
+        self.causal = self._operator(heads, scale, masked=False)
+        self.masked = self._operator(heads, scale, masked=True)
+
+    @staticmethod
+    def _operator(heads: int, scale: float, masked: bool) -> ops.Custom:
+        rule = dict(heads=heads, scale=scale)
+        grad = custom(
+            "LatentAttentionGrad", lambda d, q, kv, pe, *_: (q, kv, pe), lambda d, q, kv, pe, *_: (q, kv, pe), **rule
+        )
+
+        def causal_bprop(query, kv, k_pe, cos, sin, out, dout):
+            gradients = grad(dout[0], query, kv, k_pe, cos, sin, out[0], out[1])
+            return (*gradients, ops.zeros_like(cos), ops.zeros_like(sin))
+
+        def masked_bprop(query, kv, k_pe, cos, sin, mask, out, dout):
+            gradients = grad(dout[0], query, kv, k_pe, cos, sin, out[0], out[1], mask)
+            return (*gradients, ops.zeros_like(cos), ops.zeros_like(sin), ops.zeros_like(mask))
+
+        def shapes(q, kv, pe, cos, *_):
+            return (q[0], kv[1] - q[1] + heads * pe[1]), (q[0] // cos[2], heads, cos[2])
+
+        bprop = masked_bprop if masked else causal_bprop
+        return custom("LatentAttention", shapes, lambda q, *_: (q, mstype.float32), bprop, **rule)
+
+    def construct(self, query, kv, k_pe, cos, sin, mask):
+        if mask is None:
+            return self.causal(query, kv, k_pe, cos, sin)[0]
+        return self.masked(query, kv, k_pe, cos, sin, mask)[0]
+
+
+class SplitColumns(nn.Cell):
+    """The first `width` columns of x (T, D) and the rest, (T, width) and (T, D - width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        join = custom("JoinColumns", lambda a, b: (a[0], a[1] + b[1]), lambda a, b: a)
+
+        def bprop(x, out, dout):
+            return (join(dout[0], dout[1]),)
+
+        self.split = custom("SplitColumns", lambda x: ((x[0], width), (x[0], x[1] - width)), lambda x: (x, x), bprop)
+
+    def construct(self, x):
+        return self.split(x)
+
+
 class Rotary(nn.Cell):
     """Turn each pair (x_2i, x_2i+1) of x (B, N, S, D) by its angle; cos, sin (1 or B, 1, S, D) get no gradient."""
 
@@ -121,6 +177,30 @@ class SwiGluHalves(nn.Cell):
 
     def construct(self, x):
         return self.swiglu(x)
+
+
+class FeedForward(nn.Cell):
+    """down(silu(gate(x)) * up(x)) in one operator: (T, H) <- x (T, H), gate (F, H), up (F, H), down (H, F).
+
+    What lies between the products stays float32, whatever the type of the inputs.
+    """
+
+    def __init__(self):
+        super().__init__()
+        grad = custom("FeedForwardGrad", lambda d, x, g, u, v, h: (x, g, u, v), lambda d, x, g, u, v, h: (x, g, u, v))
+
+        def bprop(x, gate, up, down, out, dout):
+            return grad(dout[0], x, gate, up, down, out[1])
+
+        self.feed_forward = custom(
+            "FeedForward",
+            lambda x, g, u, v: (x, (x[0], 2 * g[0])),
+            lambda x, g, u, v: (x, mstype.float32),
+            bprop,
+        )
+
+    def construct(self, x, gate, up, down):
+        return self.feed_forward(x, gate, up, down)[0]
 
 
 class Permute(nn.Cell):

@@ -28,18 +28,23 @@ inline ExpertRows sort_by_expert(const std::vector<int32_t>& ids, int64_t expert
   return rows;
 }
 
-// Blocks of at most `size` rows of one expert each.
+// Rows of one expert.
 struct RowBlock {
   int64_t expert, begin, end;
 };
 
+// The rows of each expert in equal blocks of at most `size`, the longest first: what is done last should be short.
 inline std::vector<RowBlock> row_blocks(const std::vector<int64_t>& first_row, int64_t size) {
   std::vector<RowBlock> blocks;
   for (size_t e = 0; e + 1 < first_row.size(); ++e) {
-    for (int64_t row = first_row[e]; row < first_row[e + 1]; row += size) {
-      blocks.push_back({static_cast<int64_t>(e), row, std::min(first_row[e + 1], row + size)});
+    const int64_t rows = first_row[e + 1] - first_row[e], parts = blocks_of(rows, size);
+    for (int64_t i = 0; i < parts; ++i) {
+      blocks.push_back({static_cast<int64_t>(e), first_row[e] + rows * i / parts, first_row[e] + rows * (i + 1) / parts});
     }
   }
+  std::stable_sort(blocks.begin(), blocks.end(), [](const RowBlock& a, const RowBlock& b) {
+    return a.end - a.begin > b.end - b.begin;
+  });
   return blocks;
 }
 

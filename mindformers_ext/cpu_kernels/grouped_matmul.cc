@@ -6,7 +6,7 @@
 namespace cpu_kernels {
 namespace {
 
-constexpr int64_t kRows = 128;     // of a task
+constexpr int64_t kRows = 256;     // of a task
 constexpr int64_t kColumns = 512;  // of a task's part of dW
 
 // Where groups begin, from their ends (cumulative row counts).

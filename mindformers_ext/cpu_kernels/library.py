@@ -14,10 +14,23 @@ from pathlib import Path
 import mindspore as ms
 from mindspore import ops
 
+AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}  # what -march=x86-64-v4 needs
 
+
+def has_avx512() -> bool:
+    """True when this CPU runs the build with 512-bit vectors."""
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text().partition("flags")[2].partition("\n")[0] if cpu.exists() else ""
+    return set(flags.split()) >= AVX512
+
+
+@functools.cache
 def library_path() -> Path:
-    """Path of the shared library; raises ImportError when the project was installed without its extensions."""
-    path = Path(__file__).with_name("_kernels" + sysconfig.get_config_var("EXT_SUFFIX"))
+    """Path of the build for this CPU; raises ImportError when the project was installed without its extensions."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    path, best = (Path(__file__).with_name(name + suffix) for name in ("_kernels", "_kernels_avx512"))
+    if best.exists() and has_avx512():
+        return best
     if not path.exists():
         raise ImportError(
             f"{path} is missing: install MindSpore and scipy-openblas32, then this project with "

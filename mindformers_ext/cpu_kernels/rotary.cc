@@ -1,6 +1,7 @@
-// Interleaved rotary embedding: each pair (a, b) = (x_2i, x_2i+1) is turned by its angle,
-//   y_2i = a cos - b sin,  y_2i+1 = b cos + a sin.
-// The backward turns by the opposite angle, so one kernel serves both.
+// Rotary embedding of heads; the mathematics stand in rotary.h. The backward turns by the opposite angle, so one kernel
+// serves both.
+#include "rotary.h"
+
 #include "kernel.h"
 
 namespace cpu_kernels {
@@ -20,13 +21,7 @@ void rotary(const Call& call) {
   parallel_ranges(call[0].rows(), kRows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t place = i % length + (per_sequence ? i / (heads * length) * length : 0);
-      const float *row = x + i * width, *c = cos + place * width, *s = sin + place * width;
-      float* out = y + i * width;
-      for (int64_t j = 0; j < width; j += 2) {
-        const float a = row[j], b = row[j + 1], turn = direction * s[j];
-        out[j] = a * c[j] - b * turn;
-        out[j + 1] = b * c[j] + a * turn;
-      }
+      turn_row(x + i * width, cos + place * width, sin + place * width, direction, width, y + i * width);
     }
   });
   y.store();

@@ -12,7 +12,7 @@
 namespace cpu_kernels {
 namespace {
 
-constexpr int64_t kRows = 128;     // of a block of one expert
+constexpr int64_t kRows = 256;     // of a block of one expert
 constexpr int64_t kColumns = 256;  // of H in a task that sums weight gradients
 constexpr int64_t kTokens = 64;
 
@@ -80,7 +80,7 @@ void weight_gradients(const Sizes& s, const ExpertRows& sorted, const float* tok
   parallel(s.experts * parts, [&](int64_t task) {
     const int64_t e = task / parts, column = task % parts * kColumns;
     const int64_t width = std::min(kColumns, s.hidden - column), first = sorted.first_row[e];
-    const int64_t last = sorted.first_row[e + 1], block = 2 * kRows;
+    const int64_t last = sorted.first_row[e + 1], block = kRows;
     const Scratch own(block * width);
     float* out = gradient + e * s.hidden * f + (tokens_first ? column * f : column);
     const int64_t stride = tokens_first ? f : s.hidden;

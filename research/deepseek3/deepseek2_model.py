@@ -24,11 +24,14 @@ from mindformers_ext.fused_ops import (
     activation_type,
     core_attention,
     embedding,
+    feed_forward,
     head_loss,
+    latent_attention,
     matrix_product,
     rms_norm,
     rotary,
     score_mask,
+    split_columns,
     swiglu,
 )
 from mindformers_ext.moe_dispatch import CapacityDispatch, DroplessDispatch
@@ -145,13 +148,18 @@ class RotaryEmbedding(nn.Cell):
     def construct(self, x, position_ids=None):
         """x (B, N, S, D); position_ids (B, S) or None for 0..S-1."""
         y = ops.cast(x, self.rotary_dtype)
+        cos, sin = self.tables(x.shape[2], position_ids)
+        rotary = self.rotary if position_ids is None else self.rotary_at
+        return ops.cast(rotary(y, cos, sin), x.dtype)
+
+    def tables(self, seq, position_ids=None):
+        """cos and sin of the first `seq` positions, (1, 1, S, D), or of each sequence's own, (B, 1, S, D)."""
         if position_ids is None:
-            seq, dim = x.shape[2], x.shape[3]
-            cos, sin = self.cos[:seq].reshape((1, 1, seq, dim)), self.sin[:seq].reshape((1, 1, seq, dim))
-            return ops.cast(self.rotary(y, cos, sin), x.dtype)
-        cos = ops.gather(self.cos, position_ids, 0).expand_dims(1)  # (B, 1, S, D)
-        sin = ops.gather(self.sin, position_ids, 0).expand_dims(1)
-        return ops.cast(self.rotary_at(y, cos, sin), x.dtype)
+            shape = (1, 1, seq, self.cos.shape[1])
+            return self.cos[:seq].reshape(shape), self.sin[:seq].reshape(shape)
+        return ops.gather(self.cos, position_ids, 0).expand_dims(1), ops.gather(self.sin, position_ids, 0).expand_dims(
+            1
+        )
 
 
 class MultiHeadLatentAttention(nn.Cell):
@@ -179,6 +187,9 @@ class MultiHeadLatentAttention(nn.Cell):
         self.key_rotary = RotaryEmbedding(config, "key_rotary")
         self.core_attention = core_attention(config, softmax_scale(config))
         shard(self.core_attention, "core_attention", config)
+        self.attention_at_once, self.split_kv_a = latent_attention(config, softmax_scale(config)), None
+        if self.attention_at_once is not None:
+            self.split_kv_a = split_columns(self.latent)
         self.q_nope, self.q_pe, self.k_nope, self.value = (ops.StridedSlice() for _ in range(4))
         self.compressed_kv, self.k_pe = ops.StridedSlice(), ops.StridedSlice()
         self.to_heads, self.from_heads = ops.Transpose(), ops.Transpose()
@@ -190,8 +201,13 @@ class MultiHeadLatentAttention(nn.Cell):
         """x (T, H) of sequences of `seq` tokens; mask from `score_mask`."""
         query_latent = self.q_a_layernorm(self.q_a_proj(x)) if self.has_q_lora else x
         query = self.q_b_proj(query_latent) if self.has_q_lora else self.q_proj(x)
-        query = self._heads(query, seq)  # (B, N, S, nope + rope)
         kv_a = self.kv_a_proj_with_mqa(x)  # (T, latent + rope)
+        if self.attention_at_once is not None:
+            compressed_kv, k_pe = self.split_kv_a(kv_a)
+            kv = self.kv_b_proj(self.kv_a_layernorm(compressed_kv))
+            cos, sin = self.query_rotary.tables(seq, position_ids)
+            return self.o_proj(self.attention_at_once(query, kv, k_pe, cos, sin, mask))
+        query = self._heads(query, seq)  # (B, N, S, nope + rope)
         compressed_kv = part(self.compressed_kv, kv_a, 0, self.latent)
         kv = self._heads(self.kv_b_proj(self.kv_a_layernorm(compressed_kv)), seq)  # (B, N, S, nope + Dv)
         q_nope = part(self.q_nope, query, 0, self.nope)
@@ -231,8 +247,15 @@ class FeedForward(nn.Cell):
         self.down_proj = projection(config, f"{place}.down_proj", width, config.hidden_size, "row_parallel")
         self.swiglu = swiglu(config)
         shard(self.swiglu, "feed_forward", config)
+        adapted = any(config.lora.has(f"{place}.{name}_proj") for name in ("gate", "up", "down"))
+        self.at_once = None if adapted else feed_forward(config)
 
     def construct(self, x):
+        if self.at_once is not None:
+            dtype = self.gate_proj.compute_dtype
+            gate, up = ops.cast(self.gate_proj.weight, dtype), ops.cast(self.up_proj.weight, dtype)
+            y = self.at_once(ops.cast(x, dtype), gate, up, ops.cast(self.down_proj.weight, dtype))
+            return ops.cast(y, self.down_proj.out_type)
         return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 

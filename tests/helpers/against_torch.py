@@ -65,3 +65,29 @@ def swiglu_experts(x, gates, ids, gate_up, down):
         weight = (gates * (ids == e)).sum(-1, keepdim=True)
         y = y + weight * ((torch.nn.functional.silu(gate) * up) @ down[e])
     return y
+
+
+def attention(query, key, value, mask=None):
+    """torch's attention with scale 0.3, causal where there is no mask; a query without keys gives 0."""
+    scores = query @ key.transpose(-1, -2) * 0.3
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:]).triu(1)
+    return scores.masked_fill(mask.bool(), float("-inf")).softmax(-1).nan_to_num() @ value
+
+
+def latent_attention(heads, query, kv, k_pe, cos, sin, mask=None):
+    """MLA's core, written from the paper."""
+    batch, length, rope = query.shape[0] // cos.shape[2], cos.shape[2], k_pe.shape[1]
+    nope = query.shape[1] // heads - rope
+
+    def by_head(x):
+        return x.unflatten(0, (batch, length)).unflatten(2, (-1, x.shape[1] // heads)).transpose(1, 2)
+
+    def turned(x):
+        return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
+
+    query, kv = by_head(query), by_head(kv)
+    shared = turned(k_pe.reshape(batch, 1, length, rope)).expand(-1, heads, -1, -1)
+    query = torch.cat((query[..., :nope], turned(query[..., nope:])), -1)
+    context = attention(query, torch.cat((kv[..., :nope], shared), -1), kv[..., nope:], mask)
+    return context.transpose(1, 2).reshape(batch * length, -1)

@@ -89,7 +89,8 @@ KERNEL(Rotary) KERNEL(FlashAttention) KERNEL(FlashAttentionGrad) KERNEL(FlashAtt
 KERNEL(AdamW) KERNEL(TokenPermute) KERNEL(TokenPermuteGrad) KERNEL(TokenUnpermute) KERNEL(TokenUnpermuteGrad)
 KERNEL(GroupedMatmul) KERNEL(GroupedMatmulInputGrad) KERNEL(GroupedMatmulWeightGrad) KERNEL(RoutedExperts)
 KERNEL(RoutedExpertsGrad) KERNEL(TopkRouter) KERNEL(TopkRouterGrad) KERNEL(LinearCrossEntropy) KERNEL(Linear)
-KERNEL(LinearGrad) KERNEL(Embedding) KERNEL(EmbeddingGrad)
+KERNEL(LinearGrad) KERNEL(Embedding) KERNEL(EmbeddingGrad) KERNEL(FeedForward) KERNEL(FeedForwardGrad)
+KERNEL(LatentAttention) KERNEL(LatentAttentionGrad) KERNEL(SplitColumns) KERNEL(JoinColumns)
 extern "C" void cpu_kernels_set_threads(int);
 
 template <class... T>
@@ -113,6 +114,11 @@ void dense(int64_t n, int64_t d, const char* t) {
   CALL(Rotary, turn, T({2, 3, n, 2 * d}, t), T({2, 1, n, 2 * d}), T({2, 1, n, 2 * d}), T({2, 3, n, 2 * d}, t));
   CALL(Linear, none, T({n, d}, t), T({7, d}, t), T({n, 7}, t));
   CALL(LinearGrad, none, T({n, 7}, t), T({n, d}, t), T({7, d}, t), T({n, d}, t), T({7, d}, t));
+  CALL(FeedForward, none, T({n, d}, t), T({7, d}, t), T({7, d}, t), T({d, 7}, t), T({n, d}, t), T({n, 14}));
+  CALL(FeedForwardGrad, none, T({n, d}, t), T({n, d}, t), T({7, d}, t), T({7, d}, t), T({d, 7}, t), T({n, 14}),
+       T({n, d}, t), T({7, d}, t), T({7, d}, t), T({d, 7}, t));
+  CALL(SplitColumns, none, T({n, d + 2}, t), T({n, d}, t), T({n, 2}, t));
+  CALL(JoinColumns, none, T({n, d}, t), T({n, 2}, t), T({n, d + 2}, t));
   CALL(Embedding, none, T({9, d}, t), T({n}, "int32", 9), T({n, d}, t));
   CALL(EmbeddingGrad, none, T({n, d}, t), T({n}, "int32", 9), T({9, d}, t), T({9, d}, t));
   CALL(LinearCrossEntropy, none, T({n, d}, t), T({9, d}, t), T({n}, "int32", 9), T({n}), T({1}), T({n, d}, t),
@@ -128,6 +134,12 @@ void attention(int64_t n, int64_t d, const char* t) {
   CALL(FlashAttention, rule, T(q, t), T(q, t), T(v, t), T(v, t), T(l));
   CALL(FlashAttention, rule, T(q, t), T(q, t), T(v, t), T(m, "uint8", 2), T(v, t), T(l));
   CALL(FlashAttentionGrad, rule, T(v, t), T(q, t), T(q, t), T(v, t), T(v, t), T(l), T(q, t), T(q, t), T(v, t));
+  const Values latent = {{"scale", "0.3"}, {"heads", "3"}};
+  const std::vector<int64_t> query = {n, 3 * (d + 4)}, kv = {n, 3 * (d + 5)}, turn = {1, 1, n, 4};
+  const std::vector<int64_t> context = {n, 15}, sums = {1, 3, n}, pe = {n, 4};
+  CALL(LatentAttention, latent, T(query, t), T(kv, t), T(pe, t), T(turn), T(turn), T(context, t), T(sums));
+  CALL(LatentAttentionGrad, latent, T(context, t), T(query, t), T(kv, t), T(pe, t), T(turn), T(turn), T(context, t),
+       T(sums), T(m, "uint8", 2), T(query, t), T(kv, t), T(pe, t));
   CALL(FlashAttentionScore, rule, T(q, t), T(q, t), T(v, t), T({1, 2, n, 8}), T({1, 2, n, 8}), T({1}), T(v, t));
 }
 

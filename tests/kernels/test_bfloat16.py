@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
-from helpers.against_torch import random, run_ours, swiglu_experts
+from helpers.against_torch import attention, latent_attention, random, run_ours, swiglu_experts
 from mindspore import Tensor
 
 from mindformers_ext.cpu_kernels import cells
@@ -15,16 +15,12 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return torch.from_numpy(x).bfloat16().float().numpy()
 
 
-def attention(query, key, value):
-    scores = query @ key.transpose(-1, -2) * 0.3
-    mask = torch.ones(scores.shape[-2:]).triu(1).bool()
-    return scores.masked_fill(mask, float("-inf")).softmax(-1) @ value
-
-
 def flash(query, key, value):
     return cells.FlashAttention(0.3)(query, key, value, None)
 
 
+ANGLES = np.repeat(random(1, 1, 140, 2), 2, -1)
+COS, SIN = np.cos(ANGLES), np.sin(ANGLES)
 IDS = np.random.default_rng(0).integers(0, 4, (37, 2)).astype(np.int32)
 CASES = {
     "linear": (cells.Linear, lambda x, w: x @ w.T, [random(37, 21), random(45, 21, seed=1)], [0, 1]),
@@ -41,6 +37,19 @@ CASES = {
         [0, 1],
     ),
     "attention": (lambda: flash, attention, [random(1, 2, 140, 12, seed=i) for i in range(3)], [0, 1, 2]),
+    "latent_attention": (
+        lambda: lambda q, kv, pe: cells.LatentAttention(2, 0.3)(q, kv, pe, Tensor(COS), Tensor(SIN), None),
+        lambda q, kv, pe: latent_attention(2, q, kv, pe, torch.from_numpy(COS), torch.from_numpy(SIN)),
+        [random(2 * 140, 2 * 12), random(2 * 140, 2 * 17), random(2 * 140, 4)],
+        [0, 1, 2],
+    ),
+    "feed_forward": (
+        cells.FeedForward,
+        lambda x, g, u, d: (torch.nn.functional.silu(x @ g.T) * (x @ u.T)) @ d.T,
+        [random(37, 24), random(13, 24), random(13, 24, seed=1), random(24, 13)],
+        [0, 1, 2, 3],
+    ),
+    "split_columns": (lambda: lambda x: cells.SplitColumns(5)(x)[1], lambda x: x[:, 5:], [random(37, 21)], [0]),
     "experts": (
         cells.RoutedExperts,
         swiglu_experts,

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from helpers.against_torch import compare, random, run_ours
+from helpers.against_torch import attention, compare, latent_attention, random, run_ours
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,13 +50,6 @@ def test_rotary(batch, heads, length, half, per_sequence):
     compare(cells.Rotary(), theirs, [random(batch, heads, length, 2 * half), np.cos(angles), np.sin(angles)], [0])
 
 
-def attention(query, key, value, mask=None):
-    scores = query @ key.transpose(-1, -2) * 0.3
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:]).triu(1)
-    return scores.masked_fill(mask.bool(), float("-inf")).softmax(-1).nan_to_num() @ value
-
-
 def heads(batch, count, length, key_width, value_width):
     shapes = [(batch, count, length, key_width)] * 2 + [(batch, count, length, value_width)]
     return [random(*shape, seed=i) for i, shape in enumerate(shapes)]
@@ -93,6 +86,60 @@ def test_a_query_without_keys_attends_to_nothing():
     mask[0, 0, 2] = 1
     arrays = [*heads(1, 1, 5, 4, 4), mask]
     compare(cells.FlashAttention(0.3), attention, arrays, [2])
+
+
+@few
+@given(
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.sampled_from([1, 7, 130]),
+    st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(1, 20)),
+    st.booleans(),
+    st.booleans(),
+)
+def test_latent_attention(batch, count, length, widths, per_sequence, masked):
+    (nope, half, value), tokens = widths, batch * length
+    angles = np.repeat(random(batch if per_sequence else 1, 1, length, half), 2, -1)
+    arrays = [
+        random(tokens, count * (nope + 2 * half)),
+        random(tokens, count * (nope + value)),
+        random(tokens, 2 * half),
+    ]
+    arrays += [np.cos(angles), np.sin(angles)]
+    if masked:
+        place = np.arange(length)
+        arrays.append((place[None] > place[:, None])[None, None].astype(np.uint8))
+    cell = cells.LatentAttention(count, 0.3)
+    wanted = [0, 1, 2] if length > 1 else [1]  # of one token, the other gradients are nothing but rounding
+    compare(
+        lambda q, kv, pe, c, s, mask=None: cell(q, kv, pe, c, s, mask),
+        lambda *inputs: latent_attention(count, *inputs),
+        arrays,
+        wanted,
+    )
+
+
+@few
+@given(size, size, size)
+def test_split_columns(rows, first, rest):
+    arrays = [random(rows, first + rest)]
+    for part in (0, 1):
+        compare(
+            lambda x, part=part: cells.SplitColumns(first)(x)[part],
+            lambda x, part=part: x.split((first, rest), 1)[part],
+            arrays,
+            [0],
+        )
+
+
+@few
+@given(size, size, size)
+def test_feed_forward(rows, hidden, width):
+    def theirs(x, gate, up, down):
+        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    arrays = [random(rows, hidden), random(width, hidden), random(width, hidden, seed=1), random(hidden, width)]
+    compare(cells.FeedForward(), theirs, arrays, [0, 1, 2, 3])
 
 
 @few

@@ -87,4 +87,15 @@ def test_the_norm_of_many_tensors():
 def test_a_missing_library_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     with pytest.raises(ImportError, match="setup.py build_ext --inplace"):
-        library.library_path()
+        library.library_path.__wrapped__()
+
+
+def test_a_cpu_without_avx512_takes_the_build_that_every_one_runs(monkeypatch):
+    monkeypatch.setattr(library, "has_avx512", lambda: False)
+    path = library.library_path.__wrapped__()
+    assert path.name.startswith("_kernels.")
+    monkeypatch.setattr(library, "library_path", lambda: path)
+    x, weight = (np.random.default_rng(0).standard_normal((37, 24), np.float32) for _ in range(2))
+    norm = cells.RmsNorm(1e-6)(Tensor(x), Tensor(np.ones(24, np.float32))).asnumpy()
+    assert np.allclose(norm, x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6), rtol=1e-5, atol=1e-6)
+    assert np.allclose(cells.Linear()(Tensor(x), Tensor(weight)).asnumpy(), x @ weight.T, rtol=1e-4, atol=1e-5)

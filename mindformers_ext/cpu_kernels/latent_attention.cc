@@ -1,0 +1,150 @@
+// Multi-head latent attention from its projections to the context (arXiv 2405.04434, eq. 10-19), without the tensors
+// that operators for heads, slices, rotation and concatenation would make. With R_t the rotation at position t:
+//   q_tn = [q_tn^nope ; R_t q_tn^pe],  k_tn = [k_tn^nope ; R_t k_t^pe],  k^pe shared by the heads
+//   o_tn = attention of head n (attention.h)
+// Backward: what attention.h gives for q, k and v, turned back; dk_t^pe is the sum over heads.
+#include "attention.h"
+#include "rotary.h"
+#include "vector_math.h"
+
+namespace cpu_kernels {
+namespace {
+
+constexpr int64_t kTokens = 64;  // of a task
+
+struct Sizes {
+  int64_t batch, heads, length, nope, rope, value;
+  int64_t key() const { return nope + rope; }
+  int64_t query_row() const { return heads * key(); }         // floats of a token's queries,
+  int64_t kv_row() const { return heads * (nope + value); }   // keys and values,
+  int64_t out_row() const { return heads * value; }           // and context
+};
+
+Sizes sizes_of(const Call& call, int first) {
+  const int64_t heads = static_cast<int64_t>(call.number("heads")), length = call[first + 3].shape.at(2);
+  const int64_t rope = call[first + 2].columns(), nope = call[first].columns() / heads - rope;
+  return {call[first].rows() / length, heads, length, nope, rope, call[first + 1].columns() / heads - nope};
+}
+
+AttentionRule rule_of(const Call& call, const Sizes& s) {
+  return {s.length, s.length, s.key(), s.value, s.kv_row(), s.out_row(), static_cast<float>(call.number("scale")), 0};
+}
+
+// Where positions are turned to: tables (1 or B, 1, S, rope).
+struct Tables {
+  Input cos, sin;
+  bool per_sequence;
+
+  Tables(const Call& call, int first)
+      : cos(call[first]), sin(call[first + 1]), per_sequence(call[first].shape.at(0) > 1) {}
+
+  void turn(const float* x, const Sizes& s, int64_t sequence, int64_t t, float direction, float* y) const {
+    const int64_t place = ((per_sequence ? sequence * s.length : 0) + t) * s.rope;
+    turn_row(x, cos + place, sin + place, direction, s.rope, y);
+  }
+};
+
+// The queries and keys (S, nope + rope) of head n of a sequence.
+void prepare(const Sizes& s, const Tables& tables, const float* query, const float* kv, const float* k_pe,
+             int64_t sequence, int64_t n, float* q, float* k) {
+  for (int64_t t = 0; t < s.length; ++t, q += s.key(), k += s.key()) {
+    const int64_t token = sequence * s.length + t;
+    const float* own = query + token * s.query_row() + n * s.key();
+    std::copy_n(own, s.nope, q);
+    tables.turn(own + s.nope, s, sequence, t, 1.0f, q + s.nope);
+    std::copy_n(kv + token * s.kv_row() + n * (s.nope + s.value), s.nope, k);
+    tables.turn(k_pe + token * s.rope, s, sequence, t, 1.0f, k + s.nope);
+  }
+}
+
+// The head whose queries and keys are prepared; `mask` is (1 or B, 1, S, S) or null.
+Head head_of(const Sizes& s, const float* q, const float* k, const float* kv, const Tensor* mask, int64_t sequence,
+             int64_t n) {
+  Head head = {q, k, kv + sequence * s.length * s.kv_row() + n * (s.nope + s.value) + s.nope, nullptr};
+  if (mask != nullptr) {
+    check(mask->type == DType::kByte, "the attention mask must be uint8 or bool");
+    head.mask = static_cast<const uint8_t*>(mask->data) + sequence % mask->shape.at(0) * s.length * s.length;
+  }
+  return head;
+}
+
+// Inputs query (T, N*(nope+rope)), kv (T, N*(nope+Dv)), k_pe (T, rope), cos and sin (1 or B, 1, S, rope), each angle
+// twice, and, unless causal, a mask (1 or B, 1, S, S); outputs context (T, N*Dv), L (B, N, S) float32.
+// Attributes heads, scale.
+void latent_attention(const Call& call) {
+  const Sizes s = sizes_of(call, 0);
+  const AttentionRule rule = rule_of(call, s);
+  const Tensor* mask = call.size() == 8 ? &call[5] : nullptr;
+  const Input query(call[0]), kv(call[1]), k_pe(call[2]);
+  const Tables tables(call, 3);
+  Output out(call[call.size() - 2]), log_sum(call[call.size() - 1]);
+  const int64_t count = s.batch * s.heads, size = s.length * s.key(), blocks = blocks_of(s.length, kAttentionBlock);
+  const Scratch q(count * size), k(count * size);
+  parallel(count, [&](int64_t i) {
+    prepare(s, tables, query, kv, k_pe, i / s.heads, i % s.heads, q.get() + i * size, k.get() + i * size);
+  });
+  parallel(count * blocks, [&](int64_t task) {
+    const int64_t i = task / blocks, block = blocks - 1 - task % blocks;  // the longest rows first
+    const int64_t sequence = i / s.heads, n = i % s.heads;
+    attend(rule, head_of(s, q.get() + i * size, k.get() + i * size, kv, mask, sequence, n), block * kAttentionBlock,
+           out + sequence * s.length * s.out_row() + n * s.value, log_sum + i * s.length);
+  });
+  out.store();
+}
+
+// dquery and the keys' part of dkv of one head from dq and dk (S, nope + rope).
+void write_gradients(const Sizes& s, const Tables& tables, const float* dq, const float* dk, int64_t sequence,
+                     int64_t n, float* dquery, float* dkv) {
+  for (int64_t t = 0; t < s.length; ++t, dq += s.key(), dk += s.key()) {
+    const int64_t token = sequence * s.length + t;
+    float* own = dquery + token * s.query_row() + n * s.key();
+    std::copy_n(dq, s.nope, own);
+    tables.turn(dq + s.nope, s, sequence, t, -1.0f, own + s.nope);
+    std::copy_n(dk, s.nope, dkv + token * s.kv_row() + n * (s.nope + s.value));
+  }
+}
+
+// Inputs dcontext, then the forward's first five, context, L and, unless causal, the mask; outputs dquery, dkv, dk_pe.
+void latent_attention_grad(const Call& call) {
+  const Sizes s = sizes_of(call, 1);
+  const AttentionRule rule = rule_of(call, s);
+  const Tensor* mask = call.size() == 12 ? &call[8] : nullptr;
+  const Input dout(call[0]), query(call[1]), kv(call[2]), k_pe(call[3]), out(call[6]), log_sum(call[7]);
+  const Tables tables(call, 4);
+  Output dquery(call[call.size() - 3]), dkv(call[call.size() - 2]), dk_pe(call[call.size() - 1]);
+  const bool exact = call[6].type == DType::kFloat32;
+  const int64_t count = s.batch * s.heads, size = s.length * s.key();
+  const Scratch dk(count * size);
+  parallel(count, [&](int64_t i) {
+    const Scratch own(3 * size);
+    float *q = own.get(), *k = q + size, *dq = k + size, *own_dk = dk.get() + i * size;
+    const int64_t sequence = i / s.heads, n = i % s.heads;
+    const int64_t context = sequence * s.length * s.out_row() + n * s.value;
+    prepare(s, tables, query, kv, k_pe, sequence, n, q, k);
+    attend_grad(rule, head_of(s, q, k, kv, mask, sequence, n), exact ? out + context : nullptr,
+                log_sum + i * s.length, dout + context, dq, own_dk,
+                dkv + sequence * s.length * s.kv_row() + n * (s.nope + s.value) + s.nope);
+    write_gradients(s, tables, dq, own_dk, sequence, n, dquery, dkv);
+  });
+  parallel_ranges(s.batch * s.length, kTokens, [&](int64_t begin, int64_t end) {
+    std::vector<float> sum(s.rope);
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t sequence = token / s.length, t = token % s.length;
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      for (int64_t n = 0; n < s.heads; ++n) {
+        const float* row = dk.get() + ((sequence * s.heads + n) * s.length + t) * s.key();
+        add_scaled(sum.data(), row + s.nope, 1.0f, s.rope);
+      }
+      tables.turn(sum.data(), s, sequence, t, -1.0f, dk_pe + token * s.rope);
+    }
+  });
+  dquery.store();
+  dkv.store();
+  dk_pe.store();
+}
+
+}  // namespace
+}  // namespace cpu_kernels
+
+CPU_KERNEL(LatentAttention, cpu_kernels::latent_attention, "heads", "scale")
+CPU_KERNEL(LatentAttentionGrad, cpu_kernels::latent_attention_grad, "heads", "scale")
