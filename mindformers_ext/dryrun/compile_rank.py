@@ -58,7 +58,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False) -> dict[s
     Keys: rank, device_num, strategies {operator: one list per input}, layouts {parameter: LAYOUT_FIELDS},
     parameters {name: {shape, dtype, bytes}} as stored on this rank (weights, optimizer states, gradient buffers),
     weights (names of those that the optimizer updates), collectives (`mindir.Collective`), flops {model, hardware}
-    per step of this rank, compile_seconds, peak_rss_bytes of this process.
+    per step of this rank as MindSpore counts them, compile_seconds, peak_rss_bytes of this process.
     """
     from mindspore.communication import get_group_size, get_process_group_ranks, get_rank
     from mindspore.graph.api import _cell_graph_executor
@@ -82,7 +82,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False) -> dict[s
         partial.write_bytes(graph)
     rank, device_num = get_rank(), get_group_size()
     parameters = mindir.stored_parameters(model)
-    flops = _cell_graph_executor.flops_collection(phase)
+    _, _, *flops, _ = _cell_graph_executor.flops_collection(phase)  # (whole stage, this rank), then "shapes vary"
     compiled = {
         "rank": rank,
         "device_num": device_num,

@@ -94,7 +94,7 @@ class PlanCost:
     seconds_by_cause: dict[str, float]  # of one step on the slowest stage
     memory_bytes: float  # of the fullest rank
     fits: bool
-    tokens_per_expert_rank: float  # token choices in one step, for each of the ranks that share a set of experts
+    tokens_per_expert_rank: float  # token choices that one rank's experts serve in a step, in each MoE layer
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, ready for JSON."""
@@ -102,6 +102,8 @@ class PlanCost:
         for record, stage in zip(data["stages"], self.stages, strict=True):
             record["memory_bytes"] = stage.memory_bytes
             record["micro_batch_seconds"] = stage.micro_batch_seconds
+            for transfer, source in zip(record["transfers"], stage.transfers, strict=True):
+                transfer["sent_bytes"] = source.wire_bytes
         return data
 
 
@@ -118,6 +120,7 @@ def estimate(plan: RunPlan, profile: DeviceProfile) -> PlanCost:
     per_token = flops.flops_per_token(plan.model, plan.model.seq_length)
     memory = max(s.memory_bytes for s in stages)
     moe = plan.model.moe_config
+    choices = plan.tokens_per_step * moe.num_experts_chosen
     return PlanCost(
         stages=stages,
         parameters=sum(w.size for w in weights),
@@ -129,7 +132,7 @@ def estimate(plan: RunPlan, profile: DeviceProfile) -> PlanCost:
         seconds_by_cause=causes,
         memory_bytes=memory,
         fits=memory <= profile.memory_limit_bytes,
-        tokens_per_expert_rank=plan.tokens_per_step * moe.num_experts_chosen / plan.ep if moe.expert_num > 1 else 0,
+        tokens_per_expert_rank=choices / plan.devices_per_stage if moe.expert_num > 1 else 0,
     )
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -117,19 +118,16 @@ def _compile_one(jobs: RankJobs, rank: int, running: set[subprocess.Popen]) -> R
             start_new_session=True,
         )
         running.add(process)
-        try:
-            code = process.wait(jobs.timeout_seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-            _kill(process)
-            process.wait()
+        timer = threading.Timer(jobs.timeout_seconds, _kill, [process])
+        timer.start()
+        code = process.wait()
+        timer.cancel()
         running.discard(process)
     seconds = time.time() - start
     return _read_result(jobs, rank, code, seconds, folder)
 
 
-def _read_result(jobs: RankJobs, rank: int, code: int | None, seconds: float, folder: Path) -> RankResult:
-    """What a child left in `folder`; `code` is its exit code, None when it took too long."""
+def _read_result(jobs: RankJobs, rank: int, code: int, seconds: float, folder: Path) -> RankResult:
     log = folder / "log.txt"
     text = log.read_text(errors="replace")
     result = RankResult(rank, rank // jobs.devices_per_stage, COMPILED, seconds, str(log))
@@ -142,7 +140,7 @@ def _read_result(jobs: RankJobs, rank: int, code: int | None, seconds: float, fo
         result.status = REFUSED
         result.message = f"{failure['exception']}: {failure['message'].strip().splitlines()[0]}"
         result.source_lines = failure["source_lines"]
-    elif code is None:
+    elif code < 0 and seconds >= jobs.timeout_seconds:
         result.status, result.message = TIMED_OUT, f"no result after {jobs.timeout_seconds:.0f} s"
     elif code < 0:
         name = signal.Signals(-code).name

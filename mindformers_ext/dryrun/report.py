@@ -34,7 +34,8 @@ def make_report(
 ) -> dict[str, Any]:
     """Everything that is known about a plan; `cost` is None and `results` empty when it is illegal."""
     limit = memory_limit(plan, profile)
-    ranks = [rank_record(plan, profile, result) for result in results]
+    ranks = [rank_record(plan, profile, cost, result) for result in results]
+    code = exit_code(violations, cost, results, limit)
     return {
         "config": plan.path,
         "device_num": plan.device_num,
@@ -45,8 +46,29 @@ def make_report(
         "estimate": estimate_record(plan, cost) if cost else None,
         "ranks": ranks,
         "parameter_check": check_parameters(plan, results) if results else None,
-        "exit_code": exit_code(violations, cost, results, limit),
+        "exit_code": code,
+        "verdict": verdict(code, violations, cost, results, limit),
     }
+
+
+def verdict(code: int, violations: list, cost: PlanCost | None, results: list[RankResult], limit: float) -> str:
+    """The exit code in one sentence, with the numbers that decide it."""
+    failed = [f"rank {r.rank} (stage {r.stage}) {r.status}" for r in results if r.status != COMPILED]
+    if code == TOOL_FAILURE:
+        return f"the tool failed: {', '.join(failed)}"
+    if violations:
+        return f"illegal: {len(violations)} of the strategy's rules are broken"
+    if failed:
+        return f"illegal: {', '.join(failed)}"
+    planned = [r for r in results if r.memory]
+    if planned:
+        fullest = max(planned, key=lambda r: r.memory["actual_peak_bytes"])
+        peak, who = fullest.memory["actual_peak_bytes"], f"MindSpore plans for rank {fullest.rank}"
+    elif cost is not None:
+        peak, who = cost.memory_bytes, "estimated for the fullest rank"
+    else:
+        return "compiled"
+    return f"{'fits' if code == FITS else 'does not fit'}: {peak / GIB:.1f} GiB {who}, the limit is {limit / GIB:.1f}"
 
 
 def estimate_record(plan: RunPlan, cost: PlanCost) -> dict[str, Any]:
@@ -68,14 +90,18 @@ def exit_code(violations: list, cost: PlanCost | None, results: list[RankResult]
     return DOES_NOT_FIT if violations or too_large or refused else FITS
 
 
-def rank_record(plan: RunPlan, profile: DeviceProfile, result: RankResult) -> dict[str, Any]:
-    """One compiled rank: its bytes by kind, its collectives, its parameter layouts."""
+def rank_record(plan: RunPlan, profile: DeviceProfile, cost: PlanCost | None, result: RankResult) -> dict[str, Any]:
+    """One compiled rank: its bytes by kind, its collectives, its parameter layouts.
+
+    FLOPs are the model's formula. MindSpore's own count (`compiled.flops`) has no grouped matmul in it and the masked
+    half of attention.
+    """
     record = result.to_json() | {"layers": layer_names(plan, result.stage)}
     if result.status != COMPILED:
         return record
     compiled = result.compiled
     record["bytes"] = bytes_by_kind(compiled)
-    record["flops_per_step"] = compiled["flops"]["model"]
+    record["flops_per_step"] = cost.stages[result.stage].flops_per_step if cost else None
     record["collectives"] = [collective_record(c, profile) for c in compiled["collectives"]]
     record["layouts"] = layout_table(compiled)
     return record

@@ -35,7 +35,7 @@ def test_estimate_writes_a_self_contained_page(dryrun, tmp_path, capsys):
     assert "tokens/s, MFU" in out and "Verdict: fits" in out
     assert sum(s["parameters"] for s in report["estimate"]["stages"]) == report["estimate"]["parameters"]
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     links = [part.split('"')[0] for part in page.split('href="')[1:]]
     assert all(link.startswith("#") for link in links) and "src=" not in page
 

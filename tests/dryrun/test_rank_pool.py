@@ -24,33 +24,29 @@ CHILDREN = {
 }
 
 
-def run_children(out: Path, ranks: list[int], timeout: float = 60) -> list:
+def run_children(out: Path, ranks: list[int]) -> list:
     jobs = RankJobs(
         command=lambda folder: ["-c", CHILDREN[int(folder.name.removeprefix("rank_"))]],
         world_size=1024,
         devices_per_stage=64,
         out=out,
         level=COMPILE,
-        timeout_seconds=timeout,
+        timeout_seconds=5,
     )
     return compile_ranks(jobs, ranks, workers=3)
 
 
 def test_every_failure_is_named_and_the_others_go_on(tmp_path):
-    results = run_children(tmp_path, [0, 64, 128, 256])
-    assert [r.status for r in results] == [COMPILED, KILLED, REFUSED, KILLED]
-    assert [r.stage for r in results] == [0, 1, 2, 4]
-    good, killed, refused, crashed = results
+    results = run_children(tmp_path, list(CHILDREN))
+    assert [r.status for r in results] == [COMPILED, KILLED, REFUSED, TIMED_OUT, KILLED]
+    assert [r.stage for r in results] == [0, 1, 2, 3, 4]
+    good, killed, refused, hung, crashed = results
     assert good.memory == {"actual_peak_bytes": 1024 * 2**20}
     assert "SIGKILL" in killed.message and "out of memory" in killed.message
     assert refused.message == "RuntimeError: MatMul init failed"
     assert refused.compiler_errors == ["MatMul: 3 does not divide 64"]
+    assert "no result after 5 s" in hung.message
     assert "code 3" in crashed.message and "last words" in Path(crashed.log).read_text()
-
-
-def test_a_child_that_hangs_is_ended(tmp_path):
-    (hung,) = run_children(tmp_path, [192], timeout=1)
-    assert (hung.status, hung.message) == (TIMED_OUT, "no result after 1 s")
 
 
 def test_the_report_names_rank_stage_line_and_log(tmp_path):
