@@ -28,6 +28,7 @@ from mindformers_ext.dryrun.transfers import (
     capacity_rows,
     embedding_step,
     gradient_exchange,
+    head_step,
     layer_step,
     mtp_embedding,
     stage_boundary,
@@ -236,7 +237,8 @@ def _step_transfers(plan: RunPlan, stage: int, layers: list[int], recomputed: in
     for i, layer in enumerate(layers):
         for t in layer_step(plan, layer, i < recomputed):
             totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls * micro
-    for t in embedding_step(plan) if stage == 0 else []:
+    ends = (embedding_step(plan) if stage == 0 else []) + (head_step(plan) if stage == plan.pp - 1 else [])
+    for t in ends:
         totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls * micro
     edge = stage_boundary(plan)
     for kind, neighbours in (("Send", (stage < plan.pp - 1, stage > 0)), ("Receive", (stage > 0, stage < plan.pp - 1))):

@@ -52,7 +52,7 @@ def _estimate_section(report: dict[str, Any]) -> list[str]:
     rows = [
         [s["stage"], s["layer_names"], f"{s['parameters']:,}"]
         + [f"{s[f'{k}_bytes'] / GIB:.2f}" for k in HELD]
-        + [f"{s['memory_bytes'] / GIB:.1f}", tera(s["flops_per_step"]), f"{s['micro_batch_seconds'] * 1e3:.0f}"]
+        + [f"{s['memory_bytes'] / GIB:.1f}", tera(s["flops_per_step"]), f"{s['micro_batch_seconds'] * 1e3:.3g}"]
         for s in report["estimate"]["stages"]
     ]
     headers = ["stage", "layers", "parameters", *(f"{k} GiB" for k in HELD), "sum GiB", "TFLOP/step", "ms/micro-batch"]
@@ -171,7 +171,7 @@ def _memory_bars(axes, report: dict[str, Any]) -> None:
 def _time_bars(axes, report: dict[str, Any]) -> None:
     causes = report["estimate"]["seconds_by_cause"]
     bars = axes.barh(list(causes), list(causes.values()))
-    axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+    axes.bar_label(bars, fmt="%.2g", padding=2, fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set(title="One step on the slowest stage, by cause", xlabel="seconds")

@@ -56,13 +56,18 @@ def gib(value: float) -> str:
     return f"{value / GIB:.1f}"
 
 
+def duration(seconds: float) -> str:
+    """'7.74 s' or '13.2 ms'."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
 def stage_table(report: dict[str, Any]) -> str:
     """The estimate, one row a stage."""
     rows = [
         [stage["stage"], stage["layer_names"], f"{stage['parameters'] / 1e9:.2f}"]
         + [gib(stage[f"{k}_bytes"]) for k in HELD]
         + [gib(stage["memory_bytes"]), f"{stage['flops_per_step'] / 1e12:.1f}"]
-        + [f"{stage['micro_batch_seconds'] * 1e3:.0f}"]
+        + [f"{stage['micro_batch_seconds'] * 1e3:.3g}"]
         for stage in report["estimate"]["stages"]
     ]
     return table(STAGE_HEADERS, rows)
@@ -72,7 +77,7 @@ def estimate_text(report: dict[str, Any]) -> str:
     """Time, speed, memory and what bounds them, in a few lines."""
     e = report["estimate"]
     limit = report["memory_limit_bytes"]
-    causes = ", ".join(f"{cause} {seconds:.2f} s" for cause, seconds in e["seconds_by_cause"].items())
+    causes = ", ".join(f"{cause} {duration(seconds)}" for cause, seconds in e["seconds_by_cause"].items())
     experts = (
         f"a rank's experts serve 1/{report['degrees']['ep']} of the token choices of its expert-parallel group when "
         f"routing is balanced: {e['tokens_per_expert_rank']:,.0f} a step in each MoE layer"
@@ -81,7 +86,7 @@ def estimate_text(report: dict[str, Any]) -> str:
     )
     return "\n".join(
         [
-            f"step {e['step_seconds']:.2f} s, {e['tokens_per_s']:,.0f} tokens/s, MFU {e['mfu']:.1%} on "
+            f"step {duration(e['step_seconds'])}, {e['tokens_per_s']:,.0f} tokens/s, MFU {e['mfu']:.1%} on "
             f"{report['assumptions']['name']}; bound by {e['bound']}",
             f"slowest stage: {causes}; pipeline ranks wait {e['bubble']:.1%} of the time",
             f"fullest rank {gib(e['memory_bytes'])} GiB of {gib(limit)}; {experts}",

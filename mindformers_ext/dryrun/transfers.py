@@ -78,6 +78,16 @@ def embedding_step(plan: RunPlan) -> list[Transfer]:
     return [Transfer("tensor parallel", "AllReduce", plan.mp, plan.mp, size, 2 * (1 + model.mtp_depth))]
 
 
+def head_step(plan: RunPlan) -> list[Transfer]:
+    """Hidden states for the output heads, whose rows lie on mp, and their gradient: for the model and MTP."""
+    model = plan.model
+    if plan.mp == 1:
+        return []
+    size = plan.batch_size * model.seq_length / plan.cp * model.hidden_size * DTYPE_BYTES[model.compute_dtype]
+    kinds = ("AllGather", "ReduceScatter") if plan.sequence_parallel else ("AllReduce",)
+    return [Transfer("tensor parallel", kind, plan.mp, plan.mp, size, 1 + model.mtp_depth) for kind in kinds]
+
+
 def _tensor_parallel(plan: RunPlan, layer: int) -> Iterator[Transfer]:
     if plan.mp == 1:
         return

@@ -21,6 +21,7 @@ CHILDREN = {
     ),
     192: "import time; time.sleep(60)",
     256: "print('last words'); raise SystemExit(3)",
+    320: "import json; json.dump({'exception': 'MemoryError', 'message': '', 'source_lines': []}, open('failure.json', 'w'))",
 }
 
 
@@ -38,9 +39,10 @@ def run_children(out: Path, ranks: list[int]) -> list:
 
 def test_every_failure_is_named_and_the_others_go_on(tmp_path):
     results = run_children(tmp_path, list(CHILDREN))
-    assert [r.status for r in results] == [COMPILED, KILLED, REFUSED, TIMED_OUT, KILLED]
-    assert [r.stage for r in results] == [0, 1, 2, 3, 4]
-    good, killed, refused, hung, crashed = results
+    assert [r.status for r in results] == [COMPILED, KILLED, REFUSED, TIMED_OUT, KILLED, KILLED]
+    assert [r.stage for r in results] == [0, 1, 2, 3, 4, 5]
+    good, killed, refused, hung, crashed, starved = results
+    assert starved.message == "MemoryError: ; the machine may be out of memory: use fewer --jobs"
     assert good.memory == {"actual_peak_bytes": 1024 * 2**20}
     assert "SIGKILL" in killed.message and "out of memory" in killed.message
     assert refused.message == "RuntimeError: MatMul init failed"
