@@ -45,8 +45,12 @@ LAYOUT_FIELDS = (
     "pipeline_peer",
     "pipeline_tag",
 )
-# "# In file /path/model.py:123" and Python tracebacks both name the model's lines.
-SOURCE_LINE = re.compile(r"[Ii]n file ([^\s:,]+\.py):(\d+)|File \"([^\"]+\.py)\", line (\d+)")
+# "In file /path/model.py:123, 4~9/    the code/" (or only the place), and Python's tracebacks, name the model's lines;
+# "model.py:71~73" is the function around such a line.
+SOURCE_LINE = re.compile(
+    r"[Ii]n file ([^\s:,]+\.py):(\d+)(?!\d*~)(?:, [\d~]+/\s*(.*?)/\s*$)?|File \"([^\"]+\.py)\", line (\d+)",
+    re.MULTILINE,
+)
 FRAMEWORK_PATH = re.compile(r"/site-packages/|/lib/python3|/mindformers_ext/dryrun/|<")
 
 
@@ -149,9 +153,12 @@ def describe_failure(error: BaseException) -> dict[str, Any]:
     """What went wrong, for the report: exception, message, and the model's own lines, the innermost first."""
     text = str(error)
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [f"{a or c}:{b or d}" for a, b, c, d in SOURCE_LINE.findall(text)]
-    lines += [f"{frame.filename}:{frame.lineno}" for frame in reversed(frames)]
-    own = [line for line in dict.fromkeys(lines) if not FRAMEWORK_PATH.search(line)]
+    found = [(f"{a or c}:{b or d}", code) for a, b, code, c, d in SOURCE_LINE.findall(text)]
+    found += [(f"{frame.filename}:{frame.lineno}", frame.line) for frame in reversed(frames)]
+    places: dict[str, str] = {}
+    for place, code in found:
+        places[place] = places.get(place) or code
+    own = [f"{place}: {code}" if code else place for place, code in places.items() if not FRAMEWORK_PATH.search(place)]
     return {"exception": type(error).__name__, "message": text, "source_lines": own}
 
 

@@ -39,7 +39,7 @@ def render_ranks(report: dict[str, Any]) -> str:
         parts += [failure_text(r) for r in report["ranks"] if r["status"] != COMPILED]
         compiled = [r for r in report["ranks"] if r["status"] == COMPILED]
         parts += [f"Collectives of rank {r['rank']} in a step:\n" + collective_table(r) for r in compiled[:1]]
-        parts.append(parameter_text(report["parameter_check"]))
+        parts += [parameter_text(report["parameter_check"])] if compiled else []
     parts.append(f"Verdict: {report['verdict']}")
     return "\n\n".join(parts)
 
@@ -143,8 +143,8 @@ def failure_text(record: dict[str, Any]) -> str:
         f"rank {record['rank']} (stage {record['stage']}, layers {record['layers']}) {record['status']}: "
         f"{record['message']}"
     ]
-    if record["source_lines"]:
-        lines.append(f"  at {record['source_lines'][0]}")
+    shown = record["source_lines"][:4]  # the operator, and the layers around it
+    lines += [f"  {'called at' if i else 'at'} {line}" for i, line in enumerate(shown)]
     lines += [f"  compiler: {text}" for text in record["compiler_errors"][:3]]
     return "\n".join([*lines, f"  log: {record['log']}"])
 

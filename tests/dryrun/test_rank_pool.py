@@ -21,7 +21,10 @@ CHILDREN = {
     ),
     192: "import time; time.sleep(60)",
     256: "print('last words'); raise SystemExit(3)",
-    320: "import json; json.dump({'exception': 'MemoryError', 'message': '', 'source_lines': []}, open('failure.json', 'w'))",
+    320: (
+        "import json; json.dump({'exception': 'MemoryError', 'message': '', 'source_lines': []},"
+        "open('failure.json', 'w'))"
+    ),
 }
 
 
