@@ -54,7 +54,9 @@ def load_profile(path: str | Path = DEFAULT_PROFILE) -> DeviceProfile:
     for key, value in values.items():
         if key != "name" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
             raise ConfigError(f"{path}: {key} is {value!r}, but must be a number of at least 0")
-    return DeviceProfile(**values, notes=dict(NOTE.findall(Path(path).read_text())))
+    text = Path(path).read_text()
+    head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    return DeviceProfile(**values, notes={"name": head} | dict(NOTE.findall(text)))
 
 
 NOTE = re.compile(r"^(\w+):.*?\s# *(.+)$", re.MULTILINE)

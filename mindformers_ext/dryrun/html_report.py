@@ -21,7 +21,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222; }
 h1 { font-size: 1.4em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ccc; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; } pre { white-space: pre-wrap; }
-th, td { border: 1px solid #ddd; padding: .25em .6em; text-align: right; } th { background: #f2f4f7; }
+th, td { border: 1px solid #ddd; padding: .25em .5em; text-align: right; } th { background: #f2f4f7; }
 .bad { color: #a00; } .good { color: #070; } details { margin: .5em 0; } summary { cursor: pointer; }
 .plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; } svg { width: 100%; height: auto; }
 .notes td:last-child { text-align: left; }
@@ -74,14 +74,22 @@ def _ranks_section(report: dict[str, Any]) -> list[str]:
         return body
     rows = [
         [r["rank"], r["stage"], r["layers"], f"{r['seconds']:.0f}", f"{r['compiled']['peak_rss_bytes'] / GIB:.1f}"]
+        + [f"{r['parameters']:,}"]
         + [f"{r['bytes'][k] / GIB:.2f}" for k in ("weights", "gradients", "optimizer", "other")]
         + planned(r)
         + [tera(r["flops_per_step"]), sum(c["count"] for c in r["collectives"])]
         + [f"{sent / 1e9:.1f}" for sent in sent_bytes(r)]
         for r in compiled
     ]
-    headers = ["rank", "stage", "layers", "seconds", "compiler GiB", "weights GiB", "gradients GiB", "optimizer GiB"]
-    headers += ["other GiB", "planned peak GiB", "without fragments GiB", "TFLOP/step", "collectives/step"]
+    headers = ["rank", "stage", "layers", "seconds", "compiler GiB", "parameters on it", "weights GiB", "gradients GiB"]
+    headers += [
+        "optimizer GiB",
+        "other GiB",
+        "planned peak GiB",
+        "without fragments GiB",
+        "TFLOP/step",
+        "collectives/step",
+    ]
     body.append(_table([*headers, "sent in node GB", "sent across nodes GB"], rows))
     body.append(f"<p>{html.escape(PLAN_NOTE if compiled[0]['memory'] else '')}</p>")
     body.append(f"<p>{html.escape(parameter_text(report['parameter_check']))}</p>")

@@ -101,6 +101,7 @@ def rank_record(plan: RunPlan, profile: DeviceProfile, cost: PlanCost | None, re
         return record
     compiled = result.compiled
     record["bytes"] = bytes_by_kind(compiled)
+    record["parameters"] = sum(prod(compiled["parameters"][name]["shape"]) for name in compiled["weights"])
     record["flops_per_step"] = cost.stages[result.stage].flops_per_step if cost else None
     record["collectives"] = [collective_record(c, profile) for c in compiled["collectives"]]
     record["layouts"] = layout_table(compiled)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mindformers_ext.dryrun import stand_in_cann
+
 CLUSTER = Path(__file__).parent / "runs" / "cluster_671b.yaml"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dryrun.py"
 
@@ -87,3 +89,11 @@ def test_failures_of_the_tool_itself_end_with_2(dryrun, tmp_path, capsys, monkey
     monkeypatch.setitem(dryrun.__globals__, "check_plan", lambda plan: 1 / 0)
     assert dryrun(["--config", str(CLUSTER), "--ranks", "none", "--out", str(tmp_path)]) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_machine_that_cannot_compile_still_gets_the_estimate_and_ends_with_2(dryrun, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stand_in_cann.importlib.metadata, "version", lambda _: "2.7.1")
+    assert dryrun(["--config", str(CLUSTER), "--ranks", "0", "--out", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "tokens/s, MFU" in shown.out
+    assert "MindSpore 2.7.1 is not supported by the dry run: install one of 2.9.0" in shown.err
