@@ -50,8 +50,8 @@ def sweep(
 ) -> tuple[list[Candidate], int]:
     """(legal candidates, those within memory first and the fastest first, and how many combinations were tried).
 
-    The devices and the global batch stay what they are: data_parallel and micro_batch_num follow the other degrees
-    unless they are swept themselves, and per-stage lists that no longer fit pipeline_stage become even.
+    The devices and the global batch stay what they are: data_parallel and the number of micro-batches follow the other
+    degrees unless they are swept themselves, and per-stage lists that no longer fit pipeline_stage become even.
     """
     base = load_plan(config, device_num, overrides)
     legal = []
@@ -78,8 +78,10 @@ def followers(base: RunPlan, plan: RunPlan, axes: dict[str, list[Any]]) -> list[
         dp = plan.device_num // others
         found.append(("parallel_config.data_parallel", dp))
     per_micro_batch = plan.batch_size * dp
-    if "parallel_config.micro_batch_num" not in axes and base.global_batch % per_micro_batch == 0:
-        found.append(("parallel_config.micro_batch_num", base.global_batch // per_micro_batch))
+    # Without a pipeline MindFormers reads another key.
+    micro = "parallel_config.micro_batch_num" if plan.pp > 1 else "runner_config.gradient_accumulation_steps"
+    if micro not in axes and base.global_batch % per_micro_batch == 0:
+        found.append((micro, base.global_batch // per_micro_batch))
     strategy = plan.dataset_strategy
     if isinstance(strategy, list):
         rows = [[dp if row[0] == base.dp else row[0], *row[1:]] for row in strategy]

@@ -13,7 +13,9 @@ from mindformers_ext.dryrun.transfers import Transfer, layer_forward, stage_boun
 from mindformers_ext.errors import ConfigError
 
 CLUSTER = Path(__file__).parent / "runs" / "cluster_671b.yaml"
-PRETRAIN = Path(__file__).parents[2] / "research/deepseek3/deepseek3_671b/pretrain_deepseek3_671b.yaml"
+RUNS = Path(__file__).parents[2] / "research" / "deepseek3"
+PRETRAIN = RUNS / "deepseek3_671b" / "pretrain_deepseek3_671b.yaml"
+LITE = RUNS / "deepseek2_lite" / "pretrain_deepseek2_lite.yaml"
 GIB = 2**30
 
 
@@ -105,6 +107,13 @@ def test_last_stage_moves_what_the_compiler_moves():
         ("AllGather", 64): 313.4,
     }
     assert {key: found[key] for key in compiled} == pytest.approx(compiled, rel=2e-3)
+
+
+@pytest.mark.parametrize(("config", "planned"), [(PRETRAIN, {0: 21259, 1: 47069, 15: 45978}), (LITE, {0: 47821})])
+def test_memory_agrees_with_the_compilers_plan(config, planned):
+    """MiB without fragments that `scripts/dryrun.py --level memory` reported for the first rank of these stages."""
+    stages = estimate(load_plan(config), load_profile()).stages
+    assert {s: stages[s].memory_bytes / 2**20 for s in planned} == pytest.approx(planned, rel=0.1)
 
 
 def test_weights_are_split_as_the_layout_says():

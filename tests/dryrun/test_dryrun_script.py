@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from mindformers_ext.dryrun import stand_in_cann
+from mindformers_ext.dryrun.device_profile import load_profile
+from mindformers_ext.dryrun.sweep import sweep
 
 CLUSTER = Path(__file__).parent / "runs" / "cluster_671b.yaml"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dryrun.py"
@@ -66,6 +68,12 @@ def test_sweep_lists_legal_plans_by_time_within_memory(dryrun, tmp_path, capsys)
         assert chosen["parallel_config.expert_parallel"] in (8, 16, 32)
     order = [(not row["fits"], row["step_seconds"]) for row in rows]
     assert order == sorted(order)
+
+
+def test_sweep_keeps_the_global_batch_without_a_pipeline_too():
+    axes = {"parallel_config.pipeline_stage": [1, 16]}
+    legal, _ = sweep(str(CLUSTER), 1024, [("model.model_config.offset", 0)], axes, load_profile())
+    assert {c.plan.pp: c.plan.global_batch for c in legal} == {1: 512, 16: 512}
 
 
 def test_bad_arguments_are_sentences(dryrun, tmp_path, capsys):
