@@ -45,8 +45,8 @@ def runs(layer_counts: list[int], rank_counts: list[int]) -> Iterator[tuple[str,
         yield "ranks", 4, ranks, layout(4, ranks // 8, 2, 4)
 
 
-def compile_middle(devices: int, overrides: dict[str, str]) -> tuple[float, float, str]:
-    """First rank of the middle stage: seconds of the child process, its peak memory in GiB, the stage's layers."""
+def compile_middle(devices: int, overrides: dict[str, str]) -> tuple[str, float, float, float]:
+    """First rank of the middle stage: its layers; seconds, CPU seconds and peak memory in GiB of its compiler."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "scripts/dryrun.py"), "--config", str(CONFIG), "--out", folder]
         command += ["--device_num", str(devices), "--ranks", str(devices // 2)]
@@ -55,7 +55,8 @@ def compile_middle(devices: int, overrides: dict[str, str]) -> tuple[float, floa
         (rank,) = json.loads((Path(folder) / "report.json").read_text())["ranks"]
     if rank["status"] != "compiled":
         raise SystemExit(f"error: {' '.join(command)} did not compile:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return rank["seconds"], rank["compiled"]["peak_rss_bytes"] / 2**30, rank["layers"]
+    compiled = rank["compiled"]
+    return rank["layers"], rank["seconds"], compiled["cpu_seconds"], compiled["peak_rss_bytes"] / 2**30
 
 
 def main() -> None:
@@ -64,10 +65,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=LAYERS, help="points of the first curve")
     parser.add_argument("--ranks", type=int, nargs="*", default=RANKS, help="points of the second")
     options = parser.parse_args()
-    print(f"{'curve':8}{'layers':>8}{'devices':>9}{'the rank has':>16}{'seconds':>9}{'GiB':>6}", flush=True)
+    print(f"{'curve':8}{'layers':>8}{'devices':>9}{'the rank has':>16}{'seconds':>9}{'CPU s':>7}{'GiB':>6}", flush=True)
     for name, layers, devices, overrides in tqdm([*runs(options.layers, options.ranks)], unit="rank"):
-        seconds, gib, own = compile_middle(devices, overrides)
-        tqdm.write(f"{name:8}{layers:8}{devices:9}{own:>16}{seconds:9.0f}{gib:6.1f}")
+        own, seconds, cpu, gib = compile_middle(devices, overrides)
+        tqdm.write(f"{name:8}{layers:8}{devices:9}{own:>16}{seconds:9.0f}{cpu:7.0f}{gib:6.1f}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False) -> dict[s
     Keys: rank, device_num, strategies {operator: one list per input}, layouts {parameter: LAYOUT_FIELDS},
     parameters {name: {shape, dtype, bytes}} as stored on this rank (weights, optimizer states, gradient buffers),
     weights (names of those that the optimizer updates), collectives (`mindir.Collective`), flops {model, hardware}
-    per step of this rank as MindSpore counts them, compile_seconds, peak_rss_bytes of this process.
+    per step of this rank as MindSpore counts them, compile_seconds, cpu_seconds and peak_rss_bytes of this process.
     """
     from mindspore.communication import get_group_size, get_process_group_ranks, get_rank
     from mindspore.graph.api import _cell_graph_executor
@@ -98,6 +98,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False) -> dict[s
         "collectives": [asdict(c) for c in mindir.collectives(model, rank, device_num)],
         "flops": {"model": flops[0], "hardware": flops[1]},
         "compile_seconds": seconds,
+        "cpu_seconds": time.process_time(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
     write_json(out / "compiled.json", compiled)
