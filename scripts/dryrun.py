@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default=DEFAULT_PROFILE, help="device profile (YAML)")
     parser.add_argument("--register_path", default="research/deepseek3", help="folder of the model's Python files")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds a rank may take")
-    parser.add_argument("--compare", help="another YAML, estimated side by side")
+    parser.add_argument("--compare", help="another YAML, estimated beside --config with its overrides")
     parser.add_argument("--sweep", nargs="+", metavar="KEY=V1,V2", help="try all combinations of these keys")
     parser.add_argument("--verify", type=int, default=0, metavar="K", help="compile the best K of the sweep")
     return parser
