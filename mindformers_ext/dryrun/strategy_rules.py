@@ -6,7 +6,7 @@ that of research/deepseek3/sharding.py: the devices of a stage form a grid (dp, 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from mindformers_ext.dryrun.run_plan import RunPlan
@@ -56,9 +56,12 @@ def device_product(plan: RunPlan) -> Iterator[Violation]:
         return
     rest = plan.cp * plan.mp * plan.pp
     options = {}
-    for key, value in (("data_parallel", plan.dp), ("pipeline_stage", plan.pp), ("model_parallel", plan.mp)):
+    for key, field in (("data_parallel", "dp"), ("pipeline_stage", "pp"), ("model_parallel", "mp")):
+        value = getattr(plan, field)
         if plan.device_num % (product // value) == 0:
-            options[key] = plan.device_num * value // product
+            changed = replace(plan, **{field: plan.device_num * value // product})
+            if not [*stages_within_layers(changed), *widths_over_model_parallel(changed)]:
+                options[key] = getattr(changed, field)
     hint = " or ".join(f"{key}: {value}" for key, value in options.items())
     if not hint:
         below = plan.device_num // rest * rest

@@ -56,7 +56,9 @@ def test_compare_prints_both_sides(dryrun, tmp_path, capsys):
 def test_sweep_lists_legal_plans_by_time_within_memory(dryrun, tmp_path, capsys):
     axes = ["parallel_config.pipeline_stage=8,16,128", "parallel_config.expert_parallel=8,16,24,32"]
     dryrun(["--config", str(CLUSTER), "--device_num", "1024", "--out", str(tmp_path), "--sweep", *axes])
-    assert "12 combinations" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "12 combinations, 6 legal" in shown
+    assert "illegal: pipeline_stage 8, expert_parallel 24: expert_parallel must divide" in shown
     rows = json.loads((tmp_path / "sweep.json").read_text())
     stages = [dict(map(tuple, row["overrides"]))["parallel_config.pipeline_stage"] for row in rows]
     assert set(stages) == {8, 16}, "128 stages have no layer each"
@@ -81,6 +83,8 @@ def test_bad_arguments_are_sentences(dryrun, tmp_path, capsys):
     assert "numbers from 0 to 1023" in capsys.readouterr().err
     assert dryrun(["--config", str(CLUSTER), "--sweep", "pipeline_stage"]) == 1
     assert "write section.key=value" in capsys.readouterr().err
+    assert dryrun(["--config", str(CLUSTER), "--sweep", "parallel_config.expert_paralell=8"]) == 1
+    assert "did you mean parallel_config.expert_parallel?" in capsys.readouterr().err
     assert dryrun(["--config", str(CLUSTER), "--verify", "2"]) == 1
     assert "the best K of --sweep; give both" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
