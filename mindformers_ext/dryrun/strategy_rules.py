@@ -270,7 +270,7 @@ def dataset_strategy(plan: RunPlan) -> Iterator[Violation]:
     if not isinstance(plan.dataset_strategy, list | tuple):
         return
     for index, axes in enumerate(plan.dataset_strategy):
-        if isinstance(axes, list | tuple) and axes and axes[0] != plan.dp:
+        if axes[0] != plan.dp:
             legal = [[plan.dp, *axes[1:]] for axes in plan.dataset_strategy]
             yield Violation(
                 "parallel.dataset_strategy",
