@@ -242,7 +242,7 @@ def recompute_lists(plan: RunPlan) -> Iterator[Violation]:
             yield Violation(
                 f"recompute_config.{key}",
                 f"{key} needs one number of layers per pipeline stage, but has {len(value)} and pipeline_stage is "
-                f"{plan.pp}; nearest legal: numbers up to {held_by_stage}",
+                f"{plan.pp}; nearest legal: a list of {plan.pp} numbers up to {held_by_stage}",
             )
             continue
         for stage, (asked, held) in enumerate(zip(value, held_by_stage, strict=True)):
