@@ -106,7 +106,7 @@ class PlanCost:
             record["memory_bytes"] = stage.memory_bytes
             record["micro_batch_seconds"] = stage.micro_batch_seconds
             for transfer, source in zip(record["transfers"], stage.transfers, strict=True):
-                transfer["sent_bytes"] = source.wire_bytes
+                transfer["sent_bytes"] = source.sent_bytes
         return data
 
 

@@ -128,7 +128,8 @@ def collective_record(collective: dict[str, Any], profile: DeviceProfile) -> dic
     """A compiled collective with its group's size, where it runs, and the bytes a rank sends for it in a step."""
     ranks = collective["ranks"]
     size = collective["bytes"]
-    sent = None if size is None else size * collective["count"] * wire_factor(collective["kind"], len(ranks))
+    factor = 0 if collective["kind"] == "Receive" else wire_factor(collective["kind"], len(ranks))
+    sent = None if size is None else size * collective["count"] * factor
     across = len({r // profile.devices_per_node for r in ranks}) > 1
     kept = {k: collective[k] for k in ("kind", "purpose", "dtype", "bytes", "count")}
     return kept | {"group_size": len(ranks), "across_nodes": across, "sent_bytes": sent}

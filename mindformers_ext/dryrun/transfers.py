@@ -34,8 +34,13 @@ class Transfer:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that one rank sends for all calls, with ring or pairwise algorithms."""
+        """Bytes that one rank sends for all calls, or receives, with ring or pairwise algorithms."""
         return self.calls * self.bytes * wire_factor(self.kind, self.group_size)
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that one rank sends for all calls."""
+        return 0.0 if self.kind == "Receive" else self.wire_bytes
 
     def seconds(self, profile: DeviceProfile) -> float:
         """Time of all calls when nothing hides them."""
