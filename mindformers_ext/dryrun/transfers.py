@@ -64,13 +64,14 @@ def layer_forward(plan: RunPlan, layer: int) -> list[Transfer]:
 def layer_step(plan: RunPlan, layer: int, recomputed: bool) -> list[Transfer]:
     """Collectives of one layer for one micro-batch: forward, backward, and forward again when it is recomputed.
 
-    The backward pass mirrors the forward one; recomputation leaves out what only makes the layer's output.
+    The backward pass mirrors the forward one; recomputation leaves out what only makes the layer's output. Capacity
+    dispatch repeats that too: the gradient of its router needs the experts' rows.
     """
     forward = layer_forward(plan, layer)
     found = forward + [replace(t, kind=MIRRORED.get(t.kind, t.kind)) for t in forward]
     if recomputed:
         last = {t.purpose: t for t in forward}
-        found += [replace(t, calls=t.calls - (t is last[t.purpose])) for t in forward]
+        found += [replace(t, calls=t.calls - (t is last[t.purpose] and t.kind != "AlltoAll")) for t in forward]
     return found
 
 

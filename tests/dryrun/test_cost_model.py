@@ -109,10 +109,27 @@ def test_last_stage_moves_what_the_compiler_moves():
     assert {key: found[key] for key in compiled} == pytest.approx(compiled, rel=2e-3)
 
 
-@pytest.mark.parametrize(("config", "planned"), [(PRETRAIN, {0: 21259, 1: 47069, 15: 45978}), (LITE, {0: 47821})])
-def test_memory_agrees_with_the_compilers_plan(config, planned):
+CAPACITY = [("moe_config.use_gmm", False)]
+
+
+def test_capacity_dispatch_recomputes_both_of_its_exchanges():
+    """MB that rank 64 of the 671B YAML with capacity dispatch sends, as compiled."""
+    transfers = estimate(load_plan(PRETRAIN, None, CAPACITY), load_profile()).stages[1].transfers
+    assert sum(t.sent_bytes for t in transfers if t.kind == "AlltoAll") / 1e6 == pytest.approx(118380, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "planned"),
+    [
+        (PRETRAIN, [], {0: 21259, 1: 47069, 15: 45978}),
+        (PRETRAIN, CAPACITY, {1: 45968, 15: 39711}),
+        (LITE, [], {0: 47821}),
+    ],
+    ids=["dropless", "capacity", "lite"],
+)
+def test_memory_agrees_with_the_compilers_plan(config, overrides, planned):
     """MiB without fragments that `scripts/dryrun.py --level memory` reported for the first rank of these stages."""
-    stages = estimate(load_plan(config), load_profile()).stages
+    stages = estimate(load_plan(config, None, overrides), load_profile()).stages
     assert {s: stages[s].memory_bytes / 2**20 for s in planned} == pytest.approx(planned, rel=0.1)
 
 
