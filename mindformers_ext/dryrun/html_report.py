@@ -99,7 +99,9 @@ def _ranks_section(report: dict[str, Any]) -> list[str]:
         layouts = [list(row.values()) for row in record["layouts"]]
         headers = ["weight", "whole shape", "device matrix", "tensor map", "stored shape"]
         body.append(_details(f"rank {record['rank']}: layout of {len(layouts)} weights", _table(headers, layouts)))
-    body.append("<p>Tensor map: for each dimension the device axis that splits it, counted from the last; -1 for none.")
+    body.append(
+        "<p>Tensor map: for each dimension the device axis that splits it, counted from the last; -1 for none.</p>"
+    )
     return body
 
 
@@ -199,11 +201,7 @@ def _stage_times(axes, report: dict[str, Any]) -> None:
 def _stage_traffic(axes, report: dict[str, Any]) -> None:
     stages = report["estimate"]["stages"]
     x = _stages(axes, report, "Bytes a rank sends in a step, estimated", "GB")
-    purposes = sorted({t["purpose"] for s in stages for t in s["transfers"]})
-    sums = {
-        p: [sum(t["sent_bytes"] for t in s["transfers"] if t["purpose"] == p) / 1e9 for s in stages] for p in purposes
-    }
-    _stacked(axes, x, sums)
+    _stacked(axes, x, _gigabytes("purpose", [s["transfers"] for s in stages]))
     _legend(axes)
 
 

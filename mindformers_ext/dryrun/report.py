@@ -60,15 +60,20 @@ def verdict(code: int, violations: list, cost: PlanCost | None, results: list[Ra
         return f"illegal: {len(violations)} of the strategy's rules are broken"
     if failed:
         return f"illegal: {', '.join(failed)}"
-    planned = [r for r in results if r.memory]
-    if planned:
-        fullest = max(planned, key=lambda r: r.memory["actual_peak_bytes"])
-        peak, who = fullest.memory["actual_peak_bytes"], f"MindSpore plans for rank {fullest.rank}"
-    elif cost is not None:
-        peak, who = cost.memory_bytes, "estimated for the fullest rank"
-    else:
+    peak = fullest(cost, results)
+    if peak is None:
         return "compiled"
-    return f"{'fits' if code == FITS else 'does not fit'}: {peak / GIB:.1f} GiB {who}, the limit is {limit / GIB:.1f}"
+    size, who = peak
+    return f"{'fits' if code == FITS else 'does not fit'}: {size / GIB:.1f} GiB {who}, the limit is {limit / GIB:.1f}"
+
+
+def fullest(cost: PlanCost | None, results: list[RankResult]) -> tuple[float, str] | None:
+    """Most bytes that a rank needs, and who says so: MindSpore's plan, or the estimate for stages that have none."""
+    found = [(r.memory["actual_peak_bytes"], f"MindSpore plans for rank {r.rank}") for r in results if r.memory]
+    planned = {r.stage for r in results if r.memory}
+    stages = [s for s in cost.stages if s.stage not in planned] if cost else []
+    found += [(s.memory_bytes, f"estimated for stage {s.stage}") for s in stages]
+    return max(found, default=None)
 
 
 def estimate_record(plan: RunPlan, cost: PlanCost) -> dict[str, Any]:
@@ -83,9 +88,8 @@ def exit_code(violations: list, cost: PlanCost | None, results: list[RankResult]
     """0 fits, 1 illegal, refused by the compiler or too large, 2 a compiler process failed."""
     if any(r.status not in (COMPILED, REFUSED) for r in results):
         return TOOL_FAILURE
-    planned = [r.memory["actual_peak_bytes"] for r in results if r.memory]
-    # The compiler's plan decides where there is one, else the estimate.
-    too_large = max(planned) > limit if planned else cost is not None and cost.memory_bytes > limit
+    peak = fullest(cost, results)
+    too_large = peak is not None and peak[0] > limit
     refused = any(r.status == REFUSED for r in results)
     return DOES_NOT_FIT if violations or too_large or refused else FITS
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mindformers_ext.dryrun.cost_model import estimate
 from mindformers_ext.dryrun.device_profile import load_profile
 from mindformers_ext.dryrun.rank_pool import COMPILED, KILLED, REFUSED, TIMED_OUT, RankJobs, compile_ranks
 from mindformers_ext.dryrun.report import DOES_NOT_FIT, FITS, TOOL_FAILURE, exit_code, make_report
@@ -68,5 +69,7 @@ def test_exit_codes(tmp_path):
     fitting, refused = run_children(tmp_path, [0, 128])
     assert exit_code([], None, [fitting], limit=2**31) == FITS
     assert exit_code([], None, [fitting], limit=2**29) == DOES_NOT_FIT
+    cost = estimate(load_plan(CLUSTER, 1024), load_profile())
+    assert exit_code([], cost, [fitting], limit=2**31) == DOES_NOT_FIT, "the estimate speaks for the other stages"
     assert exit_code([], None, [refused], limit=2**31) == DOES_NOT_FIT
     assert exit_code(["a violation"], None, [], limit=2**31) == DOES_NOT_FIT
