@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import scipy_openblas32
 
-# Dense bfloat16 TFLOP/s of one Ascend 910B. The vendor sells several bins of it: set device_peak_tflops in the YAML
+# Dense bfloat16 TFLOP/s of one Ascend 910B, as in dryrun/atlas_800t_a2.yaml, which names the sources (376 is the figure
+# for float16). The vendor sells several bins: set device_peak_tflops in the YAML
 # to the figure of your card.
-ASCEND_910B_TFLOPS = 376.0
+ASCEND_910B_TFLOPS = 353.9
 
 
 ROW_MAJOR, NOT_TRANSPOSED = 101, 111  # cblas.h

@@ -96,7 +96,7 @@ class TrainingMetrics(Callback):
     Args:
         output_dir: folder of the files; default the run's output_dir.
         per_print_times: steps between log lines; metrics.jsonl has every step.
-        device_peak_tflops: peak of one device in TFLOP/s; default 376 on Ascend, measured on CPU.
+        device_peak_tflops: peak of one device in TFLOP/s; default 353.9 on Ascend, measured on CPU.
 
     Raises:
         TrainingStopped: the loss is NaN or infinite.

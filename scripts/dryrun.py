@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default=DEFAULT_PROFILE, help="device profile (YAML)")
     parser.add_argument("--register_path", default="research/deepseek3", help="folder of the model's Python files")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds a rank may take")
-    parser.add_argument("--compare", help="another YAML, estimated side by side")
+    parser.add_argument("--compare", help="another YAML, estimated beside --config with its overrides")
     parser.add_argument("--sweep", nargs="+", metavar="KEY=V1,V2", help="try all combinations of these keys")
     parser.add_argument("--verify", type=int, default=0, metavar="K", help="compile the best K of the sweep")
     return parser
@@ -151,15 +151,26 @@ def compare(options, plan: RunPlan, profile: DeviceProfile) -> int:
     costs = [estimate(p, profile) for p in plans]
     degrees = [f"dp{p.dp} cp{p.cp} mp{p.mp} pp{p.pp} ep{p.ep} m{p.micro_batches}" for p in plans]
     rows = [["layout", *degrees]] + [[name, *map(show, costs)] for name, show in COMPARED.items()]
-    print(table(["", *(Path(p.path).name for p in plans)], rows))
+    names = [Path(p.path).name for p in plans]
+    if names[0] == names[1]:
+        names[0] += " + overrides"
+    print(table(["", *names], rows))
     return int(any(c.memory_bytes > memory_limit(p, profile) for p, c in zip(plans, costs, strict=True)))
 
 
 def run_sweep(options, plan: RunPlan, overrides: list[tuple[str, Any]], profile: DeviceProfile, out: Path) -> int:
     """Print the legal combinations, the best first, and compile the best --verify of them."""
-    legal, tried = sweep(options.config, plan.device_num, overrides, parse_axes(options.sweep), profile)
-    print(f"{tried} combinations, {len(legal)} legal, {sum(c.fits for c in legal)} within memory; the fastest first")
-    print(table(SWEEP_HEADERS, [sweep_row(i, c) for i, c in enumerate(legal, 1)]))
+    legal, illegal = sweep(options.config, plan.device_num, overrides, parse_axes(options.sweep, plan), profile)
+    print(
+        f"{len(legal) + len(illegal)} combinations, {len(legal)} legal, {sum(c.fits for c in legal)} within memory; "
+        "those first, and the fastest first"
+    )
+    if legal:
+        print(table(SWEEP_HEADERS, [sweep_row(i, c) for i, c in enumerate(legal, 1)]))
+    for sentence in illegal[:ILLEGAL_SHOWN]:
+        print(f"illegal: {sentence}")
+    if len(illegal) > ILLEGAL_SHOWN:
+        print(f"and {len(illegal) - ILLEGAL_SHOWN} more are illegal")
     write_json(out / "sweep.json", [{"overrides": c.overrides, **c.cost.to_json()} for c in legal])
     codes = [0 if any(c.fits for c in legal) else 1]
     for index, candidate in enumerate(legal[: options.verify], 1):
@@ -169,6 +180,7 @@ def run_sweep(options, plan: RunPlan, overrides: list[tuple[str, Any]], profile:
     return max(codes)
 
 
+ILLEGAL_SHOWN = 5
 SWEEP_HEADERS = [
     "",
     "dp",

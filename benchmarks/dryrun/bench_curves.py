@@ -35,18 +35,18 @@ def layout(layers: int, dp: int, pp: int, ep: int) -> dict[str, str]:
     }
 
 
-def runs() -> Iterator[tuple[str, int, int, dict[str, str]]]:
+def runs(layer_counts: list[int], rank_counts: list[int]) -> Iterator[tuple[str, int, int, dict[str, str]]]:
     """(curve, layers, devices, overrides) of every point."""
-    for layers in LAYERS:
+    for layers in layer_counts:
         stages = -(-layers // LAYERS_PER_STAGE)
         whole = layers == 61  # the YAML as it is
         yield "layers", layers, 64 * stages, {} if whole else layout(layers, 16, stages, 8)
-    for ranks in RANKS:
+    for ranks in rank_counts:
         yield "ranks", 4, ranks, layout(4, ranks // 8, 2, 4)
 
 
-def compile_middle(devices: int, overrides: dict[str, str]) -> tuple[float, float, str]:
-    """First rank of the middle stage: seconds of the child process, its peak memory in GiB, the stage's layers."""
+def compile_middle(devices: int, overrides: dict[str, str]) -> tuple[str, float, float, float]:
+    """First rank of the middle stage: its layers; seconds, CPU seconds and peak memory in GiB of its compiler."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "scripts/dryrun.py"), "--config", str(CONFIG), "--out", folder]
         command += ["--device_num", str(devices), "--ranks", str(devices // 2)]
@@ -55,18 +55,20 @@ def compile_middle(devices: int, overrides: dict[str, str]) -> tuple[float, floa
         (rank,) = json.loads((Path(folder) / "report.json").read_text())["ranks"]
     if rank["status"] != "compiled":
         raise SystemExit(f"error: {' '.join(command)} did not compile:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return rank["seconds"], rank["compiled"]["peak_rss_bytes"] / 2**30, rank["layers"]
+    compiled = rank["compiled"]
+    return rank["layers"], rank["seconds"], compiled["cpu_seconds"], compiled["peak_rss_bytes"] / 2**30
 
 
 def main() -> None:
     """Print a table, a line a point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curve", choices=("layers", "ranks"), help="only one of the two")
-    curve = parser.parse_args().curve
-    print(f"{'curve':8}{'layers':>8}{'devices':>9}{'the rank has':>16}{'seconds':>9}{'GiB':>6}", flush=True)
-    for name, layers, devices, overrides in tqdm([run for run in runs() if curve in (None, run[0])], unit="rank"):
-        seconds, gib, own = compile_middle(devices, overrides)
-        tqdm.write(f"{name:8}{layers:8}{devices:9}{own:>16}{seconds:9.0f}{gib:6.1f}")
+    parser.add_argument("--layers", type=int, nargs="*", default=LAYERS, help="points of the first curve")
+    parser.add_argument("--ranks", type=int, nargs="*", default=RANKS, help="points of the second")
+    options = parser.parse_args()
+    print(f"{'curve':8}{'layers':>8}{'devices':>9}{'the rank has':>16}{'seconds':>9}{'CPU s':>7}{'GiB':>6}", flush=True)
+    for name, layers, devices, overrides in tqdm([*runs(options.layers, options.ranks)], unit="rank"):
+        own, seconds, cpu, gib = compile_middle(devices, overrides)
+        tqdm.write(f"{name:8}{layers:8}{devices:9}{own:>16}{seconds:9.0f}{cpu:7.0f}{gib:6.1f}")
 
 
 if __name__ == "__main__":

@@ -46,8 +46,12 @@ LAYOUT_FIELDS = (
     "pipeline_peer",
     "pipeline_tag",
 )
-# "# In file /path/model.py:123" and Python tracebacks both name the model's lines.
-SOURCE_LINE = re.compile(r"[Ii]n file ([^\s:,]+\.py):(\d+)|File \"([^\"]+\.py)\", line (\d+)")
+# "In file /path/model.py:123, 4~9/    the code/" (or only the place), and Python's tracebacks, name the model's lines;
+# "model.py:71~73" is the function around such a line.
+SOURCE_LINE = re.compile(
+    r"[Ii]n file ([^\s:,]+\.py):(\d+)(?!\d*~)(?:, [\d~]+/\s*(.*?)/\s*$)?|File \"([^\"]+\.py)\", line (\d+)",
+    re.MULTILINE,
+)
 FRAMEWORK_PATH = re.compile(r"/site-packages/|/lib/python3|/mindformers_ext/dryrun/|<")
 
 
@@ -59,7 +63,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False) -> dict[s
     Keys: rank, device_num, strategies {operator: one list per input}, layouts {parameter: LAYOUT_FIELDS},
     parameters {name: {shape, dtype, bytes}} as stored on this rank (weights, optimizer states, gradient buffers),
     weights (names of those that the optimizer updates), collectives (`mindir.Collective`), flops {model, hardware}
-    per step of this rank, compile_seconds, peak_rss_bytes of this process.
+    per step of this rank as MindSpore counts them, compile_seconds, cpu_seconds and peak_rss_bytes of this process.
     """
     from mindspore.communication import get_group_size, get_process_group_ranks, get_rank
     from mindspore.graph.api import _cell_graph_executor
@@ -83,7 +87,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False) -> dict[s
         partial.write_bytes(graph)
     rank, device_num = get_rank(), get_group_size()
     parameters = mindir.stored_parameters(model)
-    flops = _cell_graph_executor.flops_collection(phase)
+    _, _, *flops, _ = _cell_graph_executor.flops_collection(phase)  # (whole stage, this rank), then "shapes vary"
     compiled = {
         "rank": rank,
         "device_num": device_num,
@@ -95,6 +99,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False) -> dict[s
         "collectives": [asdict(c) for c in mindir.collectives(model, rank, device_num)],
         "flops": {"model": flops[0], "hardware": flops[1]},
         "compile_seconds": seconds,
+        "cpu_seconds": time.process_time(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
     write_json(out / "compiled.json", compiled)
@@ -150,9 +155,12 @@ def describe_failure(error: BaseException) -> dict[str, Any]:
     """What went wrong, for the report: exception, message, and the model's own lines, the innermost first."""
     text = str(error)
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [f"{a or c}:{b or d}" for a, b, c, d in SOURCE_LINE.findall(text)]
-    lines += [f"{frame.filename}:{frame.lineno}" for frame in reversed(frames)]
-    own = [line for line in dict.fromkeys(lines) if not FRAMEWORK_PATH.search(line)]
+    found = [(f"{a or c}:{b or d}", code) for a, b, code, c, d in SOURCE_LINE.findall(text)]
+    found += [(f"{frame.filename}:{frame.lineno}", frame.line) for frame in reversed(frames)]
+    places: dict[str, str] = {}
+    for place, code in found:
+        places[place] = places.get(place) or code
+    own = [f"{place}: {code}" if code else place for place, code in places.items() if not FRAMEWORK_PATH.search(place)]
     return {"exception": type(error).__name__, "message": text, "source_lines": own}
 
 

@@ -1,6 +1,7 @@
 """What the cost model assumes about a device and its network: a YAML of stated, replaceable numbers."""
 
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from mindformers_ext.errors import ConfigError
@@ -26,6 +27,7 @@ class DeviceProfile:
     attention_efficiency: float
     network_efficiency: float  # share of the link bandwidth that collectives reach
     gradient_overlap: float  # share of the gradient exchange hidden behind the backward pass
+    notes: dict[str, str] = field(default_factory=dict)  # the YAML's comment on each number
 
     @property
     def memory_limit_bytes(self) -> float:
@@ -45,11 +47,16 @@ def load_profile(path: str | Path = DEFAULT_PROFILE) -> DeviceProfile:
         ConfigError: a key is missing or unknown, or a number is not above 0.
     """
     values = load_yaml(path)
-    known = {f.name for f in fields(DeviceProfile)}
+    known = {f.name for f in fields(DeviceProfile)} - {"notes"}
     for key in sorted(set(values) ^ known):
         what = "is missing" if key in known else f"is unknown; legal keys are {', '.join(sorted(known))}"
         raise ConfigError(f"{path}: {key} {what}")
     for key, value in values.items():
         if key != "name" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
             raise ConfigError(f"{path}: {key} is {value!r}, but must be a number of at least 0")
-    return DeviceProfile(**values)
+    text = Path(path).read_text()
+    head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    return DeviceProfile(**values, notes={"name": head} | dict(NOTE.findall(text)))
+
+
+NOTE = re.compile(r"^(\w+):.*?\s# *(.+)$", re.MULTILINE)

@@ -2,29 +2,39 @@
 
 import html
 import io
+from pathlib import Path
 from typing import Any
 
 from mindformers_ext.dryrun.rank_pool import COMPILED
 from mindformers_ext.dryrun.report import GIB, summed_collectives
-from mindformers_ext.dryrun.terminal_report import HELD, VERDICT, estimate_text, failure_text, parameter_text
+from mindformers_ext.dryrun.terminal_report import (
+    HELD,
+    estimate_text,
+    failure_text,
+    parameter_text,
+    planned,
+    sent_bytes,
+    tera,
+)
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222; }
 h1 { font-size: 1.4em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ccc; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; } pre { white-space: pre-wrap; }
-th, td { border: 1px solid #ddd; padding: .25em .6em; text-align: right; } th { background: #f2f4f7; }
-.bad { color: #a00; } .good { color: #070; } details { margin: .5em 0; } svg { max-width: 100%; height: auto; }
+th, td { border: 1px solid #ddd; padding: .25em .5em; text-align: right; } th { background: #f2f4f7; }
+.bad { color: #a00; } .good { color: #070; } details { margin: .5em 0; } summary { cursor: pointer; }
+.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; } svg { width: 100%; height: auto; }
+.notes td:last-child { text-align: left; }
 """
 
 
 def render_html(report: dict[str, Any]) -> str:
     """The report as an HTML document that needs no other file."""
     good = report["exit_code"] == 0
-    verdict = VERDICT.get(report["exit_code"], "the tool failed")
-    degrees = ", ".join(f"{k} {v}" for k, v in report["degrees"].items())
+    degrees = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in report["degrees"].items())
     body = [
-        f"<h1>Dry run of {html.escape(report['config'])} on {report['device_num']} devices</h1>",
-        f"<p>{degrees}. <b class='{'good' if good else 'bad'}'>Verdict: {verdict}.</b></p>",
+        f"<h1>Dry run of {html.escape(Path(report['config']).name)} on {report['device_num']} devices</h1>",
+        f"<p>{degrees}. <b class='{'good' if good else 'bad'}'>Verdict: {html.escape(report['verdict'])}.</b></p>",
     ]
     if report["violations"]:
         items = "".join(f"<li><code>{v['key']}</code>: {html.escape(v['sentence'])}</li>" for v in report["violations"])
@@ -33,27 +43,24 @@ def render_html(report: dict[str, Any]) -> str:
         body += _estimate_section(report)
     if report["ranks"]:
         body += _ranks_section(report)
-    body.append("<h2>Assumptions</h2>" + _table(["assumption", "value"], report["assumptions"].items()))
+    body.append("<h2>Assumptions</h2>" + _assumptions(report))
     title = f"<title>Dry run, {report['device_num']} devices</title>"
     return f"<!doctype html><meta charset='utf-8'>{title}<style>{STYLE}</style>{''.join(body)}\n"
 
 
 def _estimate_section(report: dict[str, Any]) -> list[str]:
-    estimate = report["estimate"]
     rows = [
         [s["stage"], s["layer_names"], f"{s['parameters']:,}"]
         + [f"{s[f'{k}_bytes'] / GIB:.2f}" for k in HELD]
-        + [
-            f"{s['memory_bytes'] / GIB:.1f}",
-            f"{s['flops_per_step'] / 1e12:.1f}",
-            f"{s['micro_batch_seconds'] * 1e3:.0f}",
-        ]
-        for s in estimate["stages"]
+        + [f"{s['memory_bytes'] / GIB:.1f}", tera(s["flops_per_step"]), f"{s['micro_batch_seconds'] * 1e3:.3g}"]
+        for s in report["estimate"]["stages"]
     ]
     headers = ["stage", "layers", "parameters", *(f"{k} GiB" for k in HELD), "sum GiB", "TFLOP/step", "ms/micro-batch"]
+    plots = [_memory_bars, _time_bars, _stage_times, _stage_traffic]
     return [
         f"<h2>Estimate</h2><pre>{html.escape(estimate_text(report))}</pre>",
-        _plot(_memory_bars, report) + _plot(_time_bars, report) + _plot(_stage_times, report),
+        f"<div class='plots'>{''.join(_plot(draw, report) for draw in plots)}</div>",
+        "<p>Bytes and TFLOP are of one rank, parameters of the whole stage.</p>",
         _table(headers, rows),
     ]
 
@@ -62,24 +69,52 @@ def _ranks_section(report: dict[str, Any]) -> list[str]:
     compiled = [r for r in report["ranks"] if r["status"] == COMPILED]
     failed = [r for r in report["ranks"] if r["status"] != COMPILED]
     body = ["<h2>Compiled ranks</h2>"]
+    body += [f"<pre class='bad'>{html.escape(failure_text(r))}</pre>" for r in failed]
+    if not compiled:
+        return body
     rows = [
         [r["rank"], r["stage"], r["layers"], f"{r['seconds']:.0f}", f"{r['compiled']['peak_rss_bytes'] / GIB:.1f}"]
+        + [f"{r['parameters']:,}"]
         + [f"{r['bytes'][k] / GIB:.2f}" for k in ("weights", "gradients", "optimizer", "other")]
-        + [f"{r['memory']['actual_peak_bytes'] / GIB:.1f}" if r["memory"] else "-", f"{r['flops_per_step'] / 1e12:.1f}"]
+        + planned(r)
+        + [tera(r["flops_per_step"]), sum(c["count"] for c in r["collectives"])]
+        + [f"{sent / 1e9:.1f}" for sent in sent_bytes(r)]
         for r in compiled
     ]
-    headers = ["rank", "stage", "layers", "seconds", "compiler GiB", "weights GiB", "gradients GiB", "optimizer GiB"]
-    body.append(_table([*headers, "other GiB", "planned peak GiB", "TFLOP/step"], rows))
-    body += [f"<pre class='bad'>{html.escape(failure_text(r))}</pre>" for r in failed]
+    headers = ["rank", "stage", "layers", "seconds", "compiler GiB", "parameters on it", "weights GiB", "gradients GiB"]
+    headers += [
+        "optimizer GiB",
+        "other GiB",
+        "planned peak GiB",
+        "without fragments GiB",
+        "TFLOP/step",
+        "collectives/step",
+    ]
+    body.append(_table([*headers, "sent in node GB", "sent across nodes GB"], rows))
+    body.append(f"<p>{html.escape(PLAN_NOTE if compiled[0]['memory'] else '')}</p>")
     body.append(f"<p>{html.escape(parameter_text(report['parameter_check']))}</p>")
-    if compiled:
-        body.append("<h2>Collectives in a step</h2>" + _plot(_collective_bars, compiled))
+    body.append(f"<h2>Collectives in a step</h2><div class='plots'>{_plot(_collective_bars, compiled)}</div>")
     for record in compiled:
         body.append(_details(f"rank {record['rank']}: collectives", _collectives(record)))
         layouts = [list(row.values()) for row in record["layouts"]]
         headers = ["weight", "whole shape", "device matrix", "tensor map", "stored shape"]
         body.append(_details(f"rank {record['rank']}: layout of {len(layouts)} weights", _table(headers, layouts)))
+    body.append(
+        "<p>Tensor map: for each dimension the device axis that splits it, counted from the last; -1 for none.</p>"
+    )
     return body
+
+
+PLAN_NOTE = (
+    "The planned peak is what MindSpore's memory pool takes, fragments included; a card whose driver maps virtual "
+    "memory (24.0 or newer) has fewer of them."
+)
+
+
+def _assumptions(report: dict[str, Any]) -> str:
+    notes = report["assumptions"]["notes"]
+    rows = [(key, value, notes.get(key, "")) for key, value in report["assumptions"].items() if key != "notes"]
+    return f"<div class='notes'>{_table(['name', 'value', 'where from'], rows)}</div>"
 
 
 def _collectives(record: dict[str, Any]) -> str:
@@ -105,7 +140,7 @@ def _plot(draw, data) -> str:
     """An SVG element of what `draw(axes, data)` draws."""
     from matplotlib.figure import Figure  # takes seconds to import: an illegal plan has nothing to plot
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     draw(figure.subplots(), data)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
@@ -113,42 +148,75 @@ def _plot(draw, data) -> str:
     return text[text.index("<svg") :]
 
 
+def _stacked(axes, x: list, parts: dict[str, list[float]]) -> None:
+    """Bars of several parts each, with a legend beside them."""
+    bottom = [0.0] * len(x)
+    for label, heights in parts.items():
+        axes.bar(x, heights, bottom=bottom, label=label)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+
+
+def _legend(axes) -> None:
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _stages(axes, report: dict[str, Any], title: str, unit: str) -> list[int]:
+    """Numbers of the stages, after naming the axes of a plot over them."""
+    numbers = [s["stage"] for s in report["estimate"]["stages"]]
+    axes.set(title=title, xlabel="stage", ylabel=unit, xticks=numbers[:: -(-len(numbers) // 16)])
+    return numbers
+
+
 def _memory_bars(axes, report: dict[str, Any]) -> None:
     stages = report["estimate"]["stages"]
-    bottom = [0.0] * len(stages)
-    for kind in HELD:
-        heights = [s[f"{kind}_bytes"] / GIB for s in stages]
-        axes.bar(range(len(stages)), heights, bottom=bottom, label=kind)
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    planned = {r["stage"]: r["memory"]["actual_peak_bytes"] / GIB for r in report["ranks"] if r.get("memory")}
-    if planned:
-        axes.plot(list(planned), list(planned.values()), "k_", markersize=18, label="planned by the compiler")
+    x = _stages(axes, report, "Memory of a rank, estimated", "GiB")
+    _stacked(axes, x, {kind: [s[f"{kind}_bytes"] / GIB for s in stages] for kind in HELD})
+    peaks = [(r["stage"], r["memory"]["actual_peak_bytes"] / GIB) for r in report["ranks"] if r.get("memory")]
+    if peaks:
+        axes.plot(*zip(*peaks, strict=True), "k_", markersize=12, label="MindSpore's plan")
     axes.axhline(report["memory_limit_bytes"] / GIB, color="red", linestyle="--", label="limit")
-    axes.set(title="Memory of a rank", xlabel="stage", ylabel="GiB")
-    axes.legend(fontsize=7, ncols=3)
+    _legend(axes)
 
 
 def _time_bars(axes, report: dict[str, Any]) -> None:
     causes = report["estimate"]["seconds_by_cause"]
-    axes.barh(list(causes), list(causes.values()))
+    bars = axes.barh(list(causes), list(causes.values()))
+    axes.bar_label(bars, fmt="%.2g", padding=2, fontsize=7)
     axes.invert_yaxis()
+    axes.margins(x=0.12)
     axes.set(title="One step on the slowest stage, by cause", xlabel="seconds")
 
 
 def _stage_times(axes, report: dict[str, Any]) -> None:
     stages = report["estimate"]["stages"]
-    axes.bar([s["stage"] for s in stages], [s["micro_batch_seconds"] * 1e3 for s in stages])
-    bubble = report["estimate"]["bubble"]
-    axes.set(title=f"One micro-batch, forward and backward (pipeline idle {bubble:.1%})", xlabel="stage", ylabel="ms")
+    title = f"One micro-batch, forward and backward (pipeline idle {report['estimate']['bubble']:.1%})"
+    x = _stages(axes, report, title, "ms")
+    purposes = sorted({p for s in stages for p in s["collective_seconds"]} - {"data parallel"})
+    parts = {"compute": [s["compute_seconds"] * 1e3 for s in stages]}
+    parts |= {p: [s["collective_seconds"].get(p, 0) * 1e3 for s in stages] for p in purposes}
+    _stacked(axes, x, parts)
+    _legend(axes)
+
+
+def _stage_traffic(axes, report: dict[str, Any]) -> None:
+    stages = report["estimate"]["stages"]
+    x = _stages(axes, report, "Bytes a rank sends in a step, estimated", "GB")
+    _stacked(axes, x, _gigabytes("purpose", [s["transfers"] for s in stages]))
+    _legend(axes)
+
+
+def _gigabytes(key: str, bars: list[list[dict[str, Any]]]) -> dict[str, list[float]]:
+    """What is sent for each value of `key`, for each bar."""
+    sums = {value: [0.0] * len(bars) for value in sorted({t[key] for transfers in bars for t in transfers})}
+    for i, transfers in enumerate(bars):
+        for transfer in transfers:
+            sums[transfer[key]][i] += (transfer["sent_bytes"] or 0) / 1e9
+    return sums
 
 
 def _collective_bars(axes, ranks: list[dict[str, Any]]) -> None:
     names = [f"rank {r['rank']}" for r in ranks]
-    bottom = [0.0] * len(ranks)
-    for kind in sorted({c["kind"] for r in ranks for c in r["collectives"]}):
-        sums = [sum(c["sent_bytes"] or 0 for c in r["collectives"] if c["kind"] == kind) / 1e9 for r in ranks]
-        axes.bar(names, sums, bottom=bottom, label=kind)
-        bottom = [b + s for b, s in zip(bottom, sums, strict=True)]
-    axes.set(title="Bytes a rank sends", ylabel="GB")
-    axes.tick_params(axis="x", rotation=60)
-    axes.legend(fontsize=7)
+    _stacked(axes, names, _gigabytes("kind", [r["collectives"] for r in ranks]))
+    axes.set(title="Bytes a rank sends in a step, as compiled", ylabel="GB")
+    axes.tick_params(axis="x", rotation=60, labelsize=7)
+    _legend(axes)

@@ -90,10 +90,14 @@ def parameter_bytes(weight: Weight, plan: RunPlan) -> int:
 
 def gathered_bytes(weight: Weight, plan: RunPlan) -> int:
     """Bytes of one value when a weight is gathered for use: matrices are cast before, the embedding's rows after."""
-    stays = (
+    return DTYPE_BYTES[plan.model.compute_dtype] if is_cast(weight) else parameter_bytes(weight, plan)
+
+
+def is_cast(weight: Weight) -> bool:
+    """True for weights that are used in the compute dtype."""
+    return not (
         len(weight.shape) == 1 or weight.name == "model.embed_tokens.weight" or weight.name.endswith("mlp.gate.weight")
     )
-    return parameter_bytes(weight, plan) if stays else DTYPE_BYTES[plan.model.compute_dtype]
 
 
 def _layer(plan: RunPlan, prefix: str, layer: int, stage: int) -> Iterator[Weight]:

@@ -25,6 +25,7 @@ MEMORY_LINES = {
     "actual_peak_bytes": re.compile(r"Actual peak memory usage \(with fragments\): (\d+)M"),
 }
 LAST_LOG_LINES = 20
+OUT_OF_MEMORY = "; the machine may be out of memory: use fewer --jobs"
 LOG = "log.txt"  # in the folder of each rank, and of the process that they are forked from
 
 
@@ -136,14 +137,16 @@ def _read_result(jobs: RankJobs, folder: Path, rank: int, code: int | None, seco
         result.memory = {k: int(m[1]) * 2**20 for k, p in MEMORY_LINES.items() if (m := p.search(text))}
     elif (folder / "failure.json").exists():
         failure = json.loads((folder / "failure.json").read_text())
-        result.status = REFUSED
-        result.message = f"{failure['exception']}: {failure['message'].strip().splitlines()[0]}"
+        first_line = next(iter(failure["message"].strip().splitlines()), "")
+        result.status, result.message = REFUSED, f"{failure['exception']}: {first_line}"
         result.source_lines = failure["source_lines"]
+        if failure["exception"] == "MemoryError" or "bad_alloc" in failure["message"]:
+            result.status, result.message = KILLED, f"{result.message}{OUT_OF_MEMORY}"
     elif code is None:
         result.status, result.message = TIMED_OUT, f"no result after {jobs.timeout_seconds:.0f} s"
     elif code < 0:
         name = signal.Signals(-code).name
-        hint = "; the machine may be out of memory: use fewer --jobs" if name == "SIGKILL" else ""
+        hint = OUT_OF_MEMORY if name == "SIGKILL" else ""
         result.status, result.message = KILLED, f"the compiler process was ended by {name}{hint}"
     else:
         last = "\n".join(text.splitlines()[-LAST_LOG_LINES:])

@@ -34,7 +34,8 @@ def make_report(
 ) -> dict[str, Any]:
     """Everything that is known about a plan; `cost` is None and `results` empty when it is illegal."""
     limit = memory_limit(plan, profile)
-    ranks = [rank_record(plan, profile, result) for result in results]
+    ranks = [rank_record(plan, profile, cost, result) for result in results]
+    code = exit_code(violations, cost, results, limit)
     return {
         "config": plan.path,
         "device_num": plan.device_num,
@@ -45,8 +46,34 @@ def make_report(
         "estimate": estimate_record(plan, cost) if cost else None,
         "ranks": ranks,
         "parameter_check": check_parameters(plan, results) if results else None,
-        "exit_code": exit_code(violations, cost, results, limit),
+        "exit_code": code,
+        "verdict": verdict(code, violations, cost, results, limit),
     }
+
+
+def verdict(code: int, violations: list, cost: PlanCost | None, results: list[RankResult], limit: float) -> str:
+    """The exit code in one sentence, with the numbers that decide it."""
+    failed = [f"rank {r.rank} (stage {r.stage}) {r.status}" for r in results if r.status != COMPILED]
+    if code == TOOL_FAILURE:
+        return f"the tool failed: {', '.join(failed)}"
+    if violations:
+        return f"illegal: {len(violations)} of the strategy's rules are broken"
+    if failed:
+        return f"illegal: {', '.join(failed)}"
+    peak = fullest(cost, results)
+    if peak is None:
+        return "compiled"
+    size, who = peak
+    return f"{'fits' if code == FITS else 'does not fit'}: {size / GIB:.1f} GiB {who}, the limit is {limit / GIB:.1f}"
+
+
+def fullest(cost: PlanCost | None, results: list[RankResult]) -> tuple[float, str] | None:
+    """Most bytes that a rank needs, and who says so: MindSpore's plan, or the estimate for stages that have none."""
+    found = [(r.memory["actual_peak_bytes"], f"MindSpore plans for rank {r.rank}") for r in results if r.memory]
+    planned = {r.stage for r in results if r.memory}
+    stages = [s for s in cost.stages if s.stage not in planned] if cost else []
+    found += [(s.memory_bytes, f"estimated for stage {s.stage}") for s in stages]
+    return max(found, default=None)
 
 
 def estimate_record(plan: RunPlan, cost: PlanCost) -> dict[str, Any]:
@@ -61,21 +88,25 @@ def exit_code(violations: list, cost: PlanCost | None, results: list[RankResult]
     """0 fits, 1 illegal, refused by the compiler or too large, 2 a compiler process failed."""
     if any(r.status not in (COMPILED, REFUSED) for r in results):
         return TOOL_FAILURE
-    planned = [r.memory["actual_peak_bytes"] for r in results if r.memory]
-    # The compiler's plan decides where there is one, else the estimate.
-    too_large = max(planned) > limit if planned else cost is not None and cost.memory_bytes > limit
+    peak = fullest(cost, results)
+    too_large = peak is not None and peak[0] > limit
     refused = any(r.status == REFUSED for r in results)
     return DOES_NOT_FIT if violations or too_large or refused else FITS
 
 
-def rank_record(plan: RunPlan, profile: DeviceProfile, result: RankResult) -> dict[str, Any]:
-    """One compiled rank: its bytes by kind, its collectives, its parameter layouts."""
+def rank_record(plan: RunPlan, profile: DeviceProfile, cost: PlanCost | None, result: RankResult) -> dict[str, Any]:
+    """One compiled rank: its bytes by kind, its collectives, its parameter layouts.
+
+    FLOPs are the model's formula. MindSpore's own count (`compiled.flops`) has no grouped matmul in it and the masked
+    half of attention.
+    """
     record = result.to_json() | {"layers": layer_names(plan, result.stage)}
     if result.status != COMPILED:
         return record
     compiled = result.compiled
     record["bytes"] = bytes_by_kind(compiled)
-    record["flops_per_step"] = compiled["flops"]["model"]
+    record["parameters"] = sum(prod(compiled["parameters"][name]["shape"]) for name in compiled["weights"])
+    record["flops_per_step"] = cost.stages[result.stage].flops_per_step if cost else None
     record["collectives"] = [collective_record(c, profile) for c in compiled["collectives"]]
     record["layouts"] = layout_table(compiled)
     return record
@@ -101,7 +132,8 @@ def collective_record(collective: dict[str, Any], profile: DeviceProfile) -> dic
     """A compiled collective with its group's size, where it runs, and the bytes a rank sends for it in a step."""
     ranks = collective["ranks"]
     size = collective["bytes"]
-    sent = None if size is None else size * collective["count"] * wire_factor(collective["kind"], len(ranks))
+    factor = 0 if collective["kind"] == "Receive" else wire_factor(collective["kind"], len(ranks))
+    sent = None if size is None else size * collective["count"] * factor
     across = len({r // profile.devices_per_node for r in ranks}) > 1
     kept = {k: collective[k] for k in ("kind", "purpose", "dtype", "bytes", "count")}
     return kept | {"group_size": len(ranks), "across_nodes": across, "sent_bytes": sent}

@@ -25,6 +25,17 @@ DEGREES = (
 )
 PARALLEL_DEFAULTS = dict.fromkeys(DEGREES, 1) | {"use_seq_parallel": False, "vocab_emb_dp": True}
 RECOMPUTE_DEFAULTS = {"recompute": False, "select_recompute": False, "mp_comm_recompute": True}
+MODEL_SIZES = (
+    "num_layers",
+    "num_heads",
+    "hidden_size",
+    "vocab_size",
+    "seq_length",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+)
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -176,7 +187,7 @@ def _model_plan(config: dict, path: str | Path) -> ModelPlan:
     moe = class_defaults(folder, "deepseek2_config", "MoeConfig") | defaults.pop("default_moe_config", {})
     values = defaults | given
     moe |= config.get("moe_config") or {}
-    for key in ("num_layers", "num_heads", "hidden_size", "vocab_size", "seq_length"):
+    for key in MODEL_SIZES:
         _whole(values[key], f"model.model_config.{key}", path, 1)
     for key in ("expert_num", "num_experts_chosen", "moe_intermediate_size"):
         _whole(moe[key], f"moe_config.{key}", path, 1)
@@ -264,7 +275,26 @@ KINDS = {
             "parallel.parallel_optimizer_config.parallel_optimizer_threshold",
         ),
     ),
-    "a whole number of at least 1": (lambda v: _is_whole(v, 1), ("runner_config.gradient_accumulation_steps",)),
+    "a whole number of at least 1": (
+        lambda v: _is_whole(v, 1),
+        (
+            "model.model_config.q_lora_rank",
+            "model.model_config.intermediate_size",
+            "runner_config.gradient_accumulation_steps",
+        ),
+    ),
+    "a number above 0": (
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v > 0,
+        ("moe_config.capacity_factor",),
+    ),
+    "a name, or a list of a list of whole numbers per input": (
+        lambda v: (
+            isinstance(v, str)
+            or isinstance(v, list)
+            and all(isinstance(axes, list) and axes and all(_is_whole(n, 1) for n in axes) for axes in v)
+        ),
+        ("parallel.dataset_strategy",),
+    ),
     "a whole number of at least 1, or -1 for all copies of a weight": (
         lambda v: _is_whole(v, 1) or v == -1,
         ("parallel.parallel_optimizer_config.optimizer_weight_shard_size",),

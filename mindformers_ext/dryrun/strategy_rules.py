@@ -6,7 +6,7 @@ that of research/deepseek3/sharding.py: the devices of a stage form a grid (dp, 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from mindformers_ext.dryrun.run_plan import RunPlan
@@ -56,9 +56,12 @@ def device_product(plan: RunPlan) -> Iterator[Violation]:
         return
     rest = plan.cp * plan.mp * plan.pp
     options = {}
-    for key, value in (("data_parallel", plan.dp), ("pipeline_stage", plan.pp), ("model_parallel", plan.mp)):
+    for key, field in (("data_parallel", "dp"), ("pipeline_stage", "pp"), ("model_parallel", "mp")):
+        value = getattr(plan, field)
         if plan.device_num % (product // value) == 0:
-            options[key] = plan.device_num * value // product
+            changed = replace(plan, **{field: plan.device_num * value // product})
+            if not [*stages_within_layers(changed), *widths_over_model_parallel(changed)]:
+                options[key] = getattr(changed, field)
     hint = " or ".join(f"{key}: {value}" for key, value in options.items())
     if not hint:
         below = plan.device_num // rest * rest
@@ -239,7 +242,7 @@ def recompute_lists(plan: RunPlan) -> Iterator[Violation]:
             yield Violation(
                 f"recompute_config.{key}",
                 f"{key} needs one number of layers per pipeline stage, but has {len(value)} and pipeline_stage is "
-                f"{plan.pp}; nearest legal: numbers up to {held_by_stage}",
+                f"{plan.pp}; nearest legal: a list of {plan.pp} numbers up to {held_by_stage}",
             )
             continue
         for stage, (asked, held) in enumerate(zip(value, held_by_stage, strict=True)):
@@ -267,7 +270,7 @@ def dataset_strategy(plan: RunPlan) -> Iterator[Violation]:
     if not isinstance(plan.dataset_strategy, list | tuple):
         return
     for index, axes in enumerate(plan.dataset_strategy):
-        if isinstance(axes, list | tuple) and axes and axes[0] != plan.dp:
+        if axes[0] != plan.dp:
             legal = [[plan.dp, *axes[1:]] for axes in plan.dataset_strategy]
             yield Violation(
                 "parallel.dataset_strategy",

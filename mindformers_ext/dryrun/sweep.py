@@ -1,5 +1,6 @@
 """Try every combination of some YAML keys with the instant check and the cost model, and rank the legal ones."""
 
+import difflib
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,10 @@ import yaml
 from mindformers_ext.dryrun.cost_model import PlanCost, estimate
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.report import memory_limit
-from mindformers_ext.dryrun.run_plan import RunPlan, load_plan
+from mindformers_ext.dryrun.run_plan import DEGREES, KINDS, RunPlan, load_plan
 from mindformers_ext.dryrun.strategy_rules import check_plan
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.yaml_config import lookup
-
-DEGREES = ("data_parallel", "context_parallel", "model_parallel", "pipeline_stage")
 
 
 @dataclass
@@ -27,46 +26,57 @@ class Candidate:
     fits: bool
 
 
-def parse_axes(arguments: list[str]) -> dict[str, list[Any]]:
+def parse_axes(arguments: list[str], plan: RunPlan) -> dict[str, list[Any]]:
     """{'parallel_config.pipeline_stage': [8, 16]} from ['parallel_config.pipeline_stage=8,16'].
 
     Raises:
-        ConfigError: an argument without '=' or without values.
+        ConfigError: an argument without '=' or without values, or a key that neither the YAML nor the check knows.
     """
+    known = {f"{section}.{key}" for section in SWEPT for key in lookup(plan.config, section, {})} | PLAN_KEYS
     axes = {}
     for argument in arguments:
         key, equals, values = argument.partition("=")
         if not equals or not values:
             raise ConfigError(f"--sweep {argument}: write section.key=value,value,..., for example {EXAMPLE}")
-        axes[key.removeprefix("--")] = [yaml.safe_load(value) for value in values.split(",")]
+        key = key.removeprefix("--")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"write it as section.key, for example {EXAMPLE}"
+            raise ConfigError(f"--sweep {argument}: {plan.path} has no key {key}; {hint}")
+        axes[key] = [yaml.safe_load(value) for value in values.split(",")]
     return axes
 
 
 EXAMPLE = "parallel_config.expert_parallel=8,16"
+# Sections whose keys may be swept, the YAML's own and those that it leaves out.
+SWEPT = ("parallel_config", "recompute_config", "runner_config", "moe_config", "model.model_config", "parallel")
+PLAN_KEYS = {key for _, keys in KINDS.values() for key in keys} | {f"parallel_config.{key}" for key in DEGREES}
 
 
 def sweep(
     config: str, device_num: int, overrides: list[tuple[str, Any]], axes: dict[str, list[Any]], profile: DeviceProfile
-) -> tuple[list[Candidate], int]:
-    """(legal candidates, those within memory first and the fastest first, and how many combinations were tried).
+) -> tuple[list[Candidate], list[str]]:
+    """(legal candidates, those within memory first and the fastest first; a sentence for each illegal combination).
 
-    The devices and the global batch stay what they are: data_parallel and micro_batch_num follow the other degrees
-    unless they are swept themselves, and per-stage lists that no longer fit pipeline_stage become even.
+    The devices and the global batch stay what they are: data_parallel and the number of micro-batches follow the other
+    degrees unless they are swept themselves, and per-stage lists that no longer fit pipeline_stage become even.
     """
     base = load_plan(config, device_num, overrides)
-    legal = []
-    combinations = list(itertools.product(*axes.values()))
-    for values in combinations:
+    legal, illegal = [], []
+    for values in itertools.product(*axes.values()):
         chosen = overrides + list(zip(axes, values, strict=True))
         chosen += followers(base, load_plan(config, device_num, chosen), axes)
         plan = load_plan(config, device_num, chosen)
-        if not check_plan(plan):
+        if violations := check_plan(plan):
+            tried = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in zip(axes, values, strict=True))
+            illegal.append(f"{tried}: {violations[0].sentence}")
+        else:
             cost = estimate(plan, profile)
             legal.append(
                 Candidate(chosen[len(overrides) :], plan, cost, cost.memory_bytes <= memory_limit(plan, profile))
             )
     legal.sort(key=lambda c: (not c.fits, c.cost.step_seconds / c.plan.tokens_per_step))
-    return legal, len(combinations)
+    return legal, illegal
 
 
 def followers(base: RunPlan, plan: RunPlan, axes: dict[str, list[Any]]) -> list[tuple[str, Any]]:
@@ -78,8 +88,10 @@ def followers(base: RunPlan, plan: RunPlan, axes: dict[str, list[Any]]) -> list[
         dp = plan.device_num // others
         found.append(("parallel_config.data_parallel", dp))
     per_micro_batch = plan.batch_size * dp
-    if "parallel_config.micro_batch_num" not in axes and base.global_batch % per_micro_batch == 0:
-        found.append(("parallel_config.micro_batch_num", base.global_batch // per_micro_batch))
+    # Without a pipeline MindFormers reads another key.
+    micro = "parallel_config.micro_batch_num" if plan.pp > 1 else "runner_config.gradient_accumulation_steps"
+    if micro not in axes and base.global_batch % per_micro_batch == 0:
+        found.append((micro, base.global_batch // per_micro_batch))
     strategy = plan.dataset_strategy
     if isinstance(strategy, list):
         rows = [[dp if row[0] == base.dp else row[0], *row[1:]] for row in strategy]

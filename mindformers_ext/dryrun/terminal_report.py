@@ -4,11 +4,10 @@ from collections import defaultdict
 from typing import Any
 
 from mindformers_ext.dryrun.rank_pool import COMPILED
-from mindformers_ext.dryrun.report import DOES_NOT_FIT, FITS, GIB, summed_collectives
+from mindformers_ext.dryrun.report import GIB, summed_collectives
 
-VERDICT = {FITS: "fits", DOES_NOT_FIT: "does not fit or is illegal"}
 RANK_HEADERS = ["rank", "stage", "layers", "status", "seconds", "compiler GiB", "weights", "grads", "states"]
-RANK_HEADERS += ["planned peak", "TFLOP", "collectives", "sent in node", "across"]
+RANK_HEADERS += ["planned peak", "unfragmented", "TFLOP", "collectives", "sent in node", "across"]
 STAGE_HEADERS = ["stage", "layers", "params 1e9", "weights", "grads", "states", "gathered", "activations", "temporary"]
 STAGE_HEADERS += ["GiB a rank", "TFLOP a step", "ms a micro-batch"]
 HELD = ("weight", "gradient", "optimizer", "gathered", "activation", "working")
@@ -40,8 +39,8 @@ def render_ranks(report: dict[str, Any]) -> str:
         parts += [failure_text(r) for r in report["ranks"] if r["status"] != COMPILED]
         compiled = [r for r in report["ranks"] if r["status"] == COMPILED]
         parts += [f"Collectives of rank {r['rank']} in a step:\n" + collective_table(r) for r in compiled[:1]]
-        parts.append(parameter_text(report["parameter_check"]))
-    parts.append(f"Verdict: {VERDICT.get(report['exit_code'], 'the tool failed')}")
+        parts += [parameter_text(report["parameter_check"])] if compiled else []
+    parts.append(f"Verdict: {report['verdict']}")
     return "\n\n".join(parts)
 
 
@@ -57,13 +56,18 @@ def gib(value: float) -> str:
     return f"{value / GIB:.1f}"
 
 
+def duration(seconds: float) -> str:
+    """'7.74 s' or '13.2 ms'."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
 def stage_table(report: dict[str, Any]) -> str:
     """The estimate, one row a stage."""
     rows = [
         [stage["stage"], stage["layer_names"], f"{stage['parameters'] / 1e9:.2f}"]
         + [gib(stage[f"{k}_bytes"]) for k in HELD]
         + [gib(stage["memory_bytes"]), f"{stage['flops_per_step'] / 1e12:.1f}"]
-        + [f"{stage['micro_batch_seconds'] * 1e3:.0f}"]
+        + [f"{stage['micro_batch_seconds'] * 1e3:.3g}"]
         for stage in report["estimate"]["stages"]
     ]
     return table(STAGE_HEADERS, rows)
@@ -73,15 +77,19 @@ def estimate_text(report: dict[str, Any]) -> str:
     """Time, speed, memory and what bounds them, in a few lines."""
     e = report["estimate"]
     limit = report["memory_limit_bytes"]
-    causes = ", ".join(f"{cause} {seconds:.2f} s" for cause, seconds in e["seconds_by_cause"].items())
-    share = f"{e['tokens_per_expert_rank']:,.0f} token choices a step" if e["tokens_per_expert_rank"] else "no experts"
+    causes = ", ".join(f"{cause} {duration(seconds)}" for cause, seconds in e["seconds_by_cause"].items())
+    experts = (
+        f"a rank's experts serve 1/{report['degrees']['ep']} of the token choices of its expert-parallel group when "
+        f"routing is balanced: {e['tokens_per_expert_rank']:,.0f} a step in each MoE layer"
+        if e["tokens_per_expert_rank"]
+        else "no experts"
+    )
     return "\n".join(
         [
-            f"step {e['step_seconds']:.2f} s, {e['tokens_per_s']:,.0f} tokens/s, MFU {e['mfu']:.1%} on "
+            f"step {duration(e['step_seconds'])}, {e['tokens_per_s']:,.0f} tokens/s, MFU {e['mfu']:.1%} on "
             f"{report['assumptions']['name']}; bound by {e['bound']}",
             f"slowest stage: {causes}; pipeline ranks wait {e['bubble']:.1%} of the time",
-            f"fullest rank {gib(e['memory_bytes'])} GiB of {gib(limit)}; each expert rank holds "
-            f"1/{report['degrees']['ep']} of the tokens when routing is balanced: {share}",
+            f"fullest rank {gib(e['memory_bytes'])} GiB of {gib(limit)}; {experts}",
         ]
     )
 
@@ -92,16 +100,31 @@ def rank_table(report: dict[str, Any]) -> str:
     for record in report["ranks"]:
         row = [record["rank"], record["stage"], record["layers"], record["status"], f"{record['seconds']:.0f}"]
         if record["status"] == COMPILED:
-            peak = record["memory"].get("actual_peak_bytes")
-            sent: dict[bool, float] = defaultdict(float)
-            for c in record["collectives"]:
-                sent[c["across_nodes"]] += c["sent_bytes"] or 0
             row += [gib(record["compiled"]["peak_rss_bytes"])]
             row += [gib(record["bytes"][k]) for k in ("weights", "gradients", "optimizer")]
-            row += [gib(peak) if peak else "-", f"{record['flops_per_step'] / 1e12:.1f}"]
-            row += [sum(c["count"] for c in record["collectives"]), gib(sent[False]), gib(sent[True])]
+            row += planned(record) + [tera(record["flops_per_step"])]
+            row += [sum(c["count"] for c in record["collectives"]), *map(gib, sent_bytes(record))]
         rows.append(row + ["-"] * (len(RANK_HEADERS) - len(row)))
     return table(RANK_HEADERS, rows)
+
+
+def planned(record: dict[str, Any]) -> list[str]:
+    """MindSpore's planned peak of a rank in GiB, with and without what fragments of its memory pool waste."""
+    memory = record["memory"]
+    return [gib(memory[k]) if k in memory else "-" for k in ("actual_peak_bytes", "used_peak_bytes")]
+
+
+def sent_bytes(record: dict[str, Any]) -> tuple[float, float]:
+    """Bytes that a compiled rank sends in a step: inside its node, and across nodes."""
+    sent: dict[bool, float] = defaultdict(float)
+    for collective in record["collectives"]:
+        sent[collective["across_nodes"]] += collective["sent_bytes"] or 0
+    return sent[False], sent[True]
+
+
+def tera(flops: float | None) -> str:
+    """'526.3' for a number of FLOPs."""
+    return f"{flops / 1e12:.1f}" if flops else "-"
 
 
 def collective_table(record: dict[str, Any]) -> str:
@@ -120,8 +143,8 @@ def failure_text(record: dict[str, Any]) -> str:
         f"rank {record['rank']} (stage {record['stage']}, layers {record['layers']}) {record['status']}: "
         f"{record['message']}"
     ]
-    if record["source_lines"]:
-        lines.append(f"  at {record['source_lines'][0]}")
+    shown = record["source_lines"][:4]  # the operator, and the layers around it
+    lines += [f"  {'called at' if i else 'at'} {line}" for i, line in enumerate(shown)]
     lines += [f"  compiler: {text}" for text in record["compiler_errors"][:3]]
     return "\n".join([*lines, f"  log: {record['log']}"])
 

@@ -34,8 +34,13 @@ class Transfer:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that one rank sends for all calls, with ring or pairwise algorithms."""
+        """Bytes that one rank sends for all calls, or receives, with ring or pairwise algorithms."""
         return self.calls * self.bytes * wire_factor(self.kind, self.group_size)
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that one rank sends for all calls."""
+        return 0.0 if self.kind == "Receive" else self.wire_bytes
 
     def seconds(self, profile: DeviceProfile) -> float:
         """Time of all calls when nothing hides them."""
@@ -59,13 +64,14 @@ def layer_forward(plan: RunPlan, layer: int) -> list[Transfer]:
 def layer_step(plan: RunPlan, layer: int, recomputed: bool) -> list[Transfer]:
     """Collectives of one layer for one micro-batch: forward, backward, and forward again when it is recomputed.
 
-    The backward pass mirrors the forward one; recomputation leaves out what only makes the layer's output.
+    The backward pass mirrors the forward one; recomputation leaves out what only makes the layer's output. Capacity
+    dispatch repeats that too: the gradient of its router needs the experts' rows.
     """
     forward = layer_forward(plan, layer)
     found = forward + [replace(t, kind=MIRRORED.get(t.kind, t.kind)) for t in forward]
     if recomputed:
         last = {t.purpose: t for t in forward}
-        found += [replace(t, calls=t.calls - (t is last[t.purpose])) for t in forward]
+        found += [replace(t, calls=t.calls - (t is last[t.purpose] and t.kind != "AlltoAll")) for t in forward]
     return found
 
 
@@ -76,6 +82,16 @@ def embedding_step(plan: RunPlan) -> list[Transfer]:
         return []
     size = plan.batch_size * model.seq_length / plan.cp * model.hidden_size * FLOAT_BYTES
     return [Transfer("tensor parallel", "AllReduce", plan.mp, plan.mp, size, 2 * (1 + model.mtp_depth))]
+
+
+def head_step(plan: RunPlan) -> list[Transfer]:
+    """Hidden states for the output heads, whose rows lie on mp, and their gradient: for the model and MTP."""
+    model = plan.model
+    if plan.mp == 1:
+        return []
+    size = plan.batch_size * model.seq_length / plan.cp * model.hidden_size * DTYPE_BYTES[model.compute_dtype]
+    kinds = ("AllGather", "ReduceScatter") if plan.sequence_parallel else ("AllReduce",)
+    return [Transfer("tensor parallel", kind, plan.mp, plan.mp, size, 1 + model.mtp_depth) for kind in kinds]
 
 
 def _tensor_parallel(plan: RunPlan, layer: int) -> Iterator[Transfer]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mindformers_ext.dryrun import stand_in_cann
+from mindformers_ext.dryrun.compile_rank import describe_failure
 from mindformers_ext.dryrun.stand_in_cann import COMPILE, MEMORY, StandInError, ascend_environment
 
 TESTS = Path(__file__).parent
@@ -83,6 +84,21 @@ def test_refused_strategy_is_reported_with_its_line(tmp_path):
     assert code == 1, log
     assert not (tmp_path / "compiled.json").exists()
     assert any("toy_cells.py" in line for line in failure["source_lines"]), failure
+
+
+def test_failure_names_the_models_lines_the_innermost_first():
+    """Both formats of MindSpore's call stack; the functions around the lines, and the framework's own, are left out."""
+    message = """operator MatMul init failed
+In file /model/layers.py:72, 12~99/        y = self.matmul(x, self.weight)/
+In file /model/layers.py:71~73, 4~41/    def construct(self, x):/
+In file /env/site-packages/mindformers/wrapper.py:449, 15~27/        return self.network(**inputs)/
+# 0 In file /model/layers.py:236"""
+    try:
+        raise RuntimeError(message)
+    except RuntimeError as error:
+        lines = describe_failure(error)["source_lines"]
+    assert lines[:2] == ["/model/layers.py:72: y = self.matmul(x, self.weight)", "/model/layers.py:236"]
+    assert lines[2].startswith(f"{__file__}:") and len(lines) == 3
 
 
 def test_concurrent_first_use_builds_one_complete_cache(tmp_path, monkeypatch):

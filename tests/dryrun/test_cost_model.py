@@ -13,6 +13,9 @@ from mindformers_ext.dryrun.transfers import Transfer, layer_forward, stage_boun
 from mindformers_ext.errors import ConfigError
 
 CLUSTER = Path(__file__).parent / "runs" / "cluster_671b.yaml"
+RUNS = Path(__file__).parents[2] / "research" / "deepseek3"
+PRETRAIN = RUNS / "deepseek3_671b" / "pretrain_deepseek3_671b.yaml"
+LITE = RUNS / "deepseek2_lite" / "pretrain_deepseek2_lite.yaml"
 GIB = 2**30
 
 
@@ -86,6 +89,48 @@ def test_dense_stage_moves_what_the_compiler_moves():
         ("AllGather", 512): 44.0,
         ("AllReduce", 512): 33.2,
     }
+
+
+def test_last_stage_moves_what_the_compiler_moves():
+    """The same for rank 960 of the project's 671B YAML (two MoE layers, MTP, both heads; 32 micro-batches)."""
+    found = Counter()
+    for t in estimate(load_plan(PRETRAIN), load_profile()).stages[15].transfers:
+        found[t.kind, t.group_size] += t.wire_bytes / 1e6
+    compiled = {
+        ("AllGather", 8): 19774.0 + 7398.8,  # expert parallel in a node, and weights of experts across nodes
+        ("ReduceScatter", 8): 19752.0 + 14797.5,
+        ("AllGather", 4): 16752.2,
+        ("ReduceScatter", 4): 16747.9,
+        ("Send", 2): 2348.8,
+        ("Receive", 2): 2348.8,
+        ("ReduceScatter", 64): 605.1,
+        ("AllGather", 64): 313.4,
+    }
+    assert {key: found[key] for key in compiled} == pytest.approx(compiled, rel=2e-3)
+
+
+CAPACITY = [("moe_config.use_gmm", False)]
+
+
+def test_capacity_dispatch_recomputes_both_of_its_exchanges():
+    """MB that rank 64 of the 671B YAML with capacity dispatch sends, as compiled."""
+    transfers = estimate(load_plan(PRETRAIN, None, CAPACITY), load_profile()).stages[1].transfers
+    assert sum(t.sent_bytes for t in transfers if t.kind == "AlltoAll") / 1e6 == pytest.approx(118380, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "planned"),
+    [
+        (PRETRAIN, [], {0: 21259, 1: 47069, 15: 45978}),
+        (PRETRAIN, CAPACITY, {1: 45968, 15: 39711}),
+        (LITE, [], {0: 47821}),
+    ],
+    ids=["dropless", "capacity", "lite"],
+)
+def test_memory_agrees_with_the_compilers_plan(config, overrides, planned):
+    """MiB without fragments that `scripts/dryrun.py --level memory` reported for the first rank of these stages."""
+    stages = estimate(load_plan(config, None, overrides), load_profile()).stages
+    assert {s: stages[s].memory_bytes / 2**20 for s in planned} == pytest.approx(planned, rel=0.1)
 
 
 def test_weights_are_split_as_the_layout_says():

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mindformers_ext.dryrun import stand_in_cann
+from mindformers_ext.dryrun.device_profile import load_profile
+from mindformers_ext.dryrun.sweep import sweep
+
 CLUSTER = Path(__file__).parent / "runs" / "cluster_671b.yaml"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dryrun.py"
 
@@ -35,7 +39,7 @@ def test_estimate_writes_a_self_contained_page(dryrun, tmp_path, capsys):
     assert "tokens/s, MFU" in out and "Verdict: fits" in out
     assert sum(s["parameters"] for s in report["estimate"]["stages"]) == report["estimate"]["parameters"]
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     links = [part.split('"')[0] for part in page.split('href="')[1:]]
     assert all(link.startswith("#") for link in links) and "src=" not in page
 
@@ -52,7 +56,9 @@ def test_compare_prints_both_sides(dryrun, tmp_path, capsys):
 def test_sweep_lists_legal_plans_by_time_within_memory(dryrun, tmp_path, capsys):
     axes = ["parallel_config.pipeline_stage=8,16,128", "parallel_config.expert_parallel=8,16,24,32"]
     dryrun(["--config", str(CLUSTER), "--device_num", "1024", "--out", str(tmp_path), "--sweep", *axes])
-    assert "12 combinations" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "12 combinations, 6 legal" in shown
+    assert "illegal: pipeline_stage 8, expert_parallel 24: expert_parallel must divide" in shown
     rows = json.loads((tmp_path / "sweep.json").read_text())
     stages = [dict(map(tuple, row["overrides"]))["parallel_config.pipeline_stage"] for row in rows]
     assert set(stages) == {8, 16}, "128 stages have no layer each"
@@ -66,11 +72,19 @@ def test_sweep_lists_legal_plans_by_time_within_memory(dryrun, tmp_path, capsys)
     assert order == sorted(order)
 
 
+def test_sweep_keeps_the_global_batch_without_a_pipeline_too():
+    axes = {"parallel_config.pipeline_stage": [1, 16]}
+    legal, _ = sweep(str(CLUSTER), 1024, [("model.model_config.offset", 0)], axes, load_profile())
+    assert {c.plan.pp: c.plan.global_batch for c in legal} == {1: 512, 16: 512}
+
+
 def test_bad_arguments_are_sentences(dryrun, tmp_path, capsys):
     assert dryrun(["--config", str(CLUSTER), "--ranks", "5000"]) == 1
     assert "numbers from 0 to 1023" in capsys.readouterr().err
     assert dryrun(["--config", str(CLUSTER), "--sweep", "pipeline_stage"]) == 1
     assert "write section.key=value" in capsys.readouterr().err
+    assert dryrun(["--config", str(CLUSTER), "--sweep", "parallel_config.expert_paralell=8"]) == 1
+    assert "did you mean parallel_config.expert_parallel?" in capsys.readouterr().err
     assert dryrun(["--config", str(CLUSTER), "--verify", "2"]) == 1
     assert "the best K of --sweep; give both" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
@@ -87,3 +101,11 @@ def test_failures_of_the_tool_itself_end_with_2(dryrun, tmp_path, capsys, monkey
     monkeypatch.setitem(dryrun.__globals__, "check_plan", lambda plan: 1 / 0)
     assert dryrun(["--config", str(CLUSTER), "--ranks", "none", "--out", str(tmp_path)]) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_machine_that_cannot_compile_still_gets_the_estimate_and_ends_with_2(dryrun, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stand_in_cann.importlib.metadata, "version", lambda _: "2.7.1")
+    assert dryrun(["--config", str(CLUSTER), "--ranks", "0", "--out", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "tokens/s, MFU" in shown.out
+    assert "MindSpore 2.7.1 is not supported by the dry run: install one of 2.9.0" in shown.err

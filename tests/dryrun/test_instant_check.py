@@ -90,6 +90,9 @@ WRONG_KINDS = {
     "parallel.parallel_optimizer_config.optimizer_weight_shard_size": ("all", "or -1 for all copies"),
     "parallel.parallel_optimizer_config.parallel_optimizer_threshold": (-1, "a whole number of at least 0"),
     "runner_config.batch_size": (0, "a whole number of at least 1"),
+    "model.model_config.v_head_dim": ("x", "a whole number of at least 1"),
+    "moe_config.capacity_factor": (0, "a number above 0"),
+    "parallel.dataset_strategy": (16, "a name, or a list of a list of whole numbers per input"),
 }
 
 

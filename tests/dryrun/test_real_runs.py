@@ -124,9 +124,12 @@ def test_every_stage_of_671b_at_level_memory(tmp_path, grouped):
     assert report["parameter_check"]["differences"] == []
     assert report["parameter_check"]["values"] == report["parameter_check"]["expected"]
     assert all(r["memory"]["actual_peak_bytes"] for r in report["ranks"])
+    assert report["exit_code"] == 0, report["verdict"]
+    assert max(r["compiled"]["peak_rss_bytes"] for r in report["ranks"]) < 5e9
 
 
 @pytest.mark.slow
 def test_v2_lite_on_eight_ranks(tmp_path):
     report = dry_run(tmp_path, LITE, "--ranks", "per-stage", "--level", "memory")
     assert report["parameter_check"]["differences"] == []
+    assert report["exit_code"] == 0, report["verdict"]
