@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # Chosen without looking at the text: the first documents of every batch, and then one in this many.
-CHECKED_FIRST = 8
+CHECKED_FIRST = 4
 CHECKED_EVERY = 500
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 EOD_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<eod>", "[EOD]")
