@@ -106,13 +106,21 @@ def summary(job: Job, counts: Counts, seconds: float) -> str:
         f"empty    {counts.empty_documents} documents without a token",
         f"dropped  {counts.bad_lines} unreadable lines, {counts.dropped_tokens} tokens past the sample length "
         f"({counts.truncated_documents} documents cut)",
-        f"checked  {job.tokenizer.checked} documents against `tokenizers` ({job.tokenizer.backend} in use)",
+        f"checked  {_checked(job.tokenizer)}",
         f"speed    {seconds:.1f} s, {counts.input_bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s, "
         f"{counts.tokens / max(seconds, 1e-9) / 1e6:.2f} M tokens/s",
     ]
+    if not counts.sequences:
+        lines.append("warning  no sequence was written: the input has no text, or less than one sample")
     lines += [f"skipped  {message}" for message in counts.bad_line_messages]
     lines += [f"output   {job.output(key)}.bin .idx .json" for key in job.keys]
     return "\n".join(lines)
+
+
+def _checked(tokenizer: TextTokenizer) -> str:
+    if tokenizer.backend != "fastokens":
+        return f"no documents: {tokenizer.backend} is the reference itself"
+    return f"{tokenizer.checked} documents against `tokenizers`, {tokenizer.backend} in use"
 
 
 def run_tool(tool: Callable[[list[str] | None], None]) -> NoReturn:
