@@ -94,7 +94,7 @@ def report(args: argparse.Namespace) -> str:
 
 def run(arguments: list[str] | None = None) -> None:
     """Parse the command line and print the report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", help="P of P.bin and P.idx")
     parser.add_argument("--vocab-file", help="tokenizer to decode samples and to check ids with")
     parser.add_argument("--vocab-size", type=int, help="check ids against this instead of the tokenizer's size")

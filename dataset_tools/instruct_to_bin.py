@@ -1,4 +1,4 @@
-"""Conversations (Alpaca JSON, ShareGPT or messages JSONL) to packed samples with a loss mask, as .bin/.idx.
+r"""Conversations (Alpaca JSON, ShareGPT or messages JSONL) to packed samples with a loss mask, as .bin/.idx.
 
 Conversations pass through DeepSeek-V3's chat template and are packed whole into samples of --seq-length tokens.
 P_text_document holds the tokens, P_text_document_loss_mask a 1 for each token of the assistant; the data loader finds
@@ -22,8 +22,8 @@ from mindformers_ext.bin_dataset.tokenizer import TokenizerError
 
 def convert(arguments: list[str] | None = None) -> None:
     """Parse the command line and write the dataset."""
-    parser = cli.text_parser(__doc__.splitlines()[0], dtype="auto", marks=False)
-    parser.add_argument("--seq-length", type=int, default=4096, help="tokens of a training sample")
+    parser = cli.text_parser(__doc__, dtype="auto", marks=False)
+    parser.add_argument("--seq-length", type=int, default=4096, help="tokens of a training sample (default 4096)")
     parser.add_argument("--pad-token", help="token that fills samples (default: the tokenizer's pad_token)")
     args = parser.parse_args(arguments)
     if args.seq_length < 1:
@@ -38,4 +38,4 @@ def convert(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(convert))
+    cli.run_tool(convert)

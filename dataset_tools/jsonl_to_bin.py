@@ -1,4 +1,4 @@
-"""JSONL (plain, .gz, .zst) or parquet to Megatron .bin/.idx, the bytes Megatron-LM's preprocess_data.py writes.
+r"""JSONL (plain, .gz, .zst) or parquet to Megatron .bin/.idx, the bytes Megatron-LM's preprocess_data.py writes.
 
     python dataset_tools/jsonl_to_bin.py --input 'data/*.jsonl.zst' --output-prefix P --vocab-file tokenizer.json \
         --append-eod --workers 8
@@ -16,7 +16,7 @@ from mindformers_ext.bin_dataset import cli
 
 def convert(arguments: list[str] | None = None) -> None:
     """Parse the command line and write the dataset."""
-    parser = cli.text_parser(__doc__.splitlines()[0], dtype="auto")
+    parser = cli.text_parser(__doc__, dtype="auto")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys whose texts are written, a pair each")
     parser.add_argument(
         "--keep-sequential-samples",
@@ -29,4 +29,4 @@ def convert(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(convert))
+    cli.run_tool(convert)

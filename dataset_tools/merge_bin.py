@@ -56,7 +56,7 @@ def sidecar(args: argparse.Namespace, whole: IndexedDataset) -> dict[str, object
 
 def run(arguments: list[str] | None = None) -> None:
     """Parse the command line, merge and report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="prefixes of the parts, without .bin/.idx")
     parser.add_argument("--output-prefix", required=True, help="prefix of the whole")
     args = parser.parse_args(arguments)

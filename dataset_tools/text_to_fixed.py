@@ -1,4 +1,4 @@
-"""A book corpus (plain text, a document a line, or JSONL/parquet) to samples of one length, as .bin/.idx.
+r"""A book corpus (plain text, a document a line, or JSONL/parquet) to samples of one length, as .bin/.idx.
 
 Each document becomes begin-of-sentence + text + end-of-sentence; all are laid end to end and cut into samples of
 --sequence-length tokens, as the nnScaler DeepSeek example prepares bookcorpus. What is left at the end is counted.
@@ -20,7 +20,7 @@ from mindformers_ext.bin_dataset.text_sources import find_inputs, is_text_file, 
 
 def convert(arguments: list[str] | None = None) -> None:
     """Parse the command line and write the dataset."""
-    parser = cli.text_parser(__doc__.splitlines()[0], dtype="auto")
+    parser = cli.text_parser(__doc__, dtype="auto")
     parser.add_argument("--sequence-length", type=int, required=True, help="tokens of every sample")
     parser.add_argument("--json-key", default="text", help="key of the text in JSONL or parquet files")
     parser.set_defaults(append_eod=True, add_bos=True)
@@ -41,4 +41,4 @@ def convert(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(convert))
+    cli.run_tool(convert)

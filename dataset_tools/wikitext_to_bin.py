@@ -1,4 +1,4 @@
-"""WikiText-2/103 to Megatron .bin/.idx, with the flags of MindFormers' research/deepseek3/wikitext_to_bin.py.
+r"""WikiText-2/103 to Megatron .bin/.idx, with the flags of MindFormers' research/deepseek3/wikitext_to_bin.py.
 
     python dataset_tools/wikitext_to_bin.py --input wiki.train.tokens --output-prefix P \
         --vocab-file tokenizer.json --seq-length 4096 --workers 8
@@ -19,9 +19,15 @@ from mindformers_ext.bin_dataset.text_sources import is_heading, read_wikitext
 
 def convert(arguments: list[str] | None = None) -> None:
     """Parse the command line and write the dataset."""
-    parser = cli.text_parser(__doc__.splitlines()[0], dtype="int32")
-    parser.add_argument("--seq-length", type=int, default=4096, help="tokens of a training sample")
-    parser.add_argument("--pad-or-stitch", choices=["stitch", "pad", "none"], default="stitch")
+    parser = cli.text_parser(__doc__, dtype="int32")
+    parser.add_argument("--seq-length", type=int, default=4096, help="tokens of a training sample (default 4096)")
+    parser.add_argument(
+        "--pad-or-stitch",
+        choices=["stitch", "pad", "none"],
+        default="stitch",
+        help="stitch (default): all text end to end, cut into samples; pad: a document a sample, cut or filled; none: "
+        "documents as they are",
+    )
     parser.add_argument("--pad-token", help="token that fills short samples (default: the tokenizer's pad_token)")
     args = parser.parse_args(arguments)
     if args.seq_length < 1:
@@ -38,4 +44,4 @@ def convert(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(convert))
+    cli.run_tool(convert)

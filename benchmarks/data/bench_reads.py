@@ -1,4 +1,7 @@
-"""Random sample reads a second: megatron-core 0.16.1's __getitem__ against ours, one by one and in batches.
+"""Random sample reads a second: megatron-core 0.16.1's __getitem__ against ours, one by one, in batches and by loader.
+
+"loader" is what MindSpore gets from BlendedMegatronDatasetDataLoader: rows of four int32 columns, one after another in
+the shuffled order.
 
 python benchmarks/data/bench_reads.py --sequence-length 4096
 """
@@ -19,6 +22,7 @@ import numpy as np
 from common import alternate, child
 
 READS, BATCH = 20_000, 512
+NAMES = ("megatron", "one_by_one", "batch", "loader")
 TOKENS = 100_000_000
 
 
@@ -34,6 +38,14 @@ def measure(side: str, prefix: str, sequence_length: int) -> None:
             def read() -> None:
                 for start in range(0, READS, BATCH):
                     dataset.batch(chosen[start : start + BATCH])
+        elif side == "loader":
+            from mindformers_ext.data.megatron_dataloader import COLUMNS, SampleSource
+
+            source = SampleSource(dataset, list(COLUMNS[:4]), 0, len(dataset))
+
+            def read() -> None:
+                for index in range(READS):
+                    source[index % len(source)]
         else:
 
             def read() -> None:
@@ -47,7 +59,7 @@ def measure(side: str, prefix: str, sequence_length: int) -> None:
 
 
 def main() -> None:
-    """Compare the three ways and print a table."""
+    """Compare the ways and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
@@ -58,16 +70,15 @@ def main() -> None:
         bench_index.make_corpus(prefix, TOKENS)
         size = Path(f"{prefix}.bin").stat().st_size // 2
         np.random.default_rng(1).integers(0, 60000, size, dtype=np.uint16).tofile(f"{prefix}.bin")
-        names = ("megatron", "one_by_one", "batch")
-        sides = {name: partial(child, __file__, name, prefix, args.sequence_length) for name in names}
+        sides = {name: partial(child, __file__, name, prefix, args.sequence_length) for name in NAMES}
         medians = alternate(sides, args.repeats)
     base = medians["megatron"]["reads"]
-    for name in names:
+    for name in NAMES:
         print(f"{name:<12} {medians[name]['reads']:>10.0f} samples/s {medians[name]['reads'] / base:>6.1f}x")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4 and sys.argv[1] in ("megatron", "one_by_one", "batch"):
+    if len(sys.argv) == 4 and sys.argv[1] in NAMES:
         measure(sys.argv[1], sys.argv[2], int(sys.argv[3]))
     else:
         main()

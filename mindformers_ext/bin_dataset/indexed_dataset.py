@@ -293,5 +293,5 @@ def _cast(tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
         limits = np.iinfo(dtype)
         low, high = tokens.min(), tokens.max()
         if low < limits.min or high > limits.max:
-            raise ValueError(f"token ids {low} to {high} do not fit {dtype.name} ({limits.min} to {limits.max})")
+            raise ValueError(f"token ids {low} to {high} do not fit dtype {dtype.name} ({limits.min} to {limits.max})")
     return tokens.astype(dtype)

@@ -8,6 +8,7 @@ belong to the same inputs, tokenizer and arguments, and writes the same bytes as
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +133,8 @@ def run(job: Job) -> Counts:
         job.tokenizer.finish_checks()
         for key in job.keys:
             _write_summary(f"{job.output(key)}.json", job, identity, done, time.monotonic() - started)
+    else:
+        print(f"{job.output(job.keys[0])} was finished by an earlier run of this command", file=sys.stderr)
     for number in range(len(parts)):
         _remove_part(job, number)
     return done
@@ -139,10 +142,16 @@ def run(job: Job) -> Counts:
 
 def _run_parts(job: Job, parts: list[list[Span]], identity: str, total: int) -> Counts:
     counts = Counts()
+    finished = [
+        finished_counts(_part_prefix(job, number), job, identity) if len(parts) > 1 else None
+        for number in range(len(parts))
+    ]
+    if any(finished):
+        print(f"{sum(map(bool, finished))} of {len(parts)} partitions were finished by an earlier run", file=sys.stderr)
     with tqdm(total=total, unit="B", unit_scale=True, desc=job.tool, mininterval=0.5) as bar:
         for number, spans in enumerate(parts):
             prefix = job.prefix if len(parts) == 1 else _part_prefix(job, number)
-            part = finished_counts(prefix, job, identity) if len(parts) > 1 else None
+            part = finished[number]
             if part is None:
                 part = _run_part(job, spans, prefix, counts, bar)
                 if len(parts) > 1:

@@ -52,20 +52,39 @@ def parse_config(config: dict[str, Any]) -> tuple[GPTDatasetConfig, dict[str, An
 
 
 class SampleSource:
-    """Random-access rows for GeneratorDataset: the asked columns, int32, from global sample ``start`` on."""
+    """Random-access rows for GeneratorDataset: the asked columns, int32, from global sample ``start`` on.
 
-    def __init__(self, dataset: Dataset, columns: list[str], start: int, size: int) -> None:
+    GeneratorDataset asks for one row after another, every ``stride``-th one. A row that is not at hand is read in one
+    batch with the rows that follow it, as many as READ_AHEAD bytes hold.
+    """
+
+    READ_AHEAD = 4 << 20
+
+    def __init__(self, dataset: Dataset, columns: list[str], start: int, size: int, stride: int = 1) -> None:
         self.dataset = dataset
         self.columns = columns
         self.start = start
         self._size = size
+        self._stride = stride
+        self._count = 1  # rows of a batch, known after the first one
+        self._first, self._batch = 0, tuple(np.empty((0, 0), np.int32) for _ in columns)
 
     def __len__(self) -> int:
         return self._size - self.start
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-        sample = self.dataset[self.start + int(index)]
-        return tuple(np.ascontiguousarray(sample[name], np.int32) for name in self.columns)
+        row, between = divmod(int(index) - self._first, self._stride)
+        if between or not 0 <= row < len(self._batch[0]):
+            self._read(int(index))
+            row = 0
+        return tuple(column[row] for column in self._batch)
+
+    def _read(self, index: int) -> None:
+        rows = range(index, len(self), self._stride)[: self._count] or [index]
+        batch = self.dataset.batch(self.start + np.array(rows))
+        self._batch = tuple(np.ascontiguousarray(batch[name], np.int32) for name in self.columns)
+        self._first = index
+        self._count = max(1, self.READ_AHEAD * len(rows) // sum(column.nbytes for column in self._batch))
 
 
 class EmptySource:
@@ -120,7 +139,7 @@ class BlendedMegatronDatasetDataLoader:
             raise ValueError(f"data_loader.phase {phase!r} is unknown; choose one of {', '.join(PHASES)}")
         settings, paths = parse_config(config)
         columns = _check_columns(list(column_names or ["input_ids"]), settings)
-        source = _build_source(settings, paths, sizes, PHASES[phase], columns, first_sample)
+        source = _build_source(settings, paths, sizes, PHASES[phase], columns, first_sample, num_shards or 1)
         return GeneratorDataset(source, column_names=columns, shuffle=False, num_shards=num_shards, shard_id=shard_id)
 
 
@@ -145,6 +164,7 @@ def _build_source(
     split: int,
     columns: list[str],
     first_sample: int,
+    stride: int,
 ) -> SampleSource | EmptySource:
     wanted = sizes[split]
     if not _reads_data():
@@ -168,7 +188,7 @@ def _build_source(
     if not 0 <= first_sample < size:
         raise ValueError(f"data_loader.first_sample is {first_sample}, but must lie in the {size} samples to read")
     logger.info("dataset of %d samples of %d tokens", size - first_sample, config.sequence_length)
-    return SampleSource(dataset, columns, first_sample, size)
+    return SampleSource(dataset, columns, first_sample, size, stride)
 
 
 def _build_one(config: GPTDatasetConfig, paths: dict[str, Any], sizes: list[int | None], split: int) -> Dataset:

@@ -94,7 +94,7 @@ def test_summary_counts_everything(tokenizer_file, tmp_path):
         ('{"text": "the model"}\n', ["--vocab-size", "5"], "outside --vocab-size 5"),
         ('{"text": "a"}\n', ["--workers", "0"], "--workers"),
         ('{"text": "a"}\n', ["--append-eod", "--eod-token", "<x>"], "no eod token"),
-        ('{"text": "the model"}\n', ["--dtype", "uint8"], "do not fit uint8"),
+        ('{"text": "the model"}\n', ["--dtype", "uint8"], "do not fit dtype uint8"),
     ],
 )
 def test_bad_input_is_one_sentence(content, flags, message, tokenizer_file, tmp_path):
@@ -113,10 +113,24 @@ def test_finished_output_is_kept_until_something_changes(tokenizer_file, jsonl, 
     command = ["jsonl_to_bin", "--input", jsonl, "--output-prefix", tmp_path / "o", "--vocab-file", tokenizer_file]
     run_tool(*command)
     first = bin_path(tmp_path / "o_text_document").stat().st_mtime_ns
-    run_tool(*command)
+    assert "finished by an earlier run" in run_tool(*command).stderr
     assert bin_path(tmp_path / "o_text_document").stat().st_mtime_ns == first
     run_tool(*command, "--append-eod")
     assert bin_path(tmp_path / "o_text_document").stat().st_mtime_ns != first
+
+
+def test_a_run_that_writes_nothing_says_so(tokenizer_file, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": ""}\n')
+    done = run_tool(
+        "jsonl_to_bin",
+        "--input",
+        tmp_path / "in.jsonl",
+        "--output-prefix",
+        tmp_path / "o",
+        "--vocab-file",
+        tokenizer_file,
+    )
+    assert "no sequence was written" in done.stdout
 
 
 def test_killed_at_20_points_and_resumed_to_identical_bytes(tokenizer_file, texts, tmp_path):

@@ -163,7 +163,7 @@ def test_token_outside_vocabulary(corpus):
 
 def test_token_that_does_not_fit_dtype(tmp_path):
     with (
-        pytest.raises(ValueError, match="70000 do not fit uint16"),
+        pytest.raises(ValueError, match="70000 do not fit dtype uint16"),
         IndexedDatasetWriter(tmp_path / "p", np.uint16) as w,
     ):
         w.add_document([5, 70_000])

@@ -16,6 +16,7 @@ from mindformers_ext.bin_dataset.gpt_dataset import GPTDatasetConfig, sample_col
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, IndexedDatasetWriter, loss_mask_prefix
 from mindformers_ext.data import BlendedMegatronDatasetDataLoader
 from mindformers_ext.data.data_position import DataPosition, position_of
+from mindformers_ext.data.megatron_dataloader import SampleSource
 
 YAML = """
 train_dataset_task:
@@ -81,6 +82,17 @@ def test_shards_are_disjoint_and_whole(prefix):
         parts = [rows(load(prefix, loader={"num_shards": shards, "shard_id": i})) for i in range(shards)]
         for index, sample in enumerate(everything):
             np.testing.assert_array_equal(parts[index % shards][index // shards][0], sample)
+
+
+@pytest.mark.parametrize("read_ahead", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_rows_read_ahead_are_those_asked_for(read_ahead, stride, prefix, monkeypatch):
+    dataset = build_datasets(GPTDatasetConfig(sequence_length=32), [40, None, None], ["1", prefix], only=0)[0]
+    monkeypatch.setattr(SampleSource, "READ_AHEAD", read_ahead)
+    source = SampleSource(dataset, ["input_ids", "labels"], 2, 40, stride)
+    for index in [*range(0, 38, stride), *range(1, 38, stride), 37, 0, 5, 6, 4, 36, 1]:
+        for name, column in zip(("input_ids", "labels"), source[index], strict=True):
+            np.testing.assert_array_equal(column, dataset[2 + index][name])
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 12, 39])

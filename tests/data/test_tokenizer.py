@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindformers_ext.bin_dataset.tokenizer import TextTokenizer, TokenizerError
+from mindformers_ext.bin_dataset.tokenizer import CHECKED_FIRST, TextTokenizer, TokenizerError
 
 SPECIAL = [
     "<｜begin▁of▁sentence｜>",
@@ -85,7 +85,7 @@ def test_every_batch_is_sampled(tokenizer_file):
     for _ in range(3):
         tokenizer.encode(["the model and data"] * 1001)
     tokenizer.finish_checks()
-    assert tokenizer.checked == 3 * (8 + 2)
+    assert tokenizer.checked == 3 * (CHECKED_FIRST + 2)
     tokenizer.close()
 
 
