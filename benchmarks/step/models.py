@@ -129,7 +129,7 @@ def our_step(config, batch: int):
 
     from mindformers_ext.train_wrapper import DeviceAwareTrainOneStepCell
 
-    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU", memory_optimize_level="O1")  # as the tiny YAML
     network = DeepseekV3ForCausalLM(config)
     tensors, parameters = weights_of(config), network.parameters_dict()
     for entry in name_table(config):
