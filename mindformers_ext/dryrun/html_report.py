@@ -18,10 +18,11 @@ from mindformers_ext.dryrun.terminal_report import (
 )
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 82em; padding: 0 1em; color: #222; }
 h1 { font-size: 1.4em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ccc; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; } pre { white-space: pre-wrap; }
 th, td { border: 1px solid #ddd; padding: .25em .5em; text-align: right; } th { background: #f2f4f7; }
+td { white-space: nowrap; }
 .bad { color: #a00; } .good { color: #070; } details { margin: .5em 0; } summary { cursor: pointer; }
 .plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; } svg { width: 100%; height: auto; }
 .notes td:last-child { text-align: left; }
@@ -55,7 +56,15 @@ def _estimate_section(report: dict[str, Any]) -> list[str]:
         + [f"{s['memory_bytes'] / GIB:.1f}", tera(s["flops_per_step"]), f"{s['micro_batch_seconds'] * 1e3:.3g}"]
         for s in report["estimate"]["stages"]
     ]
-    headers = ["stage", "layers", "parameters", *(f"{k} GiB" for k in HELD), "sum GiB", "TFLOP/step", "ms/micro-batch"]
+    headers = [
+        "stage",
+        "layers",
+        "parameters",
+        *(f"{k} GiB" for k in HELD),
+        "sum GiB",
+        "TFLOP a step",
+        "ms a micro-batch",
+    ]
     plots = [_memory_bars, _time_bars, _stage_times, _stage_traffic]
     return [
         f"<h2>Estimate</h2><pre>{html.escape(estimate_text(report))}</pre>",
@@ -81,16 +90,16 @@ def _ranks_section(report: dict[str, Any]) -> list[str]:
         + [f"{sent / 1e9:.1f}" for sent in sent_bytes(r)]
         for r in compiled
     ]
-    headers = ["rank", "stage", "layers", "seconds", "compiler GiB", "parameters on it", "weights GiB", "gradients GiB"]
+    headers = ["rank", "stage", "layers", "seconds", "compiler GiB", "values held", "weights GiB", "gradients GiB"]
     headers += [
         "optimizer GiB",
         "other GiB",
         "planned peak GiB",
         "without fragments GiB",
-        "TFLOP/step",
-        "collectives/step",
+        "TFLOP a step",
+        "collectives a step",
     ]
-    body.append(_table([*headers, "sent in node GB", "sent across nodes GB"], rows))
+    body.append(_table([*headers, "GB sent in node", "GB sent across"], rows))
     body.append(f"<p>{html.escape(PLAN_NOTE if compiled[0]['memory'] else '')}</p>")
     body.append(f"<p>{html.escape(parameter_text(report['parameter_check']))}</p>")
     body.append(f"<h2>Collectives in a step</h2><div class='plots'>{_plot(_collective_bars, compiled)}</div>")
@@ -180,11 +189,12 @@ def _memory_bars(axes, report: dict[str, Any]) -> None:
 
 def _time_bars(axes, report: dict[str, Any]) -> None:
     causes = report["estimate"]["seconds_by_cause"]
-    bars = axes.barh(list(causes), list(causes.values()))
-    axes.bar_label(bars, fmt="%.2g", padding=2, fontsize=7)
+    unit, scale = ("seconds", 1) if max(causes.values()) >= 1 else ("ms", 1e3)
+    bars = axes.barh(list(causes), [seconds * scale for seconds in causes.values()])
+    axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(title="One step on the slowest stage, by cause", xlabel="seconds")
+    axes.set(title="One step on the slowest stage, by cause", xlabel=unit)
 
 
 def _stage_times(axes, report: dict[str, Any]) -> None:
