@@ -53,9 +53,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_our_checkpoint_and_its_export_are_the_same_model(folder, capsys):
-    arguments = ["--hf_dir", str(folder / "hf"), "--prompts", "the quick brown fox", "--tokens", "3"]
-    assert script("compare_hf").run([*arguments, "--checkpoint", str(folder / "ours")])
-    assert script("compare_hf").run([*arguments, "--checkpoint", str(folder / "hf")])
+    arguments = ["--hf_dir", str(folder / "hf"), "--prompts", "the quick brown fox"]
+    assert script("compare_hf").run([*arguments, "--tokens", "3", "--checkpoint", str(folder / "ours")])
+    assert script("compare_hf").run([*arguments, "--tokens", "0", "--checkpoint", str(folder / "hf")])
     lines = [line for line in capsys.readouterr().out.splitlines() if "logits differ" in line]
     assert len(lines) == 2
     for line in lines:

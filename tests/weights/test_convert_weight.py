@@ -1,9 +1,9 @@
 """HuggingFace to our checkpoint and back: the same bits, whatever the type, the family and the files."""
 
 import json
-import subprocess
-import sys
+import multiprocessing
 import time
+from functools import partial
 from pathlib import Path
 
 import convert_reversed
@@ -15,9 +15,9 @@ from helpers.hf_folders import V2_LITE_CONFIG, V3_CONFIG, quantise, random_tenso
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from mindformers_ext import safetensors_files
 from mindformers_ext.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
 NO_MTP = {**V3_CONFIG, "num_nextn_predict_layers": 0}
 RELEASED = {
     **V3_CONFIG,
@@ -136,33 +136,30 @@ def test_names_of_the_released_model_are_audited_without_weights(tmp_path, capsy
 def test_a_killed_conversion_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """kill -9 in the middle; finished files are kept, the others written; the result is that of one run."""
     source = write_folder(tmp_path / "hf", V3_CONFIG, random_tensors(V3_CONFIG))
-    slow = tmp_path / "slow.py"
-    slow.write_text(
-        "import functools, sys, time\n"
-        "import convert_weight\n"
-        "from mindformers_ext import safetensors_files as files\n"
-        "write = files.write_shard\n"
-        "def slowly(*args):\n    done = write(*args)\n    time.sleep(0.3)\n    return done\n"
-        "files.write_shard = slowly\n"
-        "convert_weight.write_folder = functools.partial(files.write_folder, shard_bytes=20_000)\n"
-        "convert_weight.convert(sys.argv[1:])\n"
-    )
-    command = [sys.executable, str(slow), "--input", str(source), "--output", str(tmp_path / "ours"), "--workers", "1"]
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'research/deepseek3'}", "PATH": "/usr/bin:/bin"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    small = partial(safetensors_files.write_folder, shard_bytes=20_000)
+    monkeypatch.setattr(convert_weight, "write_folder", small)
+
+    def convert_slowly() -> None:
+        write = safetensors_files.write_shard
+
+        def slowly(*arguments):
+            done = write(*arguments)
+            time.sleep(0.3)
+            return done
+
+        safetensors_files.write_shard = slowly
+        convert_weight.convert(["--input", str(source), "--output", str(tmp_path / "ours"), "--workers", "1"])
+
+    process = multiprocessing.get_context("fork").Process(target=convert_slowly)  # it has imported everything
+    process.start()
     while len(list((tmp_path / "ours").glob("model-*.safetensors"))) < 3:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    process.join()
     done = {file: file.stat().st_mtime_ns for file in (tmp_path / "ours").glob("model-*.safetensors")}
     assert not (tmp_path / "ours/model.safetensors.index.json").exists()
 
-    from functools import partial
-
-    from mindformers_ext.safetensors_files import write_folder as write
-
-    monkeypatch.setattr(convert_weight, "write_folder", partial(write, shard_bytes=20_000))
     convert_weight.convert(["--input", str(source), "--output", str(tmp_path / "ours")])
     assert f"({len(done)} were done before)" in capsys.readouterr().out
     assert all(file.stat().st_mtime_ns == at for file, at in done.items())
