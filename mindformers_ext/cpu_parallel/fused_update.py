@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import mindspore.train.mind_ir_pb2 as pb
 
 from mindformers_ext.cpu_kernels.library import library_path
-from mindformers_ext.cpu_parallel.inlining import reference
 
 PASS_ON = ("Depend", "Load", "TensorMove")  # their first input is their value
 MONADS = ("UMonadType", "IOMonadType")  # inputs that only order what happens: to memory, and to the outside
