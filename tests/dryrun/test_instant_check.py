@@ -49,6 +49,7 @@ ILLEGAL = [
         [("moe_config.use_gmm", False), ("moe_config.expert_group_size", 1000)],
         ["1000 does not divide 1024", "nearest legal: 512 or 1024"],
     ),
+    ([("parallel.pipeline_config.pipeline_interleave", True)], ["one run; nearest legal: False"]),
     ([("moe_config.num_experts_chosen", 300)], ["num_experts_chosen is 300", "expert_num is 256"]),
 ]
 
