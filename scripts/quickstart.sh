@@ -19,6 +19,8 @@ while [ $# -gt 0 ]; do
 done
 [ -z "$INPUT" ] || [ -s "$INPUT" ] || { echo "error: --input $INPUT does not exist or is empty" >&2; exit 2; }
 cd "$ROOT"
+# Where bytecode is forbidden, each of the many processes would compile MindFormers' sources again, nine seconds each.
+unset PYTHONDONTWRITEBYTECODE
 
 bash scripts/install.sh "${INSTALL[@]}"
 [ ${#INSTALL[@]} -gt 0 ] || PATH=$ROOT/.venv/bin:$PATH

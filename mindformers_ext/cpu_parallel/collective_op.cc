@@ -3,9 +3,13 @@
 // Broadcast of the world group only; it can go when MindSpore runs sharded graphs on CPU itself.
 //
 // Inputs: the tensor, then any number of inputs that only order the operators. Output: the last tensor.
+// With the attribute `tensors` the first so many inputs, of one type, go through one AllReduce, AllGather or
+// ReduceScatter together, and as many outputs come last.
 // Attributes: collective, rank_list, reduce, split_dim, concat_dim, send_counts, recv_counts, root, peer, tag.
+#include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -36,7 +40,7 @@ struct Settings : mindspore::AotKernelData {
   Ranks ranks;
   DType type;
   Reduce reduce = kSum;
-  int split = 0, concat = 0, root = -1, peer = -1;
+  int split = 0, concat = 0, root = -1, peer = -1, tensors = 1;
   int64_t tag = 0;
   std::vector<int64_t> send_counts, recv_counts;
 };
@@ -64,6 +68,7 @@ std::unique_ptr<Settings> Read(const char* type, mindspore::AotExtra* extra) {
   settings->root = static_cast<int>(integer("root", -1));
   settings->peer = static_cast<int>(integer("peer", -1));
   settings->tag = integer("tag", 0);
+  settings->tensors = static_cast<int>(integer("tensors", 1));
   settings->send_counts = integers("send_counts");
   settings->recv_counts = integers("recv_counts");
   return settings;
@@ -87,6 +92,36 @@ void Run(const Settings& s, const void* in, const std::vector<int64_t>& shape, v
   throw JobError("'" + s.collective + "' is not a collective of this library");
 }
 
+// Several tensors as one: what each of `parts` ranks takes or gives, of every tensor its part, lies together.
+// Copies between the tensors (parts x counts[i] elements each) and `packed`; into `packed` when `pack`.
+void Copy(bool pack, int parts, const std::vector<int64_t>& counts, size_t element, void** tensors, char* packed) {
+  for (int part = 0; part < parts; ++part) {
+    for (size_t i = 0; i < counts.size(); ++i) {
+      const size_t bytes = counts[i] * element;
+      char* tensor = static_cast<char*>(tensors[i]) + part * bytes;
+      std::memcpy(pack ? packed : tensor, pack ? tensor : packed, bytes);
+      packed += bytes;
+    }
+  }
+}
+
+// `counts`: elements of the inputs.
+void RunTogether(const Settings& s, const std::vector<int64_t>& counts, void** in, void** out) {
+  const int size = static_cast<int>(s.ranks.size());
+  const size_t element = SizeOf(s.type);
+  const bool gathers = s.collective == "AllGather", scatters = s.collective == "ReduceScatter";
+  std::vector<int64_t> each = counts;  // elements of the smaller side
+  for (int64_t& count : each) count /= scatters ? size : 1;
+  const int64_t total = std::accumulate(each.begin(), each.end(), int64_t{0});
+  const int parts_in = scatters ? size : 1, parts_out = gathers ? size : 1;
+  static std::vector<char> packed_in, packed_out;  // kept for the next step; one operator runs at a time
+  packed_in.resize(std::max(packed_in.size(), parts_in * total * element));
+  packed_out.resize(std::max(packed_out.size(), parts_out * total * element));
+  Copy(true, parts_in, each, element, in, packed_in.data());
+  Run(s, packed_in.data(), {parts_in * total}, packed_out.data(), parts_out * total);
+  Copy(false, parts_out, each, element, out, packed_out.data());
+}
+
 }  // namespace
 }  // namespace cpu_parallel
 
@@ -99,6 +134,11 @@ extern "C" int Collective(int parameters, void** data, int* dimensions, int64_t*
   return cpu_parallel::Guarded([&] {
     const auto* settings =
         static_cast<const cpu_parallel::Settings*>(static_cast<mindspore::AotExtra*>(extra)->KernelData());
+    if (settings->tensors > 1) {
+      std::vector<int64_t> counts;
+      for (int i = 0; i < settings->tensors; ++i) counts.push_back(cpu_parallel::Elements(dimensions[i], shapes[i]));
+      return cpu_parallel::RunTogether(*settings, counts, data, data + parameters - settings->tensors);
+    }
     const int out = parameters - 1;
     cpu_parallel::Run(*settings, data[0], std::vector<int64_t>(shapes[0], shapes[0] + dimensions[0]), data[out],
                       cpu_parallel::Elements(dimensions[out], shapes[out]));

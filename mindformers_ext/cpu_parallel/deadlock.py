@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from mindformers_ext.cpu_parallel.lowering import MESSAGES, Call
+from mindformers_ext.cpu_parallel.calls import MESSAGES, Call
 from mindformers_ext.errors import UserError
 
 MAILBOX_DEPTH = 2  # kMailboxDepth of shared_job.h: messages of one tag that a sender may be ahead

@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a compiled graph does not depend on.
 OUTSIDE_THE_GRAPH = ("output_dir", "load_checkpoint", "resume_training", "callbacks", "processor", "eval_dataset")
 GRAPH_SOURCES = ("research/deepseek3/*.py", "mindformers_ext/*.py", "mindformers_ext/dryrun/compile_*.py")
-GRAPH_SOURCES += ("mindformers_ext/cpu_parallel/lowering.py", "mindformers_ext/cpu_parallel/inlining.py")
-GRAPH_SOURCES += ("mindformers_ext/cpu_parallel/fused_operators.py",)
+LOWERING = ("lowering", "inlining", "fused_operators", "fused_update", "merging", "calls")
+GRAPH_SOURCES += tuple(f"mindformers_ext/cpu_parallel/{name}.py" for name in LOWERING)
 REPORT = re.compile(r"- (step \d+, loss .*)")  # TrainingMetrics' line of a step
 MAX_RANKS = 64  # processes of one machine; more is a mistake
 
@@ -85,7 +85,7 @@ def train(command: list[str], job: RankJob, log_dir: Path, say: Callable[[str], 
     Raises launch.RankError that names the first rank that failed.
     """
     threads = str(max((os.cpu_count() or 1) // job.world_size, 1))
-    base = {"OMP_NUM_THREADS": threads, "GLOG_v": "3"} | dict(os.environ)
+    base = {"OMP_NUM_THREADS": threads, "GLOG_v": "3"} | dict(os.environ) | launch.bytecode_cache()
     base["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
     def files(rank: int) -> tuple[Path, Path]:

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_ext.cpu_parallel import deadlock
-from mindformers_ext.cpu_parallel.lowering import Call, lower
+from mindformers_ext.cpu_parallel.calls import Call, read_calls
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
 from mindformers_ext.dryrun import rank_pool
-from mindformers_ext.dryrun.mindir import load_model
 from mindformers_ext.dryrun.rank_server import end_with_parent
 from mindformers_ext.dryrun.stand_in_cann import COMPILE
 from mindformers_ext.errors import UserError
 
-POLL_SECONDS = 0.05
+POLL_SECONDS, WATCH_SECONDS = 0.05, 0.5
 FAILURE = "failure.json"  # what a rank that fails writes: {rank, message, time}
 # After the first failure the others stop by themselves within a tenth of a second; this is for those that compute.
 GRACE_SECONDS = 10.0
@@ -45,6 +44,9 @@ class Builder:
         """Arguments of a module of this project that works on it."""
         return ["--builder", self.function, "--arguments", json.dumps(self.arguments), "--out", str(out)]
 
+    def compile_arguments(self, out: Path) -> list[str]:
+        return [*self.module_arguments(out), "--lower"]
+
 
 @dataclass(frozen=True)
 class RunBuilder:
@@ -55,8 +57,8 @@ class RunBuilder:
 
     module = "mindformers_ext.dryrun.compile_run"
 
-    def module_arguments(self, out: Path) -> list[str]:
-        return ["--whole_model", "--out", str(out), *self.arguments]
+    def compile_arguments(self, out: Path) -> list[str]:
+        return ["--whole_model", "--lower", "--out", str(out), *self.arguments]
 
 
 def run_reference(builder: Builder, folder: Path) -> dict:
@@ -75,31 +77,32 @@ def compile_ranks(
     """
     jobs = rank_pool.RankJobs(
         module=builder.module,
-        arguments=builder.module_arguments,
+        arguments=builder.compile_arguments,
         world_size=world_size,
         devices_per_stage=world_size // stages,
         out=folder,
         level=COMPILE,
         python_path=builder.python_path,
-        environment={"OMP_NUM_THREADS": "1"},
+        environment={"OMP_NUM_THREADS": "1"} | bytecode_cache(),
     )
     for result in rank_pool.compile_ranks(jobs, list(range(world_size)), workers or os.cpu_count() or 1):
         if result.status != rank_pool.COMPILED:
             reasons = "; ".join([result.message, *result.compiler_errors[:1]])
             raise RankError(f"rank {result.rank} does not compile: {reasons} (log {result.log})")
-    return lower_ranks(world_size, folder)
-
-
-def lower_ranks(world_size: int, folder: Path) -> list[list[Call]]:
-    """Lower the compiled graphs of all ranks and check that their collectives fit together."""
-    sequences = []
-    for rank in range(world_size):
-        own = rank_folder(folder, rank)
-        model = load_model((own / "graph.mindir").read_bytes())
-        sequences.append(lower(model, rank, world_size))
-        (own / "cpu.mindir").write_bytes(model.SerializeToString())
+    sequences = [read_calls(rank_folder(folder, rank) / "calls.json") for rank in range(world_size)]
     deadlock.check(sequences)
     return sequences
+
+
+def bytecode_cache() -> dict[str, str]:
+    """Environment of children where the user's forbids bytecode beside the sources: a folder of its own for it.
+
+    Without any, each process of a job compiles MindSpore's and MindFormers' sources again, nine seconds of its start.
+    """
+    if not os.environ.get("PYTHONDONTWRITEBYTECODE"):
+        return {}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mindformers_ext" / "bytecode"
+    return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": os.environ.get("PYTHONPYCACHEPREFIX") or str(cache)}
 
 
 def run_ranks(folder: Path, world_size: int, stages: int = 1) -> list[dict]:
@@ -160,16 +163,20 @@ def supervise(
 ) -> None:
     """Wait for all processes; when one fails, give the others GRACE_SECONDS, kill them and raise RankError.
 
-    `explain(rank, exit code)` returns when the rank failed and why; `watch()` is called while they run, and once after.
+    `explain(rank, exit code)` returns when the rank failed and why; `watch()` is called now and then while they run,
+    and once after.
     """
     try:
         first_noticed = None
+        watched = time.monotonic()
         while None in (codes := [process.poll() for process in processes]):
             if first_noticed is None and any(codes):
                 first_noticed = time.monotonic()
             if first_noticed is not None and time.monotonic() - first_noticed > GRACE_SECONDS:
                 break
-            watch()
+            if time.monotonic() - watched > WATCH_SECONDS:
+                watched = time.monotonic()
+                watch()
             time.sleep(POLL_SECONDS)
         failed = [(rank, process.returncode) for rank, process in enumerate(processes) if process.returncode]
     finally:
@@ -196,7 +203,7 @@ def failure_of(failure: Path, log: Path, rank: int, code: int) -> tuple[float, s
 
 def quiet(environment: dict[str, str]) -> dict[str, str]:
     """One computing thread per process unless the user chose, and errors only in the logs."""
-    return {"OMP_NUM_THREADS": "1", "GLOG_v": "3"} | environment
+    return {"OMP_NUM_THREADS": "1", "GLOG_v": "3"} | environment | bytecode_cache()
 
 
 def run_child(command: list[str], python_path: Sequence[str], log: Path) -> None:

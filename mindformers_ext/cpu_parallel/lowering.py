@@ -2,40 +2,27 @@
 
 Extends MindSpore 2.9.0, which cannot run semi-auto parallel graphs on CPU: functions are inlined, communication
 operators become the Custom operators of collective_op.cc (each takes the previous one's output as an extra input, so
-that their order never changes), and operators without a CPU kernel are rewritten by the functions in `REWRITES`.
+that their order never changes; see merging.py), and operators without a CPU kernel are rewritten by the functions in
+`REWRITES`.
 """
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from pathlib import Path
 
 import mindspore.train.mind_ir_pb2 as pb
 
+from mindformers_ext.atomic_files import whole_file
+from mindformers_ext.cpu_parallel.calls import Call, write_calls
 from mindformers_ext.cpu_parallel.collectives import library_path
 from mindformers_ext.cpu_parallel.fused_operators import FUSED_REWRITES
 from mindformers_ext.cpu_parallel.fused_update import fuse_updates
 from mindformers_ext.cpu_parallel.inlining import inline_functions, reference
+from mindformers_ext.cpu_parallel.merging import Placed, merge
 from mindformers_ext.dryrun.mindir import DTYPE_BYTES
-
-
-@dataclass(frozen=True)
-class Call:
-    """One collective of a rank's step, in its fixed place of the order."""
-
-    operation: str
-    ranks: tuple[int, ...]  # global ranks of the group; for Send and Receive (source, target)
-    # What all members must agree on: reduction, dimensions, root; the tag of a message; AlltoAllV's counts both ways.
-    detail: tuple
-    dtype: str
-    elements: int  # of this rank's output (Send: of its input)
-    bytes: int
-    where: str  # the model's name for the operator
-
-    def __str__(self) -> str:
-        group = " -> ".join(map(str, self.ranks)) if self.operation in MESSAGES else list(self.ranks)
-        return f"{self.operation} {group} of {self.elements} {self.dtype} ({self.where})"
 
 
 @dataclass
@@ -46,7 +33,7 @@ class Graph:
     rank: int
     world_size: int
     primitives: dict[str, pb.PrimitiveProto]
-    previous: str | None = None  # output of the last collective
+    collectives: list[Placed] = field(default_factory=list)
 
     @cached_property
     def producers(self) -> dict[str, pb.NodeProto]:
@@ -68,6 +55,15 @@ class Graph:
         nodes = self.model.graph.node
         nodes.insert(next(i for i, other in enumerate(nodes) if other is node) + 1, tuple_node)
 
+    def integer(self, value: int) -> str:
+        """A constant number of the main graph."""
+        name = f"integer:lowered{value}"
+        if name not in self.producers:
+            node = self.model.graph.node.add(name=name, output=[name], op_type="Constant")
+            node.attribute.add(name="value", i=value, type=pb.AttributeProto.INT64)
+            self.producers[name] = node
+        return name
+
     def use(self, node: pb.NodeProto, operator: str, **attributes) -> None:
         """Make `node` apply a new primitive."""
         name = f"{operator}:lowered{len(self.primitives)}"
@@ -79,7 +75,12 @@ class Graph:
         node.op_type = f"REF::{name}"
 
 
-MESSAGES = ("Send", "Receive")
+def lower_into(folder: Path, model: pb.ModelProto, rank: int, world_size: int) -> None:
+    """Lower a rank's graph, which changes `model`; write `cpu.mindir` and `calls.json` (see calls.py)."""
+    calls = lower(model, rank, world_size)
+    with whole_file(folder / "cpu.mindir") as partial:
+        partial.write_bytes(model.SerializeToString())
+    write_calls(folder / "calls.json", calls)
 
 
 def lower(model: pb.ModelProto, rank: int, world_size: int) -> list[Call]:
@@ -89,20 +90,17 @@ def lower(model: pb.ModelProto, rank: int, world_size: int) -> list[Call]:
     """
     inline_functions(model)
     graph = Graph(model, rank, world_size, {primitive.name: primitive for primitive in model.primitives})
-    calls = []
     for node in list(model.graph.node):
         primitive = graph.primitive(node)
         rewrite = REWRITES.get(primitive.op_type) if primitive is not None else None
         if rewrite is not None:
-            call = rewrite(graph, node, primitive)
-            if call is not None:
-                calls.append(call)
+            rewrite(graph, node, primitive)
     for function in model.functions:
         for node in function.node:
             _rewrite_optional(graph, function, node)
     _keep_behind_additions(graph)
     fuse_updates(graph)
-    return calls
+    return merge(graph, graph.collectives)
 
 
 def _keep_behind_additions(graph: Graph) -> None:
@@ -135,7 +133,10 @@ def _rewrite_optional(graph: Graph, function: pb.GraphProto, node: pb.NodeProto)
     """Rewrite a node of a function that may or may not run: it must not communicate."""
     primitive = graph.primitive(node)
     rewrite = REWRITES.get(primitive.op_type) if primitive is not None else None
-    if rewrite is not None and rewrite(graph, node, primitive) is not None:
+    communicates = len(graph.collectives)
+    if rewrite is not None:
+        rewrite(graph, node, primitive)
+    if len(graph.collectives) > communicates:
         raise ValueError(
             f"'{primitive.op_type}' ({primitive.instance_name}) is in function '{function.name}', which runs only when "
             "a value computed in the step says so: ranks that decide differently would wait for each other for ever"
@@ -191,26 +192,26 @@ def group_ranks(graph: Graph, primitive: pb.PrimitiveProto, attributes: dict) ->
 def collective(*same: str) -> Callable:
     """Rewriter of a group operation; `same` are its attributes by which the ranks must agree."""
 
-    def rewrite(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> Call:
+    def rewrite(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> None:
         attributes = attributes_of(primitive)
         ranks = group_ranks(graph, primitive, attributes)
         extra = {"reduce" if name == "op" else name: attributes[name] for name in same}
         if "root_rank" in extra:
             extra["root"] = ranks[extra.pop("root_rank")]
-        _place(graph, node, collective=primitive.op_type, rank_list=ranks, **extra)
-        return _call(node, primitive.op_type, ranks, tuple(extra.items()))
+        detail = tuple(extra.items())
+        _place(graph, node, primitive.op_type, ranks, detail, collective=primitive.op_type, rank_list=ranks, **extra)
 
     return rewrite
 
 
-def all_to_all_v(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> Call:
+def all_to_all_v(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> None:
     """Rewriter of AlltoAllV(x, counts to send, counts to receive); both are constants, in blocks."""
     block = attributes_of(primitive).get("block_size", 1)
     sent, received = ([block * count for count in constant_integers(graph, name)] for name in node.input[1:3])
-    return _exchange(graph, node, primitive, sent, received)
+    _exchange(graph, node, primitive, sent, received)
 
 
-def all_to_all_vc(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> Call:
+def all_to_all_vc(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> None:
     """Rewriter of AlltoAllVC(x, what every rank sends to every other), the matrix written row by row."""
     attributes = attributes_of(primitive)
     size, own = len(group_ranks(graph, primitive, attributes)), attributes["rank_id"]
@@ -218,14 +219,15 @@ def all_to_all_vc(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto
     sent, received = counts[own * size : (own + 1) * size], counts[own::size]
     if attributes.get("transpose"):
         sent, received = received, sent
-    return _exchange(graph, node, primitive, sent, received)
+    _exchange(graph, node, primitive, sent, received)
 
 
-def _exchange(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto, sent: list, received: list) -> Call:
+def _exchange(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto, sent: list, received: list) -> None:
     ranks = group_ranks(graph, primitive, attributes_of(primitive))
     del node.input[1:]
-    _place(graph, node, collective="AlltoAllV", rank_list=ranks, send_counts=sent, recv_counts=received)
-    return _call(node, "AlltoAllV", ranks, (tuple(sent), tuple(received)))
+    counts = (tuple(sent), tuple(received))
+    extra = {"rank_list": ranks, "send_counts": sent, "recv_counts": received}
+    _place(graph, node, "AlltoAllV", ranks, counts, collective="AlltoAllV", **extra)
 
 
 def constant_integers(graph: Graph, name: str) -> list[int]:
@@ -240,30 +242,28 @@ def constant_integers(graph: Graph, name: str) -> list[int]:
     return [item.ints[0] if item.ints else item.i for item in value.values]
 
 
-def message(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> Call:
+def message(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> None:
     """Rewriter of Send and Receive."""
     attributes = attributes_of(primitive)
     sends = primitive.op_type == "Send"
     peer = group_ranks(graph, primitive, attributes)[attributes["dest_rank" if sends else "src_rank"]]
-    tag = attributes["sr_tag"]
-    _place(graph, node, collective=primitive.op_type, peer=peer, tag=tag)
-    return _call(node, primitive.op_type, (graph.rank, peer) if sends else (peer, graph.rank), (tag,))
+    tag, operation = attributes["sr_tag"], primitive.op_type
+    ranks = (graph.rank, peer) if sends else (peer, graph.rank)
+    _place(graph, node, operation, ranks, (tag,), collective=operation, peer=peer, tag=tag)
 
 
-def _place(graph: Graph, node: pb.NodeProto, **attributes) -> None:
-    """Make `node` our Custom operator and chain it behind the previous one."""
+def _place(
+    graph: Graph, node: pb.NodeProto, operation: str, ranks: tuple[int, ...], detail: tuple, **attributes
+) -> None:
+    """Make `node` our Custom operator; `merging.merge` puts it behind the previous one."""
     function = f"{library_path()}:Collective"
     aot = {"imply_path": "", "func_type": "aot", "func_name": function, "uniq_name": f"Custom_{function}"}
-    graph.use(node, "Custom", **aot, multi_output=False, autodiff=False, **attributes)
-    if graph.previous is not None:
-        node.input.append(graph.previous)
-    graph.previous = node.output[0]
-
-
-def _call(node: pb.NodeProto, operation: str, ranks: tuple[int, ...], detail: tuple) -> Call:
+    attributes = {**aot, "multi_output": False, "autodiff": False, **attributes}
+    graph.use(node, "Custom", **attributes)
     shape, dtype = output_tensor(node)
     elements = prod(shape)
-    return Call(operation, ranks, detail, dtype.lower(), elements, elements * DTYPE_BYTES[dtype], node.domain)
+    call = Call(operation, ranks, detail, dtype.lower(), elements, elements * DTYPE_BYTES[dtype], node.domain)
+    graph.collectives.append(Placed(node.output[0], call, attributes))
 
 
 def passes_on(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) -> None:
@@ -272,7 +272,7 @@ def passes_on(graph: Graph, node: pb.NodeProto, primitive: pb.PrimitiveProto) ->
 
 
 # Every operator of a rank's graph that CPU MindSpore cannot run as it is, and how it is replaced.
-REWRITES: dict[str, Callable[[Graph, pb.NodeProto, pb.PrimitiveProto], Call | None]] = {
+REWRITES: dict[str, Callable[[Graph, pb.NodeProto, pb.PrimitiveProto], None]] = {
     "AllReduce": collective("op"),
     "AllGather": collective(),
     "ReduceScatter": collective("op"),

@@ -10,8 +10,8 @@ import numpy as np
 
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter, idx_path
 from mindformers_ext.cpu_parallel import job, launch
+from mindformers_ext.cpu_parallel.calls import Call
 from mindformers_ext.cpu_parallel.command import absolute, read_plan
-from mindformers_ext.cpu_parallel.lowering import Call
 from mindformers_ext.cpu_parallel.rank_config import one_process_overrides
 from mindformers_ext.cpu_parallel.rank_job import RankJob
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
@@ -105,6 +105,8 @@ class RunProblem:
     def _layout(self, name: str, degrees: dict[str, int], other: dict, model: dict) -> Layout:
         degrees = {"dp": 1, "cp": 1, "mp": 1, "pp": 1, "ep": 1, "micro": 1, "accumulation": 1} | degrees
         parts = degrees["dp"] * degrees["micro"] * degrees["accumulation"]
+        if self.plan.model.num_layers < degrees["pp"]:  # every stage needs a layer
+            model = model | {"model.model_config.num_layers": degrees["pp"]}
         columns = lookup(self.plan.config, "train_dataset.input_columns") or ["input_ids"]
         overrides = {
             "use_parallel": True,

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 
 from mindformers_ext.cpu_parallel import launch
+from mindformers_ext.cpu_parallel.calls import Call
 from mindformers_ext.cpu_parallel.compare import Comparison, compare
 from mindformers_ext.cpu_parallel.deadlock import traffic
-from mindformers_ext.cpu_parallel.lowering import Call
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ and communication are ready when it is called. Into DIR go
 
 - `graph.mindir`: the rank's forward + backward + optimizer graph (protobuf `mindspore.train.mind_ir_pb2`),
 - `compiled.json`: strategies, parameter layouts, FLOPs, seconds, peak memory of the compiler (see `compile_cell`),
-- `failure.json` instead of both, when the compiler refuses: exception, message, and the model's lines it names.
+- with `--lower`, the same graph for CPU: `cpu.mindir` and `calls.json` (cpu_parallel/lowering.py),
+- `failure.json` instead of all, when the compiler refuses: exception, message, and the model's lines it names.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from typing import Any
 from mindformers_ext.atomic_files import whole_file, write_json
 from mindformers_ext.dryrun.stand_in_cann import MEMORY
 
-RESULTS = ("graph.mindir", "compiled.json", "failure.json")
+RESULTS = ("graph.mindir", "compiled.json", "failure.json", "cpu.mindir", "calls.json")
 # Fields of one entry of MindSpore 2.9.0's `cell.parameter_layout_dict`, in its order.
 LAYOUT_FIELDS = (
     "device_matrix",  # sizes of the device axes, slowest first
@@ -55,10 +56,10 @@ SOURCE_LINE = re.compile(
 FRAMEWORK_PATH = re.compile(r"/site-packages/|/lib/python3|/mindformers_ext/dryrun/|<")
 
 
-def compile_cell(cell, inputs: tuple, out: Path, values: bool = False) -> dict[str, Any]:
+def compile_cell(cell, inputs: tuple, out: Path, values: bool = False, for_cpu: bool = False) -> dict[str, Any]:
     """Compile `cell(*inputs)` for this rank; write `graph.mindir` and `compiled.json` into `out`, return the latter.
 
-    Parameters get values only when `values` is True.
+    Parameters get values only when `values` is True. With `for_cpu` the graph is lowered too.
 
     Keys: rank, device_num, strategies {operator: one list per input}, layouts {parameter: LAYOUT_FIELDS},
     parameters {name: {shape, dtype, bytes}} as stored on this rank (weights, optimizer states, gradient buffers),
@@ -102,6 +103,10 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False) -> dict[s
         "cpu_seconds": time.process_time(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
+    if for_cpu:
+        from mindformers_ext.cpu_parallel.lowering import lower_into
+
+        lower_into(out, model, rank, device_num)
     write_json(out / "compiled.json", compiled)
     return compiled
 
@@ -196,6 +201,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--builder", required=True, help="package.module:function, returns (cell, inputs)")
     parser.add_argument("--arguments", default="{}", type=json.loads, help="keyword arguments of the builder, JSON")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    parser.add_argument("--lower", action="store_true", help="write the graph for CPU too")
     return parser.parse_args(argv)
 
 
@@ -217,7 +223,7 @@ def _compile_built(options: argparse.Namespace) -> None:
     start_as_rank()
     module, function = options.builder.split(":")
     cell, inputs = getattr(importlib.import_module(module), function)(**options.arguments)
-    compile_cell(cell, inputs, options.out)
+    compile_cell(cell, inputs, options.out, for_cpu=options.lower)
     launch(cell, inputs)
 
 

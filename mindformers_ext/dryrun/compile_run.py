@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """Compile the run; 0 when compiled, 1 when the YAML, the model or the compiler failed."""
     options, arguments = _parse(argv)
     arguments += ["--use_parallel", "True", "--device_target", "Ascend"]
-    return guarded(options.out, lambda: compile_run(arguments, options.samples, options.out, options.whole_model))
+    return guarded(options.out, lambda: compile_run(arguments, options))
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -37,6 +37,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--samples", type=int, help="stand-in samples, in place of train_dataset.data_loader.sizes")
     parser.add_argument("--whole_model", action="store_true", help="keep the layers of other pipeline stages")
+    parser.add_argument("--lower", action="store_true", help="write the graph for CPU too (see compile_rank)")
     return parser.parse_known_args(argv)
 
 
@@ -49,7 +50,7 @@ def preload(argv: list[str]) -> None:
     from mindformers_ext import run_modes  # noqa: F401
 
 
-def compile_run(arguments: list[str], samples: int | None, out: Path, whole_model: bool) -> None:
+def compile_run(arguments: list[str], options: argparse.Namespace) -> None:
     """Run `run_mindformer.py arguments` up to the compiled training graph."""
     import mindspore as ms
 
@@ -59,11 +60,11 @@ def compile_run(arguments: list[str], samples: int | None, out: Path, whole_mode
         network.set_train()
         batch = next(train_dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
         inputs = tuple(ms.Tensor(column) for column in batch)
-        compile_cell(network, inputs, out)
+        compile_cell(network, inputs, options.out, for_cpu=options.lower)
         launch(network, inputs)
 
-    arguments = prepare(arguments, samples, out.resolve())
-    if not whole_model:
+    arguments = prepare(arguments, options.samples, options.out.resolve())
+    if not options.whole_model:
         only_own_stage()
     ms.train.Model.train = lambda self, epoch, train_dataset, *_, **__: compile_network(
         self._train_network, train_dataset

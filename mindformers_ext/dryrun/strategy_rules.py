@@ -254,6 +254,15 @@ def recompute_lists(plan: RunPlan) -> Iterator[Violation]:
                 )
 
 
+def plain_pipeline(plan: RunPlan) -> Iterator[Violation]:
+    if lookup(plan.config, "parallel.pipeline_config.pipeline_interleave"):
+        yield Violation(
+            "parallel.pipeline_config.pipeline_interleave",
+            "interleaving needs several runs of layers in a stage (MindSpore's Cell.pipeline_segment), and this model "
+            "gives every stage one run; nearest legal: False",
+        )
+
+
 def optimizer_shards(plan: RunPlan) -> Iterator[Violation]:
     size, stage = plan.optimizer_shard_size, plan.devices_per_stage
     if plan.shard_optimizer and size != -1 and (size < 1 or stage % size):
@@ -292,6 +301,7 @@ RULES = (
     experts_per_token,
     stages_within_layers,
     micro_batches_fill_stages,
+    plain_pipeline,
     offset_list,
     recompute_lists,
     optimizer_shards,

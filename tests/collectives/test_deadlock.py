@@ -2,8 +2,8 @@
 
 import pytest
 
+from mindformers_ext.cpu_parallel.calls import Call
 from mindformers_ext.cpu_parallel.deadlock import DeadlockError, check, traffic
-from mindformers_ext.cpu_parallel.lowering import Call
 
 
 def reduce(*ranks: int, elements: int = 8, how: str = "sum") -> Call:

@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -44,15 +45,23 @@ def test_experts_over_two_ranks_equal_one_process(problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(LAYOUTS) - {"ep2", "pp4"}))
+@pytest.mark.parametrize("name", sorted(set(LAYOUTS) - {"ep2"}))
 def test_layout_equals_one_process(problem, name):
     check(problem, name)
 
 
 def test_layout_that_does_not_fit_is_a_sentence(problem):
+    layout = problem.layouts()["mp4"]
+    layout.arguments["overrides"]["parallel_config"]["model_parallel"] = 8
+    with pytest.raises(ConfigError, match="model_parallel must divide num_heads, .* 8 does not divide 4"):
+        problem.compile(replace(layout, world_size=8), problem.folder / "mp8")
+
+
+def test_a_pipeline_gets_a_layer_for_every_stage(problem):
     layouts = problem.layouts()
-    with pytest.raises(ConfigError, match="every stage needs a layer, but pipeline_stage is 4 and num_layers is 2"):
-        problem.compile(layouts["pp4"], problem.folder / "pp4")
+    assert layouts["pp4"].arguments["model"] == {"model.model_config.num_layers": 4}
+    assert layouts["pp2"].arguments["model"] == {}
+    assert problem.single_name(layouts["pp4"]) != problem.single_name(layouts["pp2"])
 
 
 def test_what_goes_to_cpu_ranks():

@@ -49,6 +49,7 @@ ILLEGAL = [
         [("moe_config.use_gmm", False), ("moe_config.expert_group_size", 1000)],
         ["1000 does not divide 1024", "nearest legal: 512 or 1024"],
     ),
+    ([("parallel.pipeline_config.pipeline_interleave", True)], ["one run; nearest legal: False"]),
     ([("moe_config.num_experts_chosen", 300)], ["num_experts_chosen is 300", "expert_num is 256"]),
     ([("moe_config.topk_group", 9)], ["topk_group is 9", "n_group is 8", "nearest legal: 8"]),
     ([("moe_config.n_group", 7)], ["7 does not divide 256", "nearest legal: 4 or 8"]),
