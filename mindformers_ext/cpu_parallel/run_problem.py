@@ -61,7 +61,11 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any], dict[str, Any]]] = {
     "dp2-losses": (
         {"dp": 2, "ep": 2},
         {},
-        {"moe_config.z_loss_factor": 0.001, "moe_config.aux_loss_factors": [0.01]},
+        {
+            "moe_config.z_loss_factor": 0.001,
+            "moe_config.aux_loss_types": ["expert", "device", "comm"],
+            "moe_config.aux_loss_factors": [0.01, 0.01, 0.01],
+        },
     ),
 }
 SHORT = dict(zip(("dp", "cp", "mp", "pp", "ep", "micro"), DEGREES, strict=True))
