@@ -37,6 +37,7 @@ def check_config(config: dict, path: str | Path) -> None:
         for index, item in enumerate(values if isinstance(values, list) else [values]):
             if isinstance(item, dict):
                 check_class_section(item, section + (f"[{index}]" if isinstance(values, list) else ""), section, path)
+    check_mode(config, path)
     model_config = check_model(config, path)
     check_degrees(config, path)
     check_cpu_types(config, model_config, path)
@@ -151,6 +152,19 @@ def need(holds: bool, config: dict, key: str, rule: str, path: str | Path) -> No
     """Raise ConfigError that names a key of the configuration, its value and the rule, unless `holds`."""
     if not holds:
         raise ConfigError(f"{path}: {key} is {short(lookup(config, key))}, but {rule}")
+
+
+SEARCHED = "MindSpore 2.9 does not search strategies beside those of sharding.py ('Init tensor_layout failed')"
+BY_HAND = "the model splits nothing by hand, which that mode is for"
+OTHER_MODES = {2: SEARCHED, "auto_parallel": SEARCHED, 3: BY_HAND, "hybrid_parallel": BY_HAND}
+
+
+def check_mode(config: dict, path: str | Path) -> None:
+    """Refuse the parallel modes that this model has no use for."""
+    mode = lookup(config, "parallel.parallel_mode")
+    usable = not config.get("use_parallel") or mode not in OTHER_MODES
+    rule = f"{OTHER_MODES.get(mode)}; use 1 (semi-auto) or 0 (data parallel)"
+    need(usable, config, "parallel.parallel_mode", rule, path)
 
 
 def check_degrees(config: dict, path: str | Path) -> None:
