@@ -27,12 +27,15 @@ def custom_operator(name: str, sources: list[str], depends: list[str]) -> Extens
         name,
         sources,
         depends=depends,
-        include_dirs=[
+        include_dirs=["mindformers_ext/cpu_parallel/mindspore_log"]
+        + [
             str(include / folder)
             for folder in (
                 "",
                 "mindspore",
                 "mindspore/core/include",
+                "mindspore/core/mindrt",
+                "mindspore/core/mindrt/include",
                 "mindspore/ccsrc",
                 "mindspore/ops/include",
                 "third_party",
@@ -82,7 +85,7 @@ setup(
     ext_modules=[
         custom_operator(
             "mindformers_ext.cpu_parallel._collectives",
-            [f"{CPU_PARALLEL}/{name}.cc" for name in ("shared_job", "collectives", "collective_op")],
+            [f"{CPU_PARALLEL}/{name}.cc" for name in ("shared_job", "collectives", "collective_op", "kernel_threads")],
             [f"{CPU_PARALLEL}/{name}.h" for name in ("shared_job", "reduce", "collectives")],
         ),
         *cpu_kernel_builds(),

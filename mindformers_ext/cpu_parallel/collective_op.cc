@@ -126,7 +126,10 @@ void RunTogether(const Settings& s, const std::vector<int64_t>& counts, void** i
 }  // namespace cpu_parallel
 
 extern "C" int CollectiveInit(int*, int64_t**, const char** dtypes, mindspore::AotExtra* extra) {
-  return cpu_parallel::Guarded([&] { extra->SetKernelData(cpu_parallel::Read(dtypes[0], extra).release()); });
+  return cpu_parallel::Guarded([&] {
+    cpu_parallel::LimitKernelThreads();
+    extra->SetKernelData(cpu_parallel::Read(dtypes[0], extra).release());
+  });
 }
 
 extern "C" int Collective(int parameters, void** data, int* dimensions, int64_t** shapes, const char**, void*,

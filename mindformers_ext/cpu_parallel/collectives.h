@@ -31,6 +31,9 @@ void Barrier(Job* job, const Ranks& ranks);
 void Send(Job* job, int peer, int64_t tag, DType type, const void* in, int64_t count);
 void Receive(Job* job, int peer, int64_t tag, DType type, void* out, int64_t count);
 
+// Let MindSpore's own CPU kernels use OMP_NUM_THREADS threads of its pool (see kernel_threads.cc).
+void LimitKernelThreads();
+
 // The job of this process; throws JobError before cpu_parallel_join.
 Job* CurrentJob();
 // Runs an operation; on an exception records the sentence, stops the other ranks and returns 1.
