@@ -1,5 +1,6 @@
 // Dense products and table look-ups.
 //   linear:     y = x W^T;  backward dx = dy W, dW = dy^T x
+//   matmul:     y = A B, either of them transposed
 //   embedding:  y_t = W[id_t];  backward dW[v] = sum of dy_t with id_t = v, in token order
 #include "kernel.h"
 #include "matrix.h"
@@ -26,6 +27,17 @@ void linear_grad(const Call& call) {
   multiply_parallel(width, inner, rows, {dy, width, true}, {x, inner}, dw, inner);
   dx.store();
   dw.store();
+}
+
+// Inputs A, B, output y (M, N). Attributes transpose_a, transpose_b: A is stored (K, M), B is stored (N, K).
+void matmul(const Call& call) {
+  const Input a(call[0]), b(call[1]);
+  Output y(call[2]);
+  const bool a_turned = call.number("transpose_a") != 0, b_turned = call.number("transpose_b") != 0;
+  const int64_t a_width = call[0].columns(), b_width = call[1].columns(), width = call[2].columns();
+  const int64_t inner = a_turned ? call[0].rows() : a_width;
+  multiply_parallel(call[2].rows(), width, inner, {a, a_width, a_turned}, {b, b_width, b_turned}, y, width);
+  y.store();
 }
 
 // Inputs W (V, H), ids (T,); output y (T, H).
@@ -61,5 +73,6 @@ void embedding_grad(const Call& call) {
 
 CPU_KERNEL(Linear, cpu_kernels::linear)
 CPU_KERNEL(LinearGrad, cpu_kernels::linear_grad)
+CPU_KERNEL(MatMul, cpu_kernels::matmul, "transpose_a", "transpose_b")
 CPU_KERNEL(Embedding, cpu_kernels::embedding)
 CPU_KERNEL(EmbeddingGrad, cpu_kernels::embedding_grad)

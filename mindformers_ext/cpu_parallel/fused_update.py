@@ -11,14 +11,11 @@ from dataclasses import dataclass
 import mindspore.train.mind_ir_pb2 as pb
 
 from mindformers_ext.cpu_kernels.library import library_path
+from mindformers_ext.cpu_parallel.patterns import Nodes, NoMatch, op
 
 PASS_ON = ("Depend", "Load", "TensorMove")  # their first input is their value
 MONADS = ("UMonadType", "IOMonadType")  # inputs that only order what happens: to memory, and to the outside
 HARMLESS = ("Load", "UpdateState", "Depend", "MakeTuple", "TensorMove")  # may hold a state and write nothing
-
-
-class NoMatch(Exception):
-    """A node is not what AdamW has in its place."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +34,6 @@ class Update:
     step: str  # the counter, after this step
 
 
-@dataclass(frozen=True)
-class Is:
-    """Pattern: operator and the patterns of its inputs; a string is a value to remember under that name."""
-
-    operator: str
-    inputs: tuple
-
-
-def op(operator: str, *inputs) -> Is:
-    return Is(operator, inputs)
-
-
 NEW_FIRST = op("Add", op("Mul", "first", "beta1"), op("Mul", "gradient", "rest1"))
 NEW_SECOND = op("Addcmul", op("Mul", "second", "beta2"), "gradient", "gradient", "rest2")
 POWER1 = op("Sub", "one", op("Pow", "beta1", op("Cast", "step", "float")))
@@ -59,48 +44,12 @@ DECAYED = op("Mul", "parameter", op("Sub", "one", op("Mul", "rate", "decay")))
 NEW_PARAMETER = (op("Sub", DECAYED, STEP), op("Sub", "parameter", STEP))
 
 
-class UpdateFunction:
+class UpdateFunction(Nodes):
     """A function of the model that may be AdamW's update."""
 
     def __init__(self, graph, function: pb.GraphProto):
-        self.graph, self.function = graph, function
-        self.nodes = {node.output[0]: node for node in function.node}
-        self.constants = {
-            node.output[0]: node
-            for part in (graph.model.graph, *graph.model.functions)
-            for node in part.node
-            if node.op_type == "Constant"
-        }
-
-    def operator(self, node: pb.NodeProto | None) -> str:
-        primitive = self.graph.primitive(node) if node is not None else None
-        return primitive.op_type if primitive is not None else ""
-
-    def origin(self, name: str) -> str:
-        """What `name` is a copy of."""
-        while self.operator(self.nodes.get(name)) in PASS_ON:
-            name = self.nodes[name].input[0]
-        return name
-
-    def match(self, name: str, pattern: Is | str, found: dict[str, str]) -> None:
-        """Fill `found` with the values that stand where the pattern has names. Raises NoMatch."""
-        name = self.origin(name)
-        if isinstance(pattern, str):
-            if found.setdefault(pattern, name) != name:
-                raise NoMatch(f"{pattern} is {found[pattern]} and {name}")
-            return
-        node = self.nodes.get(name)
-        if self.operator(node) != pattern.operator or len(node.input) != len(pattern.inputs):
-            raise NoMatch(f"{name} is no {pattern.operator}")
-        for given, inner in zip(node.input, pattern.inputs, strict=True):
-            self.match(given, inner, found)
-
-    def number(self, name: str) -> float:
-        """Value of a constant float32 tensor of one element."""
-        values = [a for a in self.constants[name].attribute if a.name == "value"] if name in self.constants else []
-        if not values or len(values[0].tensors) != 1 or len(values[0].tensors[0].raw_data) != 4:
-            raise NoMatch(f"{name} is not a number")
-        return struct.unpack("<f", values[0].tensors[0].raw_data)[0]
+        super().__init__(graph, function.node, PASS_ON)
+        self.function = function
 
     def updates(self) -> list[Update]:
         """What is assigned, if all of it together is AdamW. Raises NoMatch."""

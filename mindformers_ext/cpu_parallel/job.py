@@ -33,7 +33,17 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a compiled graph does not depend on.
 OUTSIDE_THE_GRAPH = ("output_dir", "load_checkpoint", "resume_training", "callbacks", "processor", "eval_dataset")
 GRAPH_SOURCES = ("research/deepseek3/*.py", "mindformers_ext/*.py", "mindformers_ext/dryrun/compile_*.py")
-LOWERING = ("lowering", "inlining", "fused_operators", "fused_update", "merging", "calls")
+LOWERING = (
+    "lowering",
+    "inlining",
+    "fused_operators",
+    "patterns",
+    "fused_loss",
+    "basic_operators",
+    "fused_update",
+    "merging",
+    "calls",
+)
 GRAPH_SOURCES += tuple(f"mindformers_ext/cpu_parallel/{name}.py" for name in LOWERING)
 REPORT = re.compile(r"- (step \d+, loss .*)")  # TrainingMetrics' line of a step
 MAX_RANKS = 64  # processes of one machine; more is a mistake

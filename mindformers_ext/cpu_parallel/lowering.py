@@ -16,8 +16,10 @@ from pathlib import Path
 import mindspore.train.mind_ir_pb2 as pb
 
 from mindformers_ext.atomic_files import whole_file
+from mindformers_ext.cpu_parallel.basic_operators import use_our_kernels
 from mindformers_ext.cpu_parallel.calls import Call, write_calls
 from mindformers_ext.cpu_parallel.collectives import library_path
+from mindformers_ext.cpu_parallel.fused_loss import fuse_losses
 from mindformers_ext.cpu_parallel.fused_operators import FUSED_REWRITES
 from mindformers_ext.cpu_parallel.fused_update import fuse_updates
 from mindformers_ext.cpu_parallel.inlining import inline_functions, reference
@@ -98,6 +100,8 @@ def lower(model: pb.ModelProto, rank: int, world_size: int) -> list[Call]:
     for function in model.functions:
         for node in function.node:
             _rewrite_optional(graph, function, node)
+    fuse_losses(graph)
+    use_our_kernels(graph)
     _keep_behind_additions(graph)
     fuse_updates(graph)
     return merge(graph, graph.collectives)
