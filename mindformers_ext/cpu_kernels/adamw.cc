@@ -26,13 +26,13 @@ std::vector<Piece> pieces_of(const Call& call, int first, int count) {
   return pieces;
 }
 
-// Any number of inputs; output (1,) float32: the Euclidean norm of all of them.
-void global_norm(const Call& call) {
-  const std::vector<Piece> pieces = pieces_of(call, 0, call.size() - 1);
-  std::vector<double> sums(pieces.size());
+// Sum of squares of each of `count` tensors of a call.
+std::vector<double> square_sums(const Call& call, int first, int count) {
+  const std::vector<Piece> pieces = pieces_of(call, first, count);
+  std::vector<double> sums(pieces.size()), of_tensor(count);
   parallel(pieces.size(), [&](int64_t task) {
     const Piece& piece = pieces[task];
-    const Tensor& tensor = call[piece.tensor];
+    const Tensor& tensor = call[first + piece.tensor];
     double sum = 0;
     for (int64_t begin = piece.begin; begin < piece.end; begin += 1024) {
       const int64_t count = std::min<int64_t>(1024, piece.end - begin);
@@ -47,9 +47,24 @@ void global_norm(const Call& call) {
     }
     sums[task] = sum;
   });
+  for (size_t i = 0; i < pieces.size(); ++i) of_tensor[pieces[i].tensor] += sums[i];
+  return of_tensor;
+}
+
+// Any number of inputs; output (1,) float32: the Euclidean norm of all of them.
+void global_norm(const Call& call) {
   double total = 0;
-  for (const double sum : sums) total += sum;
+  for (const double sum : square_sums(call, 0, call.size() - 1)) total += sum;
   *static_cast<float*>(call[call.size() - 1].data) = static_cast<float>(std::sqrt(total));
+}
+
+// Inputs w (n,), then n tensors; output (1,) float32: sum_i w_i |x_i|^2.
+void weighted_square_sum(const Call& call) {
+  const std::vector<double> sums = square_sums(call, 1, call.size() - 2);
+  const auto* weights = static_cast<const float*>(call[0].data);
+  double total = 0;
+  for (size_t i = 0; i < sums.size(); ++i) total += weights[i] * sums[i];
+  *static_cast<float*>(call[call.size() - 1].data) = static_cast<float>(total);
 }
 
 struct Rule {
@@ -116,4 +131,5 @@ void adamw(const Call& call) {
 }  // namespace cpu_kernels
 
 CPU_KERNEL(GlobalNorm, cpu_kernels::global_norm)
+CPU_KERNEL(WeightedSquareSum, cpu_kernels::weighted_square_sum)
 CPU_KERNEL(AdamW, cpu_kernels::adamw, "beta1", "beta2", "eps")

@@ -40,7 +40,8 @@ def columns(nodes: Nodes, operator: Operator) -> None:
     others = list(zip(begin, end, whole, strict=True))[:-1]
     if any(nodes.number(mask) for mask in limits[3:]) or any(step != 1 for step in strides):
         raise NoMatch("more than columns are cut")
-    if any((first, last) != (0, size) for first, last, size in others) or part != [*whole[:-1], end[-1] - begin[-1]]:
+    # The ends of axes that are not cut may be those of the whole cluster's tensor.
+    if any(first != 0 or last < size for first, last, size in others) or part != [*whole[:-1], end[-1] - begin[-1]]:
         raise NoMatch("another axis is cut")
     if begin[-1] < 0 or end[-1] > whole[-1] or not nodes.is_float(x):
         raise NoMatch("counted from the end, or integers")

@@ -50,11 +50,8 @@ class Operator:
 
 def replace(operator: Operator, kernel: str, inputs: Sequence[str], **attributes: float) -> None:
     """Make the node apply `kernel` of the library to `inputs`."""
-    function = f"{library_path()}:{kernel}"
-    aot = {"imply_path": "", "func_type": "aot", "func_name": function, "uniq_name": f"Custom_{function}"}
     numbers = {name: repr(float(value)) for name, value in attributes.items()}
-    outputs = len(_shape(operator.node).values)
-    operator.graph.use(operator.node, "Custom", **aot, multi_output=outputs > 1, autodiff=False, **numbers)
+    operator.graph.custom(operator.node, f"{library_path()}:{kernel}", **numbers)
     del operator.node.input[:]
     operator.node.input.extend(inputs)
 

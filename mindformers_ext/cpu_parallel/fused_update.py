@@ -5,13 +5,12 @@ after; on CPU these thousands of small operators took as long as the matrix prod
 every single assignment in it is AdamW's own formula (see cpu_kernels/adamw.cc); any other optimizer stays as it is.
 """
 
-import struct
 from dataclasses import dataclass
 
 import mindspore.train.mind_ir_pb2 as pb
 
 from mindformers_ext.cpu_kernels.library import library_path
-from mindformers_ext.cpu_parallel.patterns import Nodes, NoMatch, op
+from mindformers_ext.cpu_parallel.patterns import Nodes, NoMatch, constant, op
 
 PASS_ON = ("Depend", "Load", "TensorMove")  # their first input is their value
 MONADS = ("UMonadType", "IOMonadType")  # inputs that only order what happens: to memory, and to the outside
@@ -124,17 +123,15 @@ def _replace(graph, old: UpdateFunction, updates: list[Update]) -> None:
         raise ValueError(f"'{function.name}' updates all weights, but returns something that it computes")
     prefix = f"{function.name}:adamw"
     constants = {"factor": [1.0], "decay": [update.decay for update in updates]}
-    made = [_constant(f"{prefix}/{name}", numbers) for name, numbers in constants.items()]
+    made = [constant(f"{prefix}/{name}", numbers) for name, numbers in constants.items()]
     columns = ("parameter", "first", "second", "gradient")
     tensors = [getattr(update, column) for column in columns for update in updates]
     inputs = [one.step, one.rate, *(node.output[0] for node in made), *tensors, states[0]]
     update = pb.NodeProto(name=prefix, input=inputs, output=[prefix])
     shape = pb.TensorProto(dims=[1], data_type=pb.TensorProto.FLOAT)
     update.attribute.add(name="shape", type=pb.AttributeProto.TENSORS, tensors=[shape])
-    library = f"{library_path()}:AdamW"
     rule = {name: repr(getattr(one, name)) for name in ("beta1", "beta2", "eps")}
-    aot = {"imply_path": "", "func_type": "aot", "func_name": library, "uniq_name": f"Custom_{library}"}
-    graph.use(update, "Custom", **aot, multi_output=False, autodiff=False, side_effect_mem=True, **rule)
+    graph.custom(update, f"{library_path()}:AdamW", side_effect_mem=True, **rule)
     result, nodes = value, []
     for i, after in enumerate((prefix, *states[1:])):
         node = pb.NodeProto(name=f"{prefix}/result{i}", input=[result, after], output=[f"{prefix}/result{i}"])
@@ -158,15 +155,3 @@ def _needed(old: UpdateFunction, name: str) -> set[str]:
             needed.add(node.output[0])
             waiting.extend(node.input)
     return needed
-
-
-def _constant(name: str, numbers: list[float]) -> pb.NodeProto:
-    node = pb.NodeProto(name=name, output=[name], op_type="Constant")
-    value = node.attribute.add(name="value", type=pb.AttributeProto.TENSORS)
-    value.tensors.add(
-        name="value0",
-        dims=[len(numbers)],
-        data_type=pb.TensorProto.FLOAT,
-        raw_data=struct.pack(f"<{len(numbers)}f", *numbers),
-    )
-    return node

@@ -39,6 +39,7 @@ LOWERING = (
     "fused_operators",
     "patterns",
     "fused_loss",
+    "fused_norm",
     "basic_operators",
     "fused_update",
     "merging",

@@ -20,6 +20,7 @@ from mindformers_ext.cpu_parallel.basic_operators import use_our_kernels
 from mindformers_ext.cpu_parallel.calls import Call, write_calls
 from mindformers_ext.cpu_parallel.collectives import library_path
 from mindformers_ext.cpu_parallel.fused_loss import fuse_losses
+from mindformers_ext.cpu_parallel.fused_norm import fuse_norms
 from mindformers_ext.cpu_parallel.fused_operators import FUSED_REWRITES
 from mindformers_ext.cpu_parallel.fused_update import fuse_updates
 from mindformers_ext.cpu_parallel.inlining import inline_functions, reference
@@ -76,6 +77,21 @@ class Graph:
         self.primitives[name] = primitive
         node.op_type = f"REF::{name}"
 
+    def custom(self, node: pb.NodeProto, function: str, **attributes) -> None:
+        """Make `node` the Custom operator `function` of a library of ours (PATH:NAME)."""
+        outputs = next(attribute for attribute in node.attribute if attribute.name == "shape").values
+        self.use(
+            node,
+            "Custom",
+            imply_path="",
+            func_type="aot",
+            func_name=function,
+            uniq_name=f"Custom_{function}",
+            multi_output=len(outputs) > 1,
+            autodiff=False,
+            **attributes,
+        )
+
 
 def lower_into(folder: Path, model: pb.ModelProto, rank: int, world_size: int) -> None:
     """Lower a rank's graph, which changes `model`; write `cpu.mindir` and `calls.json` (see calls.py)."""
@@ -101,6 +117,7 @@ def lower(model: pb.ModelProto, rank: int, world_size: int) -> list[Call]:
         for node in function.node:
             _rewrite_optional(graph, function, node)
     fuse_losses(graph)
+    fuse_norms(graph)
     use_our_kernels(graph)
     _keep_behind_additions(graph)
     fuse_updates(graph)
@@ -260,10 +277,7 @@ def _place(
     graph: Graph, node: pb.NodeProto, operation: str, ranks: tuple[int, ...], detail: tuple, **attributes
 ) -> None:
     """Make `node` our Custom operator; `merging.merge` puts it behind the previous one."""
-    function = f"{library_path()}:Collective"
-    aot = {"imply_path": "", "func_type": "aot", "func_name": function, "uniq_name": f"Custom_{function}"}
-    attributes = {**aot, "multi_output": False, "autodiff": False, **attributes}
-    graph.use(node, "Custom", **attributes)
+    graph.custom(node, f"{library_path()}:Collective", **attributes)
     shape, dtype = output_tensor(node)
     elements = prod(shape)
     call = Call(operation, ranks, detail, dtype.lower(), elements, elements * DTYPE_BYTES[dtype], node.domain)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import mindspore.train.mind_ir_pb2 as pb
 
 from mindformers_ext.cpu_parallel.calls import Call
+from mindformers_ext.cpu_parallel.collectives import library_path
 
 MERGED = ("AllReduce", "AllGather", "ReduceScatter")
 
@@ -93,7 +94,6 @@ def _one_operator(graph, members: list[Placed], nodes: dict[str, pb.NodeProto]) 
     name = f"{members[0].output}/together"
     together = pb.NodeProto(name=name, output=[name], domain=nodes[members[0].output].domain)
     shape = together.attribute.add(name="shape", type=pb.AttributeProto.TUPLE)
-    graph.use(together, "Custom", **(members[0].attributes | {"multi_output": True, "tensors": len(members)}))
     for index, member in enumerate(members):
         node = nodes[member.output]
         together.input.append(node.input[0])
@@ -102,6 +102,7 @@ def _one_operator(graph, members: list[Placed], nodes: dict[str, pb.NodeProto]) 
         graph.use(node, "TupleGetItem")
         del node.input[:]
         node.input.extend([name, graph.integer(index)])
+    graph.custom(together, f"{library_path()}:Collective", **members[0].attributes, tensors=len(members))
     graph.model.graph.node.append(together)
     return graph.model.graph.node[-1]
 

@@ -66,7 +66,7 @@ class Nodes:
     def number(self, name: str) -> float:
         """Value of a constant number: a float32 tensor of one element, or an integer. Raises NoMatch."""
         value = self._constant(name)
-        if value.type in (pb.AttributeProto.INT64, pb.AttributeProto.INT32):
+        if value.type in (pb.AttributeProto.INT64, pb.AttributeProto.INT32, pb.AttributeProto.BOOL):
             return float(value.i)
         if len(value.tensors) != 1 or len(value.tensors[0].raw_data) != 4:
             raise NoMatch(f"{name} is not a number")
@@ -101,3 +101,16 @@ class Nodes:
         if not values:
             raise NoMatch(f"{name} is not a constant")
         return values[0]
+
+
+def constant(name: str, numbers: list[float]) -> pb.NodeProto:
+    """A node that makes a float32 tensor (n,) of these numbers."""
+    node = pb.NodeProto(name=name, output=[name], op_type="Constant")
+    value = node.attribute.add(name="value", type=pb.AttributeProto.TENSORS)
+    value.tensors.add(
+        name="value0",
+        dims=[len(numbers)],
+        data_type=pb.TensorProto.FLOAT,
+        raw_data=struct.pack(f"<{len(numbers)}f", *numbers),
+    )
+    return node
