@@ -1,48 +1,7 @@
 """Ascend's fused operators on hand-made graphs: what the lowering makes of them, and what it refuses."""
 
-import mindspore.train.mind_ir_pb2 as pb
 import pytest
-
-from mindformers_ext.cpu_parallel.inlining import reference
-from mindformers_ext.cpu_parallel.lowering import attributes_of, lower
-
-
-class Model:
-    """A MindIR model that grows node by node."""
-
-    def __init__(self):
-        self.proto = pb.ModelProto()
-        self.proto.graph.output.add(name="out")
-
-    def constant(self, name: str, value: float | int | None) -> str:
-        node = self.proto.graph.node.add(op_type="Constant", output=[name], name=name)
-        kinds = {int: ("i", pb.AttributeProto.INT64), float: ("f", pb.AttributeProto.FLOAT)}
-        field, kind = kinds.get(type(value), (None, pb.AttributeProto.NONE))
-        node.attribute.add(name="value", type=kind, **({field: value} if field else {}))
-        return name
-
-    def apply(self, operator: str, inputs: list[str], output: str, *shapes: tuple[int, ...]) -> str:
-        """Add a node; several shapes make a tuple."""
-        self.proto.primitives.add(name=f"P{output}", op_type=operator, prim_type=pb.PrimitiveProto.PRIMITIVE)
-        node = self.proto.graph.node.add(op_type=f"REF::P{output}", input=inputs, output=[output], name=output)
-        tensors = [pb.TensorProto(dims=shape, data_type=pb.TensorProto.FLOAT) for shape in shapes]
-        shape = node.attribute.add(name="shape")
-        if len(tensors) == 1 and operator != "GroupedMatmul":
-            shape.type = pb.AttributeProto.TENSORS
-            shape.tensors.extend(tensors)
-        else:
-            shape.type = pb.AttributeProto.TUPLE
-            for tensor in tensors:
-                shape.values.add(type=pb.AttributeProto.TENSORS, tensors=[tensor])
-        return output
-
-    def lowered(self, output: str) -> tuple[str, list[str], dict]:
-        """Kernel, inputs and attributes of the node that makes `output` after lowering."""
-        lower(self.proto, 0, 1)
-        node = next(node for node in self.proto.graph.node if node.output[0] == output)
-        primitive = next(p for p in self.proto.primitives if p.name == reference(node))
-        attributes = attributes_of(primitive)
-        return attributes.get("func_name", "").split(":")[-1], list(node.input), attributes
+from helpers.mindir_model import Model
 
 
 def attention(mode: int, before: int, after: int, queries: int = 16) -> Model:

@@ -1,0 +1,67 @@
+"""Kernels that only the graphs of ranks use, against torch in float64."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.against_torch import close, random
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mindspore import Tensor
+
+from mindformers_ext.cpu_kernels.library import custom
+
+size = st.integers(1, 70)
+few = settings(max_examples=8, deadline=None, derandomize=True)
+
+
+def run(kernel: str, shape: tuple[int, ...], *inputs, **attributes) -> np.ndarray:
+    """Result (of `shape`, type of the first input) of a kernel."""
+    operator = custom(kernel, lambda *_: shape, lambda x, *_: x, **attributes)
+    return operator(*(Tensor(x) for x in inputs)).asnumpy()
+
+
+@few
+@given(st.integers(1, 40), st.integers(2, 60), st.integers(1, 4), st.sampled_from([1.0, 40.0]))
+def test_cross_entropy_of_a_split_vocabulary(tokens, width, parts, scale):
+    logits = random(tokens, parts * width, scale=scale)
+    labels = np.random.default_rng(1).integers(0, parts * width, tokens).astype(np.int32)
+    shares = np.split(logits, parts, 1)
+    own = [labels - width * i for i in range(parts)]  # outside 0..width-1 on the other devices
+    gradient = random(tokens, 1, seed=2)
+
+    highest = np.max([run("RowMax", (tokens, 1), z) for z in shares], 0)
+    log_sum = np.log(np.sum([run("RowExpSum", (tokens, 1), z, highest) for z in shares], 0))
+    rows = [(z, highest, log_sum, label) for z, label in zip(shares, own, strict=True)]
+    loss = np.sum([run("SplitCrossEntropy", (tokens,), *row) for row in rows], 0)
+    dlogits = [run("SplitCrossEntropyGrad", (tokens, width), *row, gradient, factor=2) for row in rows]
+
+    z = torch.from_numpy(logits).double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(z, torch.from_numpy(labels).long(), reduction="none")
+    (2 * expected * torch.from_numpy(gradient).double()[:, 0]).sum().backward()
+    close(loss, expected.detach().float().numpy(), "loss")
+    close(np.concatenate(dlogits, 1), z.grad.float().numpy(), "gradient of the logits")
+
+
+@few
+@given(size, size, size, st.booleans(), st.booleans())
+def test_matmul(rows, columns, inner, turned_a, turned_b):
+    a, b = random(rows, inner), random(inner, columns, seed=1)
+    stored = [x.T.copy() if turned else x for x, turned in ((a, turned_a), (b, turned_b))]
+    ours = run("MatMul", (rows, columns), *stored, transpose_a=turned_a, transpose_b=turned_b)
+    close(ours, (a.astype(np.float64) @ b).astype(np.float32), "product")
+
+
+def test_columns_and_masked_rows_are_copied():
+    x = random(3, 5, 7)
+    np.testing.assert_array_equal(run("CutColumns", (3, 5, 3), x, first=2), x[..., 2:5])
+    mask, number = np.array([[True], [False], [True]]), np.float32(-2)
+    expected = np.where(mask, number, x[0, :3])
+    np.testing.assert_array_equal(run("MaskedRows", (3, 7), x[0, :3].copy(), mask, number), expected)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3, 40000, 0, 17)])
+def test_weighted_square_sum(sizes):
+    tensors = [random(size, seed=i) for i, size in enumerate(sizes)]
+    weights = random(len(sizes), seed=9)
+    expected = sum(w * np.square(x.astype(np.float64)).sum() for w, x in zip(weights, tensors, strict=True))
+    close(run("WeightedSquareSum", (1,), weights, *tensors), np.array([expected], np.float32), "sum")
