@@ -3,7 +3,6 @@
 Every error is a ConfigError that names the file, the key, its value and what to do.
 """
 
-import difflib
 import inspect
 import os
 from pathlib import Path
@@ -16,7 +15,7 @@ from mindformers_ext.cpu_parallel.rank_job import WORLD_SIZE, is_cpu_rank
 from mindformers_ext.dryrun.run_plan import make_plan
 from mindformers_ext.dryrun.strategy_rules import refuse_illegal
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.yaml_config import is_semi_auto, lookup, short
+from mindformers_ext.yaml_config import is_semi_auto, lookup, nearest, refuse_unknown, short
 
 
 def check_config(config: dict, path: str | Path) -> None:
@@ -52,18 +51,11 @@ def check_section(values: Any, section: str, rules: dict[str, Rule], path: str |
     """Check that `values` is a mapping of legal keys whose values satisfy their rules."""
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: {section} is {values!r}, but must be a mapping of keys")
+    refuse_unknown(section, values, rules, path)
     for key, value in values.items():
         name = f"{section}.{key}" if section else str(key)
-        if key not in rules:
-            raise ConfigError(f"{path}: {name}: unknown key with value {short(value)}; {nearest(key, rules)}")
         if not rules[key].holds(value):
             raise ConfigError(f"{path}: {name} is {short(value)}, but must be {rules[key].says}")
-
-
-def nearest(key: Any, legal: Any) -> str:
-    """Say which legal key is closest to a mistyped one."""
-    near = difflib.get_close_matches(str(key), [str(k) for k in legal], n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"legal keys are {', '.join(sorted(map(str, legal)))}"
 
 
 def check_class_section(values: dict, name: str, section: str, path: str | Path) -> None:

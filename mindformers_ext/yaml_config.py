@@ -1,5 +1,7 @@
 """Read a run's YAML and apply the command line's --section.key overrides; imports nothing heavy."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,18 @@ def short(value: Any) -> str:
     """A value as it is shown in an error, cut to one readable piece."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def refuse_unknown(section: str, values: dict, legal: Iterable[str], path: str | Path) -> None:
+    """Raise ConfigError for the first key of a section ('' for the top) that is not legal."""
+    legal = list(legal)
+    for key, value in values.items():
+        if key not in legal:
+            name = f"{section}.{key}" if section else str(key)
+            raise ConfigError(f"{path}: {name}: unknown key with value {short(value)}; {nearest(key, legal)}")
+
+
+def nearest(key: Any, legal: Iterable[str]) -> str:
+    """Say which legal key is closest to a mistyped one."""
+    near = difflib.get_close_matches(str(key), map(str, legal), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"legal keys are {', '.join(sorted(map(str, legal)))}"

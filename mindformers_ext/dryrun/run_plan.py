@@ -6,15 +6,15 @@ repeated here: they are read from the source of the model's own configuration cl
 
 import ast
 import functools
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.yaml_config import load_yaml, lookup, override, short
+from mindformers_ext.yaml_config import load_yaml, lookup, override, refuse_unknown, short
 
-# MindFormers 1.9.0's own defaults of sections that have no class of ours (modules/transformer/transformer.py).
 DEGREES = (
     "data_parallel",
     "context_parallel",
@@ -23,8 +23,6 @@ DEGREES = (
     "expert_parallel",
     "micro_batch_num",
 )
-PARALLEL_DEFAULTS = dict.fromkeys(DEGREES, 1) | {"use_seq_parallel": False, "vocab_emb_dp": True}
-RECOMPUTE_DEFAULTS = {"recompute": False, "select_recompute": False, "mp_comm_recompute": True}
 MODEL_SIZES = (
     "num_layers",
     "num_heads",
@@ -44,7 +42,7 @@ class ModelPlan:
 
     def __init__(self, values: dict[str, Any], moe: dict[str, Any]):
         self.__dict__.update(values)
-        self.pet_config = values.get("pet_config") or {}
+        self.pet_config = values["pet_config"] or {}
         self.moe_config = SimpleNamespace(**moe)
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // 3 // self.multiple_of) * self.multiple_of
@@ -142,8 +140,8 @@ def load_plan(path: str | Path, device_num: int | None = None, overrides: list[t
 
 def make_plan(config: dict, path: str | Path, device_num: int | None = None) -> RunPlan:
     """`load_plan` for a configuration already in memory."""
-    parallel = PARALLEL_DEFAULTS | (config.get("parallel_config") or {})
-    recompute = RECOMPUTE_DEFAULTS | (config.get("recompute_config") or {})
+    parallel = _section(config, "parallel_config", mindformers_defaults("ParallelConfig"), path)
+    recompute = _section(config, "recompute_config", mindformers_defaults("RecomputeConfig"), path)
     _check_kinds(config, path)
     dp, cp, mp, pp, ep, micro = (_whole(parallel[key], f"parallel_config.{key}", path, 1) for key in DEGREES)
     shard = lookup(config, "parallel.parallel_optimizer_config", {})
@@ -185,8 +183,9 @@ def _model_plan(config: dict, path: str | Path) -> ModelPlan:
         )
     defaults = class_defaults(folder, module, name)
     moe = class_defaults(folder, "deepseek2_config", "MoeConfig") | defaults.pop("default_moe_config", {})
-    values = defaults | given
-    moe |= config.get("moe_config") or {}
+    beside = dict.fromkeys(("type", "auto_register", "pet_config"))  # keys that are no field of the class
+    values = _section(config, "model.model_config", defaults | beside, path)
+    moe = _section(config, "moe_config", moe, path)
     for key in MODEL_SIZES:
         _whole(values[key], f"model.model_config.{key}", path, 1)
     for key in ("expert_num", "num_experts_chosen", "moe_intermediate_size"):
@@ -204,9 +203,24 @@ def _parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
+def _section(config: dict, name: str, defaults: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """A section over its defaults, which hold all its legal keys. Raises ConfigError for a key beside them."""
+    given = lookup(config, name, {})
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: {name} is {short(given)}, but must be a mapping of keys")
+    refuse_unknown(name, given, defaults, path)
+    return defaults | given
+
+
+def mindformers_defaults(name: str) -> dict[str, Any]:
+    """The defaults of a section that has no class of ours, from MindFormers' own template."""
+    (package,) = importlib.util.find_spec("mindformers").submodule_search_locations
+    return class_defaults(Path(package) / "tools" / "register", "template", name)
+
+
 def class_defaults(folder: Path, module: str, name: str) -> dict[str, Any]:
-    """Field defaults of a configuration class and its bases, and what its `default_moe_config` returns, read from
-    the source because importing it would import MindSpore."""
+    """Fields of a configuration class and its bases with their defaults (None where there is none), and what its
+    `default_moe_config` returns, read from the source because importing it would import MindSpore."""
     tree = _parse(folder / f"{module}.py")
     found = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
     if found is None:
@@ -217,8 +231,10 @@ def class_defaults(folder: Path, module: str, name: str) -> dict[str, Any]:
         if isinstance(base, ast.Name) and (folder / f"{homes.get(base.id)}.py").is_file():
             values |= class_defaults(folder, homes[base.id], base.id)
     for node in found.body:
-        if isinstance(node, ast.AnnAssign) and node.value is not None:
-            values[node.target.id] = ast.literal_eval(node.value)
+        if isinstance(node, ast.AnnAssign):
+            values[node.target.id] = node.value and ast.literal_eval(node.value)
+        if isinstance(node, ast.Assign) and not node.targets[0].id.startswith("_"):
+            values[node.targets[0].id] = ast.literal_eval(node.value)
         if isinstance(node, ast.FunctionDef) and node.name == "default_moe_config":
             values[node.name] = ast.literal_eval(node.body[-1].value)
     return values

@@ -4,7 +4,6 @@ Names are MindFormers' YAML keys; the comment beside a field gives HuggingFace's
 """
 
 import dataclasses
-import difflib
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.yaml_config import nearest, short
 
 __all__ = ["ConfigError", "DeepseekV2Config", "LoraConfig", "MoeConfig", "YarnConfig"]
 
@@ -49,9 +49,7 @@ def reject_unknown(section: str, given: dict, known: Any) -> None:
     known = list(known)
     for key, value in given.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; legal keys: {', '.join(sorted(known))}"
-            raise ConfigError(f"{section}.{key}: unknown key with value {value!r}{hint}")
+            raise ConfigError(f"{section}.{key}: unknown key with value {short(value)}; {nearest(key, known)}")
 
 
 def require(holds: bool, key: str, value: Any, rule: str) -> None:

@@ -1,6 +1,7 @@
 """The instant check: ten illegal plans get their sentence, the legal one passes, counts agree with published ones."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,20 @@ WRONG_KINDS = {
 def test_values_that_the_arithmetic_cannot_use(key, value, says):
     with pytest.raises(ConfigError, match=f"cluster_671b.yaml: {key} is {value!r}, but must be .*{says}"):
         load_plan(CLUSTER, 1024, [(key, value)])
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("parallel_config.pipeline_stages", "pipeline_stage"),
+        ("recompute_config.recomput", "recompute"),
+        ("moe_config.use_gm", "use_gmm"),
+        ("model.model_config.num_layer", "num_layers"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(key, meant):
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)}: unknown key with value 4; did you mean '{meant}'"):
+        load_plan(CLUSTER, overrides=[(key, 4)])
 
 
 def test_counts_agree_with_the_released_model():
