@@ -15,17 +15,17 @@ tool imports numpy and the rest meanwhile.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import hashlib
 import json
 import multiprocessing
-import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from mindformers_ext.child_process import end_with_parent
 
 if TYPE_CHECKING:
     import fastokens
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 # Chosen without looking at the text: the first documents of every batch, and then one in this many.
 CHECKED_FIRST = 4
 CHECKED_EVERY = 500
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 EOD_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<eod>", "[EOD]")
 BOS_NAMES = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 PAD_NAMES = ("<｜▁pad▁｜>", "<pad>", "[PAD]", "<|pad|>")
@@ -75,7 +74,7 @@ class TextTokenizer:
         self._fast: Future[fastokens.Tokenizer] | None = None
         if fast and self.path.suffix == ".json" and find_spec("fastokens"):
             # The reference's process is forked before there is a second thread.
-            self._reference = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), _die_with_parent)
+            self._reference = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), end_with_parent)
             self._reference.submit(_reference_encode, str(self.path), [])
             self._fast = ThreadPoolExecutor(1).submit(_load_fast, str(self.path))
             # Kept until the end: Python 3.11 fails to wait for a pool that was collected before (an early error).
@@ -266,11 +265,6 @@ def _flatten(ids: list[list[int]]) -> Encoded:
 
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     return Encoded(np.fromiter((token for text in ids for token in text), np.uint32, int(lengths.sum())), lengths)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end the reference's process when ours is killed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 _LOADED: dict[str, object] = {}  # The reference process keeps its tokenizer between calls.

@@ -7,12 +7,13 @@ it can go when MindSpore has them. Each .cc file of this folder holds one kernel
 import ctypes
 import functools
 import os
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import mindspore as ms
 from mindspore import ops
+
+from mindformers_ext.built_library import built_library
 
 AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}  # what -march=x86-64-v4 needs
 
@@ -27,16 +28,8 @@ def has_avx512() -> bool:
 @functools.cache
 def library_path() -> Path:
     """Path of the build for this CPU; raises ImportError when the project was installed without its extensions."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    path, best = (Path(__file__).with_name(name + suffix) for name in ("_kernels", "_kernels_avx512"))
-    if best.exists() and has_avx512():
-        return best
-    if not path.exists():
-        raise ImportError(
-            f"{path} is missing: install MindSpore and scipy-openblas32, then this project with "
-            "`pip install --no-build-isolation .` (or run `python setup.py build_ext --inplace`)"
-        )
-    return path
+    best = ("_kernels_avx512",) if has_avx512() else ()
+    return built_library(Path(__file__).parent, *best, "_kernels")
 
 
 @functools.cache

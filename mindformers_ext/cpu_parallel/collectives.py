@@ -7,11 +7,12 @@ sentence that names the rank, its peer and the operation.
 
 import ctypes
 import os
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from mindformers_ext.built_library import built_library
 
 # Long enough for slow imports on a busy machine, short enough that a missing peer is reported within 30 s.
 JOIN_SECONDS = 20.0
@@ -25,13 +26,7 @@ class CollectiveError(RuntimeError):
 
 def library_path() -> Path:
     """Path of the shared library; raises ImportError when the project was installed without its extensions."""
-    path = Path(__file__).with_name("_collectives" + sysconfig.get_config_var("EXT_SUFFIX"))
-    if not path.exists():
-        raise ImportError(
-            f"{path} is missing: install MindSpore, then this project with "
-            "`pip install --no-build-isolation .` (or run `python setup.py build_ext --inplace`)"
-        )
-    return path
+    return built_library(Path(__file__).parent, "_collectives")
 
 
 _library: ctypes.CDLL | None = None

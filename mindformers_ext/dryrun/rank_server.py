@@ -9,7 +9,6 @@ imports what it needs; `workers`, `timeout_seconds`; and `ranks`, each {rank, fo
 in its folder.
 """
 
-import ctypes
 import gc
 import importlib
 import json
@@ -20,6 +19,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from mindformers_ext.child_process import end_with_parent
 
 
 @dataclass
@@ -71,11 +72,6 @@ def start(module, job: dict) -> Child:
     os.chdir(job["folder"])
     os.environ["RANK_ID"] = str(job["rank"])
     sys.exit(module.main(job["arguments"]))
-
-
-def end_with_parent() -> None:
-    """In a child: ask the kernel to kill this process when its parent dies, so that no rank is ever left behind."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def main() -> None:
