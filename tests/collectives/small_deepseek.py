@@ -28,7 +28,7 @@ LAYOUTS = [
         world_size=2,
     ),
     Layout("dp2-optimizer", {"parallel": {"data_parallel": 2}, "shard_size": -1}, world_size=2),
-    Layout("pp2", {"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, world_size=2),
+    Layout("pp2", {"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, world_size=2, stages=2, micro_batches=2),
     Layout(
         "dp2-mp2-ep2",
         {"parallel": {"data_parallel": 2, "model_parallel": 2, "expert_parallel": 2}},
