@@ -21,6 +21,10 @@ inline std::string AotExtra::Attr<std::string>(std::string name) const {
 namespace cpu_kernels {
 namespace {
 
+// Memory from 1 MiB on is mapped for itself, so that it returns to the system when it is freed. By default glibc keeps
+// more and more: hundreds of megabytes of what loading weights and compiling the graph needed for a moment.
+const bool returns_memory = mallopt(M_MMAP_THRESHOLD, 1 << 20) == 1;
+
 struct Settings : mindspore::AotKernelData {
   std::map<std::string, std::string> attributes;
 };
@@ -127,7 +131,7 @@ void check(bool holds, const char* sentence) {
 }
 
 int run(Function function, int count, void** data, int* dimensions, int64_t** shapes, const char** types, void* extra) {
-  // What compiling the graph has left free goes back to the system once, before a step takes its memory beside it.
+  // The small pieces that compiling the graph has left free go back once, before a step takes its memory beside them.
   static const int trimmed = malloc_trim(0);
   (void)trimmed;
   try {

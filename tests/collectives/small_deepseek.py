@@ -7,8 +7,8 @@ from deepseek3_model import DeepseekV3ForCausalLM
 from helpers.small_models import v3_config
 from mindformers.core.lr import ConstantWarmUpLR
 from mindformers.core.optim import AdamW
-from mindformers.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
-from mindspore import Tensor, nn, ops
+from mindformers.wrapper import MFTrainOneStepCell
+from mindspore import Tensor, ops
 from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
 
 from mindformers_ext.cpu_parallel.verify import Layout
@@ -28,7 +28,6 @@ LAYOUTS = [
         world_size=2,
     ),
     Layout("dp2-optimizer", {"parallel": {"data_parallel": 2}, "shard_size": -1}, world_size=2),
-    Layout("pp2", {"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, world_size=2, stages=2, micro_batches=2),
     Layout(
         "dp2-mp2-ep2",
         {"parallel": {"data_parallel": 2, "model_parallel": 2, "expert_parallel": 2}},
@@ -73,8 +72,6 @@ def training_cell(parallel: dict, model: dict, moe: dict, one_step=MFTrainOneSte
     config = v3_config({**MOE, **moe}, **{**SIZES, **model}, batch_size=BATCH, parallel_config=dict(parallel))
     ms.set_seed(1)
     net = DeepseekV3ForCausalLM(config)
-    stages = parallel.get("pipeline_stage", 1)
-    inner = nn.PipelineCell(net, parallel["micro_batch_num"]) if stages > 1 else net
     weights = net.trainable_params()
     groups = [
         {"params": [w for w in weights if w.ndim > 1], "weight_decay": 0.1},
@@ -82,13 +79,7 @@ def training_cell(parallel: dict, model: dict, moe: dict, one_step=MFTrainOneSte
     ]
     schedule = ConstantWarmUpLR(learning_rate=1e-2, warmup_steps=2, total_steps=100)
     optimizer = AdamW(groups, learning_rate=schedule, betas=(0.9, 0.95), eps=1e-8)
-    inner = _VirtualDatasetCell(inner)
-    if stages > 1:
-        step = MFPipelineWithLossScaleCell(
-            inner, optimizer, scale_sense=1.0, micro_batch_num=parallel["micro_batch_num"], use_clip_grad=True
-        )
-    else:
-        step = one_step(inner, optimizer, scale_sense=1.0, use_clip_grad=True)
+    step = one_step(_VirtualDatasetCell(net), optimizer, scale_sense=1.0, use_clip_grad=True)
     step.set_train()
     return step
 
@@ -99,7 +90,6 @@ def build(parallel: dict, model: dict | None = None, moe: dict | None = None, sh
         parallel_mode="semi_auto_parallel",
         full_batch=True,
         enable_alltoall=True,
-        pipeline_stages=parallel.get("pipeline_stage", 1),
         search_mode="sharding_propagation",
         gradients_mean=False,
         enable_parallel_optimizer=shard_size != 0,
