@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ext.cpu_parallel.parameters import gather, stored_part
-from mindformers_ext.cpu_parallel.run_rank import rank_folder
+from mindformers_ext.cpu_parallel.run_rank import FIRST_MOMENTS, rank_folder
 
 LOSS_LIMIT = 1e-5
 PARAMETER_LIMIT = 1e-4
+# Below this part of its tensor's largest, a gradient is what rounding left of a sum of some thousand float32 terms
+# that cancel. AdamW makes a step of any such number, in either direction, so these elements say nothing.
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class Comparison:
         )
 
 
-def relative(value: np.ndarray, reference: np.ndarray) -> float:
+def relative(value: np.ndarray, reference: np.ndarray, where: np.ndarray | bool = True) -> float:
     """Largest absolute difference over the largest absolute value of the reference; NaN counts as infinite."""
-    difference = np.abs(value.astype(np.float64) - reference.astype(np.float64)).max(initial=0.0)
+    difference = np.abs(value.astype(np.float64) - reference.astype(np.float64)).max(initial=0.0, where=where)
     scale = np.abs(reference.astype(np.float64)).max(initial=0.0)
     ratio = difference / scale if scale > 0 else difference
     return float(ratio) if np.isfinite(ratio) else float("inf")
@@ -63,7 +66,14 @@ def compare(single: Path, folder: Path, world_size: int, stages: int = 1, micro_
     losses = [loss / micro_batches for loss in last_stage_losses(folder, world_size, stages)]
     per_step = [relative(np.array(a), np.array(b)) for a, b in zip(losses, reference, strict=True)]
     worst_step = int(np.argmax(per_step))
-    parameters, replicas = zip(*_differences(single, folder, "final.npz", world_size, stages, relative), strict=True)
+    with np.load(single / "final.npz") as trained:
+
+        def difference(name: str, value: np.ndarray, reference: np.ndarray) -> float:
+            moments = [trained[f"{kind}{name}"] for kind in FIRST_MOMENTS if f"{kind}{name}" in trained.files]
+            return relative(value, reference, is_certain(moments[0]) if moments else True)
+
+        found = _differences(single, folder, "final.npz", world_size, stages, difference)
+        parameters, replicas = zip(*found, strict=True)
     norms, _ = zip(*_differences(single, folder, "moments.npz", world_size, stages, _norm_difference), strict=True)
     return Comparison(
         losses=losses,
@@ -73,6 +83,12 @@ def compare(single: Path, folder: Path, world_size: int, stages: int = 1, micro_
         parameter=max(parameters, key=attrgetter("value")),
         replica=max(replicas, key=attrgetter("value")),
     )
+
+
+def is_certain(moment: np.ndarray) -> np.ndarray:
+    """Where a gradient, by its running mean, is zero or more than rounding."""
+    size = np.abs(moment)
+    return (size == 0) | (size >= ROUNDING * size.max(initial=0.0))
 
 
 def last_stage_losses(folder: Path, world_size: int, stages: int) -> list[float]:
@@ -119,8 +135,8 @@ def is_run_state(name: str) -> bool:
 
 def _differences(single, folder, file, world_size, stages, measure) -> Iterator[tuple[Difference, Difference]]:
     for name, value, reference, replicas in gathered(single, folder, file, world_size, stages):
-        yield Difference(measure(value, reference), name), Difference(replicas, name)
+        yield Difference(measure(name, value, reference), name), Difference(replicas, name)
 
 
-def _norm_difference(value: np.ndarray, reference: np.ndarray) -> float:
+def _norm_difference(name: str, value: np.ndarray, reference: np.ndarray) -> float:
     return relative(np.linalg.norm(value.astype(np.float64)), np.linalg.norm(reference.astype(np.float64)))
