@@ -5,8 +5,8 @@
 
 Each rank's graph is compiled by MindSpore's Ascend front end, lowered to CPU and run as a process; from the same
 weights and data, losses must agree to 1e-5 on every step, gradients' norms and parameters (router biases too) to 1e-4,
-all relative (elements
-whose gradient is only what rounding left are not compared). `own` is the layout of the YAML. Exit code 1 when a layout fails.
+all relative; elements whose gradient is only what rounding left are not compared. `own` is the layout of the YAML.
+Exit code 1 when a layout fails.
 """
 
 import argparse
