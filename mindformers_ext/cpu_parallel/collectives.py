@@ -6,6 +6,7 @@ sentence that names the rank, its peer and the operation.
 """
 
 import ctypes
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,11 @@ def abort(message: str) -> None:
 
 
 def _ranks(ranks: Sequence[int]) -> tuple[ctypes.Array, int]:
+    return _members(tuple(ranks))
+
+
+@functools.cache
+def _members(ranks: tuple[int, ...]) -> tuple[ctypes.Array, int]:
     return (ctypes.c_int * len(ranks))(*ranks), len(ranks)
 
 
@@ -84,11 +90,16 @@ def _int64s(values: Sequence[int]) -> ctypes.Array:
 def _data(array: np.ndarray) -> ctypes.c_void_p:
     if not array.flags.c_contiguous:
         raise ValueError("collectives need contiguous arrays")
-    return ctypes.c_void_p(array.ctypes.data)
+    return ctypes.c_void_p(array.__array_interface__["data"][0])
 
 
 def _type(array: np.ndarray, dtype: str | None) -> bytes:
-    return (dtype or array.dtype.name).encode()
+    return dtype.encode() if dtype else _name(array.dtype)
+
+
+@functools.cache
+def _name(dtype: np.dtype) -> bytes:
+    return dtype.name.encode()
 
 
 def all_reduce(array: np.ndarray, ranks: Sequence[int], reduce: str = "sum", dtype: str | None = None) -> np.ndarray:
