@@ -105,14 +105,16 @@ def test_slice_of_671b_with_lora_on_128_ranks(tmp_path, experts):
 
 @pytest.mark.slow
 def test_memory_grows_when_recompute_is_off(tmp_path):
-    peaks = []
+    peaks, kept = [], []
     for index, recompute in enumerate(("True", "False")):
         out = tmp_path / str(index)
         out.mkdir()
-        overrides = SLICE | {"recompute_config.recompute": recompute}
+        # Few experts: with all of them the peak of so few layers is the optimizer's, whatever is kept before.
+        overrides = SLICE | {"recompute_config.recompute": recompute, "moe_config.expert_num": "32"}
         report = dry_run(out, CLUSTER, "--ranks", "0", "--level", "memory", overrides=overrides)
-        peaks.append(report["ranks"][0]["memory"]["actual_peak_bytes"])
-    assert peaks[1] > peaks[0]
+        peaks.append(report["ranks"][0]["memory"]["used_peak_bytes"])
+        kept.append(report["estimate"]["stages"][0]["activation_bytes"])
+    assert peaks[1] - peaks[0] > 0.5 * (kept[1] - kept[0]) > 0
 
 
 @pytest.mark.slow
