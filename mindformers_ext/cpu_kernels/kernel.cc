@@ -21,10 +21,6 @@ inline std::string AotExtra::Attr<std::string>(std::string name) const {
 namespace cpu_kernels {
 namespace {
 
-// Memory from 1 MiB on is mapped for itself, so that it returns to the system when it is freed. By default glibc keeps
-// more and more: hundreds of megabytes of what loading weights and compiling the graph needed for a moment.
-const bool returns_memory = mallopt(M_MMAP_THRESHOLD, 1 << 20) == 1;
-
 struct Settings : mindspore::AotKernelData {
   std::map<std::string, std::string> attributes;
 };
