@@ -83,13 +83,14 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def refuse_unknown(section: str, values: dict, legal: Iterable[str], path: str | Path) -> None:
-    """Raise ConfigError for the first key of a section ('' for the top) that is not legal."""
+def refuse_unknown(section: str, values: dict, legal: Iterable[str], path: str | Path | None = None) -> None:
+    """Raise ConfigError for the first key of a section ('' for the top) that is not legal; it names `path` if given."""
     legal = list(legal)
     for key, value in values.items():
         if key not in legal:
             name = f"{section}.{key}" if section else str(key)
-            raise ConfigError(f"{path}: {name}: unknown key with value {short(value)}; {nearest(key, legal)}")
+            where = f"{path}: " if path else ""
+            raise ConfigError(f"{where}{name}: unknown key with value {short(value)}; {nearest(key, legal)}")
 
 
 def nearest(key: Any, legal: Iterable[str]) -> str:

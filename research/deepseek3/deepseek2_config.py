@@ -13,7 +13,7 @@ from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.yaml_config import nearest, short
+from mindformers_ext.yaml_config import refuse_unknown
 
 __all__ = ["ConfigError", "DeepseekV2Config", "LoraConfig", "MoeConfig", "YarnConfig"]
 
@@ -44,14 +44,6 @@ DTYPES = (
 )
 
 
-def reject_unknown(section: str, given: dict, known: Any) -> None:
-    """Raise ConfigError for the first key of `given` that is not in `known`, with the nearest legal key."""
-    known = list(known)
-    for key, value in given.items():
-        if key not in known:
-            raise ConfigError(f"{section}.{key}: unknown key with value {short(value)}; {nearest(key, known)}")
-
-
 def require(holds: bool, key: str, value: Any, rule: str) -> None:
     """Raise ConfigError `key = value: rule` unless `holds`."""
     if not holds:
@@ -72,7 +64,7 @@ class YarnConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "YarnConfig":
         """Build from the YAML's `model_config.scaling_factor` mapping."""
-        reject_unknown("model_config.scaling_factor", values, (f.name for f in dataclasses.fields(cls)))
+        refuse_unknown("model_config.scaling_factor", values, (f.name for f in dataclasses.fields(cls)))
         return cls(**values)
 
 
@@ -98,7 +90,7 @@ class LoraConfig:
     def from_dict(cls, values: dict | None) -> "LoraConfig":
         """Build from the YAML's mapping."""
         values = dict(values or {})
-        reject_unknown("model_config.pet_config", values, (f.name for f in dataclasses.fields(cls)))
+        refuse_unknown("model_config.pet_config", values, (f.name for f in dataclasses.fields(cls)))
         return cls(**values)
 
     def __post_init__(self):
@@ -189,7 +181,7 @@ class MoeConfig:
             return cls()
         fields = {f.name for f in dataclasses.fields(cls)}
         if isinstance(values, dict):
-            reject_unknown("moe_config", values, fields)
+            refuse_unknown("moe_config", values, fields)
             return cls(**values)
         values = values.to_dict()  # MindFormers' object carries options for its other models: not ours to use
         chosen = {k: v for k, v in values.items() if k in fields}
@@ -389,7 +381,7 @@ class DeepseekV2Config(PretrainedConfig):
         for key in TRAINER_KEYS:
             given.pop(key, None)
         known = {f.name: f.default for f in dataclasses.fields(self)}
-        reject_unknown("model_config", {k: v for k, v in given.items() if k not in ("type", "auto_register")}, known)
+        refuse_unknown("model_config", {k: v for k, v in given.items() if k not in ("type", "auto_register")}, known)
         super().__init__()
         self.pet_config = base.get("pet_config")
         self.lora = LoraConfig.from_dict(self.pet_config)
