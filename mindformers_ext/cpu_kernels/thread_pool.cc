@@ -63,7 +63,7 @@ class Pool {
       ++round_;
     }
     wake_.notify_all();
-    take_tasks();
+    take_tasks(task);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       task_ = nullptr;  // a worker that wakes up only now has nothing to do, and nobody waits for it
@@ -87,18 +87,19 @@ class Pool {
       wake_.wait(lock, called);
       if (stopping_) return;
       seen = round_;
-      if (task_ == nullptr) continue;
+      const std::function<void(int64_t)>* task = task_;  // the caller forgets it before this thread is done
+      if (task == nullptr) continue;
       ++busy_;
       lock.unlock();
-      take_tasks();
+      take_tasks(*task);
       lock.lock();
       if (--busy_ == 0) done_.notify_one();
     }
   }
 
-  void take_tasks() {
+  void take_tasks(const std::function<void(int64_t)>& task) {
     try {
-      for (int64_t i = next_++; i < count_; i = next_++) (*task_)(i);
+      for (int64_t i = next_++; i < count_; i = next_++) task(i);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex_);
       next_ = count_;
