@@ -7,6 +7,8 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, setup
 
+X86 = platform.machine() == "x86_64"
+
 
 def package_folder(name: str, requirement: str) -> Path:
     """Folder of an installed package whose headers and library the Custom operators are built against."""
@@ -52,25 +54,29 @@ def custom_operator(name: str, sources: list[str], depends: list[str]) -> Extens
 
 
 def cpu_kernels(name: str, *options: str) -> Extension:
-    """The CPU kernels of the fused operators: vector code, and OpenBLAS for the matrix products."""
+    """The CPU kernels of the fused operators: vector code, and a tuned library for the matrix products."""
     folder = Path("mindformers_ext/cpu_kernels")
     extension = custom_operator(
         f"mindformers_ext.cpu_kernels.{name}",
         sorted(map(str, folder.glob("*.cc"))),
-        sorted(map(str, folder.glob("*.h"))),
+        sorted(map(str, folder.glob("*.h"))) + ["mindformers_ext/transpose.h"],
     )
-    openblas = package_folder("scipy_openblas32", "scipy-openblas32")
-    extension.include_dirs.append(str(openblas / "include"))
-    extension.library_dirs.append(str(openblas / "lib"))
-    extension.libraries.append("scipy_openblas")
-    extension.extra_link_args += [f"-Wl,-rpath,{openblas / 'lib'}", "-pthread"]
+    if X86:
+        extension.libraries.append(":libdnnl.so.3")  # oneDNN, which MindSpore brings
+    else:  # whose oneDNN has tuned products for x86 only
+        openblas = package_folder("scipy_openblas32", "scipy-openblas32")
+        extension.include_dirs.append(str(openblas / "include"))
+        extension.library_dirs.append(str(openblas / "lib"))
+        extension.libraries.append("scipy_openblas")
+        extension.extra_link_args.append(f"-Wl,-rpath,{openblas / 'lib'}")
+    extension.extra_link_args.append("-pthread")
     extension.extra_compile_args += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *options]
     return extension
 
 
 def cpu_kernel_builds() -> list[Extension]:
     """The kernels once for every kind of CPU; mindformers_ext/cpu_kernels/library.py takes the best that runs."""
-    if platform.machine() != "x86_64":
+    if not X86:
         return [cpu_kernels("_kernels")]
     return [
         cpu_kernels("_kernels", "-march=x86-64-v3"),  # AVX2 and FMA: any x86 since 2013-2015
@@ -100,6 +106,7 @@ setup(
         Pybind11Extension(
             "mindformers_ext._transpose",
             ["mindformers_ext/transpose.cc"],
+            depends=["mindformers_ext/transpose.h"],
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
         ),

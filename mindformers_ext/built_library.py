@@ -13,7 +13,7 @@ def built_library(folder: Path, *names: str) -> Path:
     found = next((path for path in paths if path.exists()), None)
     if found is None:
         raise ImportError(
-            f"{paths[-1]} is missing: install MindSpore and scipy-openblas32, then this project with "
+            f"{paths[-1]} is missing: install the dependencies in pyproject.toml, then this project with "
             "`pip install --no-build-isolation .` (or run `python setup.py build_ext --inplace`)"
         )
     return found

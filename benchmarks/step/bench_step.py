@@ -84,20 +84,20 @@ def compare(
 
 
 def sgemm_peak(threads: int) -> float:
-    """FLOP/s of float32 matrix products: the better of torch's and of OpenBLAS's, each in a process of its own."""
+    """FLOP/s of float32 matrix products: the better of torch's and of ours, each in a process of its own."""
     torch = (
         "import torch, time; a = torch.rand(2048, 2048); best = 9e9\n"
         "for _ in range(8):\n s = time.perf_counter(); a @ a; best = min(best, time.perf_counter() - s)\n"
         "print(2 * 2048**3 / best)"
     )
-    openblas = f"from mindformers_ext.device_peak import measure_cpu_tflops as m; print(1e12 * m({threads}))"
+    ours = f"from mindformers_ext.device_peak import measure_cpu_tflops as m; print(1e12 * m({threads}))"
     environment = environment_of(threads) | {"PYTHONPATH": str(ROOT)}
 
     def measured(code: str) -> float:
         command = [sys.executable, "-c", code]
         return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
-    return max(map(measured, (torch, openblas)))
+    return max(map(measured, (torch, ours)))
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mindspore as ms
+import numpy as np
 from mindspore import ops
 
 from mindformers_ext.built_library import built_library
@@ -35,6 +36,17 @@ def library_path() -> Path:
 @functools.cache
 def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(library_path()))
+
+
+def multiply(left: np.ndarray, right: np.ndarray, out: np.ndarray) -> None:
+    """out = left right: square float32 matrices of one size, row after row, by the products of the kernels."""
+    size = len(out)
+    for matrix in (left, right, out):
+        if matrix.shape != (size, size) or matrix.dtype != np.float32 or not matrix.flags.c_contiguous:
+            raise ValueError("multiply takes three contiguous square float32 matrices of the same size")
+    _library().cpu_kernels_multiply(
+        ctypes.c_int64(size), *(ctypes.c_void_p(matrix.ctypes.data) for matrix in (left, right, out))
+    )
 
 
 def set_threads(count: int) -> None:

@@ -1,4 +1,4 @@
-// Matrix products of row-major float32 matrices, by OpenBLAS.
+// Matrix products of row-major float32 matrices; matrix.cc names the library.
 #pragma once
 
 #include "kernel.h"
@@ -13,6 +13,12 @@ struct Matrix {
 };
 
 inline Matrix transpose(const Matrix& m) { return {m.data, m.stride, !m.transposed}; }
+
+// Floats between the rows of an own matrix of so many columns: rows on multiples of 1 KiB would share few cache lines.
+int64_t good_stride(int64_t columns);
+
+// y (columns, rows), with y_stride floats between its rows, = x (rows, columns) transposed.
+void write_transposed(const float* x, int64_t rows, int64_t columns, int64_t x_stride, float* y, int64_t y_stride);
 
 // c (m, n) = alpha a (m, k) b (k, n) + beta c, on the calling thread.
 void multiply(int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, float* c, int64_t c_stride,

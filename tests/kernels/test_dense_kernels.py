@@ -1,12 +1,13 @@
 """RMSNorm, SwiGLU, rotary, attention, linear, embedding and cross entropy against torch in float64."""
 
 import numpy as np
+import pytest
 import torch
 from helpers.against_torch import attention, compare, latent_attention, random, run_ours
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindformers_ext.cpu_kernels import cells
+from mindformers_ext.cpu_kernels import cells, library
 
 size = st.integers(1, 70)
 few = settings(max_examples=8, deadline=None, derandomize=True)
@@ -56,7 +57,7 @@ def heads(batch, count, length, key_width, value_width):
 
 
 @few
-@given(st.integers(1, 2), st.integers(1, 3), st.sampled_from([2, 7, 127, 128, 129, 300]), size, size)
+@given(st.integers(1, 2), st.integers(1, 3), st.sampled_from([2, 7, 63, 64, 65, 255, 256, 257, 300]), size, size)
 def test_causal_attention(batch, count, length, key_width, value_width):
     ours = cells.FlashAttention(0.3)
     arrays = heads(batch, count, length, key_width, value_width)
@@ -72,7 +73,7 @@ def test_attention_of_one_token_returns_its_value():
 
 
 @few
-@given(st.integers(1, 2), st.sampled_from([3, 130, 200]), st.lists(st.integers(1, 199), max_size=4), st.booleans())
+@given(st.integers(1, 2), st.sampled_from([3, 130, 300]), st.lists(st.integers(1, 299), max_size=4), st.booleans())
 def test_attention_of_packed_sequences(batch, length, starts, shared):
     document = np.isin(np.arange(length), starts).cumsum()
     place = np.arange(length)
@@ -92,7 +93,7 @@ def test_a_query_without_keys_attends_to_nothing():
 @given(
     st.integers(1, 2),
     st.integers(1, 3),
-    st.sampled_from([1, 7, 130]),
+    st.sampled_from([1, 7, 130, 270]),
     st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(1, 20)),
     st.booleans(),
     st.booleans(),
@@ -150,6 +151,24 @@ def test_linear(rows, inner, width):
 
 def test_linear_of_several_blocks():
     compare(cells.Linear(), lambda x, w: x @ w.T, [random(700, 130), random(333, 130, seed=1)], [0, 1])
+
+
+def test_linear_with_rows_on_multiples_of_a_page():  # they are copied first
+    compare(cells.Linear(), lambda x, w: x @ w.T, [random(40, 1024), random(50, 1024, seed=1)], [0, 1])
+
+
+@few
+@given(st.integers(1, 300))
+def test_product_that_measures_the_peak(size):
+    left, right = random(size, size), random(size, size, seed=1)
+    out = np.empty_like(left)
+    library.multiply(left, right, out)
+    np.testing.assert_allclose(out, left.astype(np.float64) @ right, rtol=1e-5, atol=1e-5 * size**0.5)
+
+
+def test_product_refuses_what_is_not_square_float32():
+    with pytest.raises(ValueError, match="square float32"):
+        library.multiply(random(4, 4), random(4, 5), random(4, 4))
 
 
 @few
