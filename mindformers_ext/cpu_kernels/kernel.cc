@@ -49,7 +49,7 @@ int64_t Tensor::count() const {
 Scratch::Scratch(int64_t floats) : capacity_(std::max<int64_t>(floats, 16)) {
   const std::lock_guard<std::mutex> lock(free_mutex);
   const auto fit = free_memory.lower_bound(capacity_);
-  if (fit != free_memory.end() && fit->first <= 2 * capacity_ + (1 << 16)) {
+  if (fit != free_memory.end()) {
     capacity_ = fit->first;
     data_ = fit->second;
     free_memory.erase(fit);

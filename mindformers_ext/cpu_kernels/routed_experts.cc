@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kRows = 256;     // of a block of one expert
 constexpr int64_t kColumns = 256;  // of H in a task that sums weight gradients
 constexpr int64_t kTokens = 64;
+constexpr int64_t kPanel = 128, kPanelFloats = 1 << 21;  // least columns and usual size of a panel of products
 
 struct Sizes {
   int64_t tokens, hidden, topk, experts, width;
@@ -32,19 +33,33 @@ void gather(const float* tokens, const Sizes& s, const ExpertRows& sorted, int64
   }
 }
 
-// y_t = sum_k w_tk rows(t, k), without weights when they are null; choices of no expert count nothing.
-void sum_choices(const float* rows, const Sizes& s, const ExpertRows& sorted, const float* weights, float* y) {
+// y_t = sum over the choices of t of r M_e, with r (inner,) the choice's sorted row and M_e (inner, H) its expert's
+// matrix, stored (H, inner) when `transposed`; choices of no expert count nothing. A panel of columns of all products
+// stays in the cache until it is summed.
+void multiply_and_sum(const Sizes& s, const ExpertRows& sorted, const std::vector<RowBlock>& blocks, const float* rows,
+                      int64_t inner, const float* matrices, bool transposed, float* y) {
   const int64_t used = sorted.first_row.back();
-  parallel_ranges(s.tokens, kTokens, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      float* out = y + t * s.hidden;
-      std::fill_n(out, s.hidden, 0.0f);
-      for (int64_t i = t * s.topk; i < (t + 1) * s.topk; ++i) {
-        const int64_t row = sorted.row_of_choice[i];
-        if (row < used) add_scaled(out, rows + row * s.hidden, weights == nullptr ? 1.0f : weights[i], s.hidden);
+  const int64_t panel = std::min(s.hidden, std::max(kPanel, kPanelFloats / std::max<int64_t>(used, 1) / 16 * 16));
+  const Scratch products(used * panel);
+  for (int64_t column = 0; column < s.hidden; column += panel) {
+    const int64_t width = std::min(panel, s.hidden - column);
+    parallel(blocks.size(), [&](int64_t task) {
+      const RowBlock& block = blocks[task];
+      const float* own = matrices + block.expert * s.hidden * inner + (transposed ? column * inner : column);
+      multiply(block.end - block.begin, width, inner, {rows + block.begin * inner, inner},
+               {own, transposed ? inner : s.hidden, transposed}, products.get() + block.begin * width, width);
+    });
+    parallel_ranges(s.tokens, kTokens, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        float* out = y + t * s.hidden + column;
+        std::fill_n(out, width, 0.0f);
+        for (int64_t i = t * s.topk; i < (t + 1) * s.topk; ++i) {
+          const int64_t row = sorted.row_of_choice[i];
+          if (row < used) add_scaled(out, products.get() + row * width, 1.0f, width);
+        }
       }
-    }
-  });
+    });
+  }
 }
 
 // Inputs x (T, H), p (T, K), ids (T, K), W (L, H, 2F), D (L, F, H); outputs y (T, H), h (T*K, 2F).
@@ -54,21 +69,23 @@ void routed_experts(const Call& call) {
   Output y(call[5]), h(call[6]);
   const ExpertRows sorted = sort_by_expert(integers(call[2]), s.experts);
   const std::vector<RowBlock> blocks = row_blocks(sorted.first_row, kRows);
-  const Scratch rows(s.tokens * s.topk * s.hidden);
+  const int64_t f = s.width;
+  const Scratch weighted(s.tokens * s.topk * f);  // p a
   parallel(blocks.size(), [&](int64_t task) {
     const RowBlock& block = blocks[task];
-    const int64_t count = block.end - block.begin, f = s.width;
-    const Scratch own(kRows * (s.hidden + f));
-    float *x_rows = own.get(), *a = x_rows + kRows * s.hidden, *h_rows = h + block.begin * 2 * f;
-    gather(x, s, sorted, block.begin, block.end, 0, s.hidden, x_rows);
-    multiply(count, 2 * f, s.hidden, {x_rows, s.hidden}, {gate_up + block.expert * s.hidden * 2 * f, 2 * f}, h_rows,
-             2 * f);
-    for (int64_t i = 0; i < count; ++i) swiglu_row(h_rows + i * 2 * f, h_rows + i * 2 * f + f, a + i * f, f);
-    multiply(count, s.hidden, f, {a, f}, {down + block.expert * f * s.hidden, s.hidden},
-             rows.get() + block.begin * s.hidden, s.hidden);
+    const Scratch x_rows(kRows * s.hidden);
+    float* h_rows = h + block.begin * 2 * f;
+    gather(x, s, sorted, block.begin, block.end, 0, s.hidden, x_rows.get());
+    multiply(block.end - block.begin, 2 * f, s.hidden, {x_rows.get(), s.hidden},
+             {gate_up + block.expert * s.hidden * 2 * f, 2 * f}, h_rows, 2 * f);
+    for (int64_t row = block.begin; row < block.end; ++row, h_rows += 2 * f) {
+      float *a = weighted.get() + row * f, weight = p[sorted.choice_of_row[row]];
+      swiglu_row(h_rows, h_rows + f, a, f);
+      for (int64_t j = 0; j < f; ++j) a[j] *= weight;
+    }
   });
-  std::fill(h + sorted.first_row.back() * 2 * s.width, h + s.tokens * s.topk * 2 * s.width, 0.0f);
-  sum_choices(rows.get(), s, sorted, p, y);
+  std::fill(h + sorted.first_row.back() * 2 * f, h + s.tokens * s.topk * 2 * f, 0.0f);
+  multiply_and_sum(s, sorted, blocks, weighted.get(), f, down, false, y);
   y.store();
   h.store();
 }
@@ -107,7 +124,7 @@ void routed_experts_grad(const Call& call) {
   const ExpertRows sorted = sort_by_expert(integers(call[3]), s.experts);
   const std::vector<RowBlock> blocks = row_blocks(sorted.first_row, kRows);
   const int64_t choices = s.tokens * s.topk, f = s.width;
-  const Scratch dx_rows(choices * s.hidden), dh(choices * 2 * f), weighted(choices * f);  // weighted: p a
+  const Scratch dh(choices * 2 * f), weighted(choices * f);  // weighted: p a
   std::fill_n(static_cast<float*>(dp), choices, 0.0f);
   parallel(blocks.size(), [&](int64_t task) {
     const RowBlock& block = blocks[task];
@@ -128,11 +145,8 @@ void routed_experts_grad(const Call& call) {
       }
       swiglu_row_grad(da_row, h_row, h_row + f, dh_row, dh_row + f, f);
     }
-    multiply(count, s.hidden, 2 * f, {dh.get() + block.begin * 2 * f, 2 * f},
-             {gate_up + block.expert * s.hidden * 2 * f, 2 * f, true}, dx_rows.get() + block.begin * s.hidden,
-             s.hidden);
   });
-  sum_choices(dx_rows.get(), s, sorted, nullptr, dx);
+  multiply_and_sum(s, sorted, blocks, dh.get(), 2 * f, gate_up, true, dx);
   weight_gradients(s, sorted, x, dh.get(), 2 * f, true, dgate_up);
   weight_gradients(s, sorted, dy, weighted.get(), f, false, ddown);
   dx.store();
