@@ -4,13 +4,12 @@
 #include <cmath>
 #include <limits>
 
-#include "matrix.h"
 #include "vector_math.h"
 
 namespace cpu_kernels {
 namespace {
 
-constexpr int64_t kBlock = kAttentionBlock;
+constexpr int64_t kScores = kQueryBlock * kKeyBlock;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
 // Number of keys that queries before `last` may attend to at most.
@@ -18,13 +17,13 @@ int64_t visible_keys(const AttentionRule& s, const Head& h, int64_t last) {
   return h.mask != nullptr ? s.keys : std::max<int64_t>(0, std::min(s.keys, last + s.diagonal));
 }
 
-// scores (rows, columns), stride kBlock: scale Q K^T with -inf where masked.
+// scores (rows, columns), stride kKeyBlock: scale Q K^T with -inf where masked.
 void score_block(const AttentionRule& s, const Head& h, int64_t query, int64_t rows, int64_t key, int64_t columns,
                  float* scores) {
   multiply(rows, columns, s.key_width, {h.q + query * s.key_width, s.key_width},
-           {h.k + key * s.key_width, s.key_width, true}, scores, kBlock, 0.0f, s.scale);
+           {h.k_turned + key, s.turned_stride()}, scores, kKeyBlock, 0.0f, s.scale);
   for (int64_t i = 0; i < rows; ++i) {
-    float* row = scores + i * kBlock;
+    float* row = scores + i * kKeyBlock;
     if (h.mask == nullptr) {
       const int64_t allowed = query + i + 1 + s.diagonal - key;
       for (int64_t j = std::max<int64_t>(0, allowed); j < columns; ++j) row[j] = kMasked;
@@ -35,54 +34,53 @@ void score_block(const AttentionRule& s, const Head& h, int64_t query, int64_t r
   }
 }
 
-void fill_rows(float* rows, int64_t count, int64_t width, int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) std::fill_n(rows + i * stride, width, 0.0f);
-}
-
 // p = P and dp = dO V^T of one block.
-void probability_block(const AttentionRule& s, const Head& h, const float* log_sum, const float* dout, int64_t query,
+void probability_block(const AttentionRule& s, const Head& h, const float* v_turned, const float* log_sum, const float* dout, int64_t query,
                        int64_t rows, int64_t key, int64_t columns, float* p, float* dp) {
   score_block(s, h, query, rows, key, columns, p);
-  multiply(rows, columns, s.value_width, {dout + query * s.out_stride, s.out_stride},
-           {h.v + key * s.value_stride, s.value_stride, true}, dp, kBlock);
+  multiply(rows, columns, s.value_width, {dout + query * s.value_width, s.value_width},
+           {v_turned + key, s.turned_stride()}, dp, kKeyBlock);
   for (int64_t i = 0; i < rows; ++i) {
     const float shift = log_sum[query + i];
-    for (int64_t j = 0; j < columns; ++j) p[i * kBlock + j] = exponential(p[i * kBlock + j] - shift);
+    for (int64_t j = 0; j < columns; ++j) p[i * kKeyBlock + j] = exponential(p[i * kKeyBlock + j] - shift);
   }
 }
 
 // delta = rowsum(dO O) of a block of queries; without an exact O it is rowsum(P dO V^T), the same number.
-void row_deltas(const AttentionRule& s, const Head& h, const float* out, const float* log_sum, const float* dout,
-                int64_t query, int64_t rows, float* p, float* dp, float* delta) {
+void row_deltas(const AttentionRule& s, const Head& h, const float* v_turned, const float* out,
+                const float* log_sum, const float* dout, int64_t query, int64_t rows, float* p, float* dp,
+                float* delta) {
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = (query + i) * s.out_stride;
+    const int64_t at = (query + i) * s.value_width;
     delta[i] = out == nullptr ? 0.0f : dot(out + at, dout + at, s.value_width);
   }
   if (out != nullptr) return;
-  for (int64_t key = 0, visible = visible_keys(s, h, query + rows); key < visible; key += kBlock) {
-    const int64_t columns = std::min(kBlock, visible - key);
-    probability_block(s, h, log_sum, dout, query, rows, key, columns, p, dp);
-    for (int64_t i = 0; i < rows; ++i) delta[i] += dot(p + i * kBlock, dp + i * kBlock, columns);
+  for (int64_t key = 0, visible = visible_keys(s, h, query + rows); key < visible; key += kKeyBlock) {
+    const int64_t columns = std::min(kKeyBlock, visible - key);
+    probability_block(s, h, v_turned, log_sum, dout, query, rows, key, columns, p, dp);
+    for (int64_t i = 0; i < rows; ++i) delta[i] += dot(p + i * kKeyBlock, dp + i * kKeyBlock, columns);
   }
 }
 
 }  // namespace
 
+void turn_keys(const AttentionRule& s, const float* k, float* k_turned) {
+  write_transposed(k, s.keys, s.key_width, s.key_width, k_turned, s.turned_stride());
+}
+
 void attend(const AttentionRule& s, const Head& h, int64_t query, float* out, float* log_sum) {
-  const int64_t rows = std::min(kBlock, s.queries - query), width = s.value_width;
-  const Scratch memory(kBlock * kBlock + 2 * kBlock);
-  float *scores = memory.get(), *maximum = scores + kBlock * kBlock, *sum = maximum + kBlock;
-  float* block = out + query * s.out_stride;
+  const int64_t rows = std::min(kQueryBlock, s.queries - query), width = s.value_width;
+  const Scratch memory(kScores + 2 * kQueryBlock);
+  float *scores = memory.get(), *maximum = scores + kScores, *sum = maximum + kQueryBlock;
   std::fill_n(maximum, rows, kMasked);
   std::fill_n(sum, rows, 0.0f);
-  fill_rows(block, rows, width, s.out_stride);
-  for (int64_t key = 0, visible = visible_keys(s, h, query + rows); key < visible; key += kBlock) {
-    const int64_t columns = std::min(kBlock, visible - key);
+  std::fill_n(out, rows * width, 0.0f);
+  for (int64_t key = 0, visible = visible_keys(s, h, query + rows); key < visible; key += kKeyBlock) {
+    const int64_t columns = std::min(kKeyBlock, visible - key);
     score_block(s, h, query, rows, key, columns, scores);
     for (int64_t i = 0; i < rows; ++i) {
-      float *row = scores + i * kBlock, *o = block + i * s.out_stride;
-      float best = maximum[i];
-      for (int64_t j = 0; j < columns; ++j) best = row[j] > best ? row[j] : best;
+      float *row = scores + i * kKeyBlock, *o = out + i * width;
+      const float best = maximum_of(row, columns, maximum[i]);
       if (best == kMasked) {  // nothing to attend to yet
         std::fill_n(row, columns, 0.0f);
         continue;
@@ -98,41 +96,40 @@ void attend(const AttentionRule& s, const Head& h, int64_t query, float* out, fl
       sum[i] = sum[i] * shrink + total;
       maximum[i] = best;
     }
-    multiply(rows, width, columns, {scores, kBlock}, {h.v + key * s.value_stride, s.value_stride}, block, s.out_stride,
-             1.0f);
+    multiply(rows, width, columns, {scores, kKeyBlock}, {h.v + key * width, width}, out, width, 1.0f);
   }
   for (int64_t i = 0; i < rows; ++i) {
     const float scale = sum[i] > 0 ? 1.0f / sum[i] : 0.0f;
-    for (int64_t j = 0; j < width; ++j) block[i * s.out_stride + j] *= scale;
-    log_sum[query + i] = sum[i] > 0 ? maximum[i] + std::log(sum[i]) : std::numeric_limits<float>::infinity();
+    for (int64_t j = 0; j < width; ++j) out[i * width + j] *= scale;
+    log_sum[i] = sum[i] > 0 ? maximum[i] + std::log(sum[i]) : std::numeric_limits<float>::infinity();
   }
 }
 
 void attend_grad(const AttentionRule& s, const Head& h, const float* out, const float* log_sum, const float* dout,
                  float* dq, float* dk, float* dv) {
   const int64_t width = s.value_width;
-  const Scratch memory(2 * kBlock * kBlock + kBlock);
-  float *p = memory.get(), *ds = p + kBlock * kBlock, *delta = ds + kBlock * kBlock;
+  const Scratch memory(2 * kScores + kQueryBlock + width * s.turned_stride());
+  float *p = memory.get(), *ds = p + kScores, *delta = ds + kScores, *v_turned = delta + kQueryBlock;
+  write_transposed(h.v, s.keys, width, width, v_turned, s.turned_stride());
   std::fill_n(dq, s.queries * s.key_width, 0.0f);
   std::fill_n(dk, s.keys * s.key_width, 0.0f);
-  fill_rows(dv, s.keys, width, s.value_stride);
-  for (int64_t query = 0; query < s.queries; query += kBlock) {
-    const int64_t rows = std::min(kBlock, s.queries - query);
-    const Matrix dout_block = {dout + query * s.out_stride, s.out_stride};
-    row_deltas(s, h, out, log_sum, dout, query, rows, p, ds, delta);
-    for (int64_t key = 0, visible = visible_keys(s, h, query + rows); key < visible; key += kBlock) {
-      const int64_t columns = std::min(kBlock, visible - key);
-      probability_block(s, h, log_sum, dout, query, rows, key, columns, p, ds);
+  std::fill_n(dv, s.keys * width, 0.0f);
+  for (int64_t query = 0; query < s.queries; query += kQueryBlock) {
+    const int64_t rows = std::min(kQueryBlock, s.queries - query);
+    row_deltas(s, h, v_turned, out, log_sum, dout, query, rows, p, ds, delta);
+    for (int64_t key = 0, visible = visible_keys(s, h, query + rows); key < visible; key += kKeyBlock) {
+      const int64_t columns = std::min(kKeyBlock, visible - key);
+      probability_block(s, h, v_turned, log_sum, dout, query, rows, key, columns, p, ds);
       for (int64_t i = 0; i < rows; ++i) {
-        const float* prob = p + i * kBlock;
+        const float* prob = p + i * kKeyBlock;
         const float d = delta[i];
-        float* grad = ds + i * kBlock;
+        float* grad = ds + i * kKeyBlock;
         for (int64_t j = 0; j < columns; ++j) grad[j] = prob[j] * (grad[j] - d);
       }
-      multiply(columns, width, rows, {p, kBlock, true}, dout_block, dv + key * s.value_stride, s.value_stride, 1.0f);
-      multiply(rows, s.key_width, columns, {ds, kBlock}, {h.k + key * s.key_width, s.key_width},
+      multiply(columns, width, rows, {p, kKeyBlock, true}, {dout + query * width, width}, dv + key * width, width, 1.0f);
+      multiply(rows, s.key_width, columns, {ds, kKeyBlock}, {h.k + key * s.key_width, s.key_width},
                dq + query * s.key_width, s.key_width, 1.0f, s.scale);
-      multiply(columns, s.key_width, rows, {ds, kBlock, true}, {h.q + query * s.key_width, s.key_width},
+      multiply(columns, s.key_width, rows, {ds, kKeyBlock, true}, {h.q + query * s.key_width, s.key_width},
                dk + key * s.key_width, s.key_width, 1.0f, s.scale);
     }
   }

@@ -6,29 +6,35 @@
 // sequences).
 #pragma once
 
-#include "kernel.h"
+#include "matrix.h"
 
 namespace cpu_kernels {
 
-constexpr int64_t kAttentionBlock = 128;  // queries and keys of a block
+constexpr int64_t kQueryBlock = 64, kKeyBlock = 256;  // few queries: less of the blocks on the diagonal is masked
 
 struct AttentionRule {
   int64_t queries, keys, key_width, value_width;
-  int64_t value_stride, out_stride;  // floats between the rows of V and of O; those of Q and K lie side by side
   float scale;
   int64_t diagonal;
+
+  int64_t turned_stride() const { return good_stride(keys); }           // of K^T
+  int64_t turned_keys() const { return key_width * turned_stride(); }  // floats
 };
 
-// One head; mask (Sq, Sk), 1 may not be attended, or null: causal.
+// One head, rows side by side: Q (Sq, Dk), K (Sk, Dk), V (Sk, Dv); K^T (Dk, Sk) with turned_stride; mask (Sq, Sk), 1 may
+// not be attended, or null: causal.
 struct Head {
-  const float *q, *k, *v;
+  const float *q, *k, *v, *k_turned;
   const uint8_t* mask;
 };
 
-// O and L of the block of queries that begins at `query`.
+// Write K^T of a head.
+void turn_keys(const AttentionRule& rule, const float* k, float* k_turned);
+
+// O (rows, Dv) and L (rows,) of the block of queries that begins at `query`.
 void attend(const AttentionRule& rule, const Head& head, int64_t query, float* out, float* log_sum);
 
-// dQ, dK and dV of a head, the latter with value_stride; `out` is null where O was rounded to bfloat16.
+// dQ, dK and dV of a head; `out` is null where O was rounded to bfloat16.
 void attend_grad(const AttentionRule& rule, const Head& head, const float* out, const float* log_sum,
                  const float* dout, float* dq, float* dk, float* dv);
 

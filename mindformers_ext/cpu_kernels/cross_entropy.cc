@@ -16,9 +16,7 @@ constexpr float kTiny = 1e-8f;             // as MindFormers' CrossEntropyLoss
 
 // Turns logits z (V,) into c (softmax(z) - onehot); returns the token's loss.
 double loss_and_gradient(float* z, int64_t vocabulary, int32_t label, float c) {
-  float best = z[0];
-  for (int64_t v = 0; v < vocabulary; ++v) best = z[v] > best ? z[v] : best;
-  const float chosen = z[label];
+  const float best = maximum_of(z, vocabulary, z[0]), chosen = z[label];
   double sum = 0;
   for (int64_t first = 0; first < vocabulary; first += 4096) {  // short float sums, added in double
     const int64_t last = std::min(vocabulary, first + 4096);
@@ -47,22 +45,23 @@ void linear_cross_entropy(const Call& call) {
   for (int64_t t = 0; t < tokens; ++t) count += mask[t];
   const double divisor = static_cast<float>(count) + kTiny;
   const int64_t block = std::max<int64_t>(16, std::min<int64_t>(512, kBlockFloats / vocabulary));
-  const Scratch logits(block * vocabulary);
+  const int64_t stride = good_stride(vocabulary);
+  const Scratch logits(block * stride);
   std::vector<double> losses(tokens);
   if (tokens == 0) std::fill_n(static_cast<float*>(dw), vocabulary * hidden, 0.0f);
   for (int64_t first = 0; first < tokens; first += block) {
     const int64_t rows = std::min(block, tokens - first);
     float* z = logits.get();
-    multiply_parallel(rows, vocabulary, hidden, {x + first * hidden, hidden}, {w, hidden, true}, z, vocabulary);
+    multiply_parallel(rows, vocabulary, hidden, {x + first * hidden, hidden}, {w, hidden, true}, z, stride);
     parallel_ranges(rows, 8, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = first + i;
         const float c = static_cast<float>(mask[t] / divisor);
-        losses[t] = mask[t] * loss_and_gradient(z + i * vocabulary, vocabulary, labels[t], c);
+        losses[t] = mask[t] * loss_and_gradient(z + i * stride, vocabulary, labels[t], c);
       }
     });
-    multiply_parallel(rows, hidden, vocabulary, {z, vocabulary}, {w, hidden}, dx + first * hidden, hidden);
-    multiply_parallel(vocabulary, hidden, rows, {z, vocabulary, true}, {x + first * hidden, hidden}, dw, hidden,
+    multiply_parallel(rows, hidden, vocabulary, {z, stride}, {w, hidden}, dx + first * hidden, hidden);
+    multiply_parallel(vocabulary, hidden, rows, {z, stride, true}, {x + first * hidden, hidden}, dw, hidden,
                       first == 0 ? 0.0f : 1.0f);
   }
   double total = 0;

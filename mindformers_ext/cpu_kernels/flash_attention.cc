@@ -7,16 +7,17 @@ namespace {
 
 AttentionRule rule_of(const Call& call, int query, int key, int value) {
   const auto &q = call[query].shape, &k = call[key].shape;
-  const int64_t value_width = call[value].shape.at(3);
-  return {q.at(2), k.at(2), q.at(3), value_width, value_width, value_width, static_cast<float>(call.number("scale")),
+  return {q.at(2), k.at(2), q.at(3), call[value].shape.at(3), static_cast<float>(call.number("scale")),
           static_cast<int64_t>(call.number("diagonal"))};
 }
 
-// Head `index` = b * N + n, with the mask (1 or B, 1, Sq, Sk) of its sequence; causal where `mask` is null.
+// Head `index` = b * N + n, with the mask (1 or B, 1, Sq, Sk) of its sequence; causal where `mask` is null. K^T is
+// written into `k_turned`.
 Head head_of(const AttentionRule& rule, const float* q, const float* k, const float* v, const Tensor* mask,
-             int64_t index, int64_t heads) {
+             int64_t index, int64_t heads, float* k_turned) {
   Head head = {q + index * rule.queries * rule.key_width, k + index * rule.keys * rule.key_width,
-               v + index * rule.keys * rule.value_width, nullptr};
+               v + index * rule.keys * rule.value_width, k_turned, nullptr};
+  turn_keys(rule, head.k, k_turned);
   if (mask != nullptr) {
     check(mask->type == DType::kByte, "the attention mask must be uint8 or bool");
     const int64_t sequence = index / heads % mask->shape.at(0);
@@ -32,11 +33,18 @@ void flash_attention(const Call& call) {
   const AttentionRule rule = rule_of(call, 0, 1, 2);
   const Input q(call[0]), k(call[1]), v(call[2]);
   Output out(call[call.size() - 2]), log_sum(call[call.size() - 1]);
-  const int64_t heads = call[0].shape.at(1), blocks = blocks_of(rule.queries, kAttentionBlock);
-  parallel(call[0].shape.at(0) * heads * blocks, [&](int64_t task) {
-    const int64_t index = task / blocks, block = blocks - 1 - task % blocks;  // the longest rows first
-    attend(rule, head_of(rule, q, k, v, mask, index, heads), block * kAttentionBlock,
-           out + index * rule.queries * rule.value_width, log_sum + index * rule.queries);
+  const int64_t heads = call[0].shape.at(1), count = call[0].shape.at(0) * heads;
+  const int64_t blocks = blocks_of(rule.queries, kQueryBlock);
+  const Scratch k_turned(count * rule.turned_keys());
+  std::vector<Head> prepared(count);
+  parallel(count, [&](int64_t index) {
+    prepared[index] = head_of(rule, q, k, v, mask, index, heads, k_turned.get() + index * rule.turned_keys());
+  });
+  parallel(count * blocks, [&](int64_t task) {
+    const int64_t index = task / blocks;
+    const int64_t query = (blocks - 1 - task % blocks) * kQueryBlock;  // the longest rows first
+    const int64_t row = index * rule.queries + query;
+    attend(rule, prepared[index], query, out + row * rule.value_width, log_sum + row);
   });
   out.store();
 }
@@ -52,7 +60,8 @@ void flash_attention_grad(const Call& call) {
   parallel(call[1].shape.at(0) * heads, [&](int64_t index) {
     const int64_t query = index * rule.queries * rule.key_width, key = index * rule.keys * rule.key_width;
     const int64_t context = index * rule.queries * rule.value_width;
-    attend_grad(rule, head_of(rule, q, k, v, mask, index, heads), exact ? out + context : nullptr,
+    const Scratch k_turned(rule.turned_keys());
+    attend_grad(rule, head_of(rule, q, k, v, mask, index, heads, k_turned.get()), exact ? out + context : nullptr,
                 log_sum + index * rule.queries, dout + context, dq + query, dk + key,
                 dv + index * rule.keys * rule.value_width);
   });

@@ -18,6 +18,7 @@ struct Sizes {
   int64_t query_row() const { return heads * key(); }         // floats of a token's queries,
   int64_t kv_row() const { return heads * (nope + value); }   // keys and values,
   int64_t out_row() const { return heads * value; }           // and context
+  int64_t kv_place(int64_t token, int64_t n) const { return token * kv_row() + n * (nope + value); }
 };
 
 Sizes sizes_of(const Call& call, int first) {
@@ -27,7 +28,12 @@ Sizes sizes_of(const Call& call, int first) {
 }
 
 AttentionRule rule_of(const Call& call, const Sizes& s) {
-  return {s.length, s.length, s.key(), s.value, s.kv_row(), s.out_row(), static_cast<float>(call.number("scale")), 0};
+  return {s.length, s.length, s.key(), s.value, static_cast<float>(call.number("scale")), 0};
+}
+
+const uint8_t* mask_of(const Sizes& s, const Tensor& mask, int64_t sequence) {
+  check(mask.type == DType::kByte, "the attention mask must be uint8 or bool");
+  return static_cast<const uint8_t*>(mask.data) + sequence % mask.shape.at(0) * s.length * s.length;
 }
 
 // Where positions are turned to: tables (1 or B, 1, S, rope).
@@ -44,27 +50,32 @@ struct Tables {
   }
 };
 
-// The queries and keys (S, nope + rope) of head n of a sequence.
-void prepare(const Sizes& s, const Tables& tables, const float* query, const float* kv, const float* k_pe,
-             int64_t sequence, int64_t n, float* q, float* k) {
-  for (int64_t t = 0; t < s.length; ++t, q += s.key(), k += s.key()) {
-    const int64_t token = sequence * s.length + t;
-    const float* own = query + token * s.query_row() + n * s.key();
-    std::copy_n(own, s.nope, q);
-    tables.turn(own + s.nope, s, sequence, t, 1.0f, q + s.nope);
-    std::copy_n(kv + token * s.kv_row() + n * (s.nope + s.value), s.nope, k);
-    tables.turn(k_pe + token * s.rope, s, sequence, t, 1.0f, k + s.nope);
-  }
+// Rows of `width` between a tensor, where `stride` floats lie between them, and the own memory of a head.
+void copy_rows(const float* from, int64_t from_stride, int64_t count, int64_t width, float* to, int64_t to_stride) {
+  for (int64_t i = 0; i < count; ++i) std::copy_n(from + i * from_stride, width, to + i * to_stride);
 }
 
-// The head whose queries and keys are prepared; `mask` is (1 or B, 1, S, S) or null.
-Head head_of(const Sizes& s, const float* q, const float* k, const float* kv, const Tensor* mask, int64_t sequence,
-             int64_t n) {
-  Head head = {q, k, kv + sequence * s.length * s.kv_row() + n * (s.nope + s.value) + s.nope, nullptr};
-  if (mask != nullptr) {
-    check(mask->type == DType::kByte, "the attention mask must be uint8 or bool");
-    head.mask = static_cast<const uint8_t*>(mask->data) + sequence % mask->shape.at(0) * s.length * s.length;
+// Floats of a head's own queries, keys (twice) and values.
+int64_t head_memory(const AttentionRule& rule) {
+  return rule.keys * (2 * rule.key_width + rule.value_width) + rule.turned_keys();
+}
+
+// Head n of a sequence, written into `memory`. `mask` is (1 or B, 1, S, S) or null.
+Head prepare(const Sizes& s, const AttentionRule& rule, const Tables& tables, const float* query, const float* kv,
+             const float* k_pe, const Tensor* mask, int64_t sequence, int64_t n, float* memory) {
+  float *q = memory, *k = q + s.length * s.key(), *v = k + s.length * s.key();
+  float* k_turned = v + s.length * s.value;
+  const Head head = {q, k, v, k_turned, mask == nullptr ? nullptr : mask_of(s, *mask, sequence)};
+  for (int64_t t = 0; t < s.length; ++t, q += s.key(), k += s.key(), v += s.value) {
+    const int64_t token = sequence * s.length + t;
+    const float *own = query + token * s.query_row() + n * s.key(), *own_kv = kv + s.kv_place(token, n);
+    std::copy_n(own, s.nope, q);
+    tables.turn(own + s.nope, s, sequence, t, 1.0f, q + s.nope);
+    std::copy_n(own_kv, s.nope, k);
+    tables.turn(k_pe + token * s.rope, s, sequence, t, 1.0f, k + s.nope);
+    std::copy_n(own_kv + s.nope, s.value, v);
   }
+  turn_keys(rule, head.k, k_turned);
   return head;
 }
 
@@ -78,29 +89,33 @@ void latent_attention(const Call& call) {
   const Input query(call[0]), kv(call[1]), k_pe(call[2]);
   const Tables tables(call, 3);
   Output out(call[call.size() - 2]), log_sum(call[call.size() - 1]);
-  const int64_t count = s.batch * s.heads, size = s.length * s.key(), blocks = blocks_of(s.length, kAttentionBlock);
-  const Scratch q(count * size), k(count * size);
+  const int64_t count = s.batch * s.heads, size = head_memory(rule), blocks = blocks_of(s.length, kQueryBlock);
+  const Scratch memory(count * size);
+  std::vector<Head> heads(count);
   parallel(count, [&](int64_t i) {
-    prepare(s, tables, query, kv, k_pe, i / s.heads, i % s.heads, q.get() + i * size, k.get() + i * size);
+    heads[i] = prepare(s, rule, tables, query, kv, k_pe, mask, i / s.heads, i % s.heads, memory.get() + i * size);
   });
   parallel(count * blocks, [&](int64_t task) {
-    const int64_t i = task / blocks, block = blocks - 1 - task % blocks;  // the longest rows first
-    const int64_t sequence = i / s.heads, n = i % s.heads;
-    attend(rule, head_of(s, q.get() + i * size, k.get() + i * size, kv, mask, sequence, n), block * kAttentionBlock,
-           out + sequence * s.length * s.out_row() + n * s.value, log_sum + i * s.length);
+    const int64_t i = task / blocks, first = (blocks - 1 - task % blocks) * kQueryBlock;  // the longest rows first
+    const int64_t token = i / s.heads * s.length + first, n = i % s.heads;
+    const Scratch own(kQueryBlock * s.value);
+    attend(rule, heads[i], first, own.get(), log_sum + i * s.length + first);
+    copy_rows(own.get(), s.value, std::min(kQueryBlock, s.length - first), s.value,
+              out + token * s.out_row() + n * s.value, s.out_row());
   });
   out.store();
 }
 
-// dquery and the keys' part of dkv of one head from dq and dk (S, nope + rope).
-void write_gradients(const Sizes& s, const Tables& tables, const float* dq, const float* dk, int64_t sequence,
-                     int64_t n, float* dquery, float* dkv) {
-  for (int64_t t = 0; t < s.length; ++t, dq += s.key(), dk += s.key()) {
+// dquery and dkv of one head from its own dq, dk and dv.
+void write_gradients(const Sizes& s, const Tables& tables, const float* dq, const float* dk, const float* dv,
+                     int64_t sequence, int64_t n, float* dquery, float* dkv) {
+  for (int64_t t = 0; t < s.length; ++t, dq += s.key(), dk += s.key(), dv += s.value) {
     const int64_t token = sequence * s.length + t;
-    float* own = dquery + token * s.query_row() + n * s.key();
+    float *own = dquery + token * s.query_row() + n * s.key(), *own_kv = dkv + s.kv_place(token, n);
     std::copy_n(dq, s.nope, own);
     tables.turn(dq + s.nope, s, sequence, t, -1.0f, own + s.nope);
-    std::copy_n(dk, s.nope, dkv + token * s.kv_row() + n * (s.nope + s.value));
+    std::copy_n(dk, s.nope, own_kv);
+    std::copy_n(dv, s.value, own_kv + s.nope);
   }
 }
 
@@ -116,15 +131,16 @@ void latent_attention_grad(const Call& call) {
   const int64_t count = s.batch * s.heads, size = s.length * s.key();
   const Scratch dk(count * size);
   parallel(count, [&](int64_t i) {
-    const Scratch own(3 * size);
-    float *q = own.get(), *k = q + size, *dq = k + size, *own_dk = dk.get() + i * size;
-    const int64_t sequence = i / s.heads, n = i % s.heads;
+    const int64_t sequence = i / s.heads, n = i % s.heads, values = s.length * s.value;
     const int64_t context = sequence * s.length * s.out_row() + n * s.value;
-    prepare(s, tables, query, kv, k_pe, sequence, n, q, k);
-    attend_grad(rule, head_of(s, q, k, kv, mask, sequence, n), exact ? out + context : nullptr,
-                log_sum + i * s.length, dout + context, dq, own_dk,
-                dkv + sequence * s.length * s.kv_row() + n * (s.nope + s.value) + s.nope);
-    write_gradients(s, tables, dq, own_dk, sequence, n, dquery, dkv);
+    const Scratch own(head_memory(rule) + size + 3 * values);
+    float *dq = own.get() + head_memory(rule), *dv = dq + size, *o = dv + values, *own_dout = o + values;
+    const Head head = prepare(s, rule, tables, query, kv, k_pe, mask, sequence, n, own.get());
+    if (exact) copy_rows(out + context, s.out_row(), s.length, s.value, o, s.value);
+    copy_rows(dout + context, s.out_row(), s.length, s.value, own_dout, s.value);
+    float* own_dk = dk.get() + i * size;
+    attend_grad(rule, head, exact ? o : nullptr, log_sum + i * s.length, own_dout, dq, own_dk, dv);
+    write_gradients(s, tables, dq, own_dk, dv, sequence, n, dquery, dkv);
   });
   parallel_ranges(s.batch * s.length, kTokens, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(s.rope);

@@ -25,10 +25,7 @@ void row_max(const Call& call) {
   const int64_t width = call[0].columns();
   each_row(call[0], [&](int64_t t) {
     const float* row = z + t * width;
-    float best = row[0];
-#pragma omp simd reduction(max : best)
-    for (int64_t v = 0; v < width; ++v) best = row[v] > best ? row[v] : best;
-    m[t] = best;
+    m[t] = maximum_of(row, width, row[0]);
   });
   m.store();
 }

@@ -59,6 +59,14 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
+// The largest of `start` and the values.
+inline float maximum_of(const float* x, int64_t count, float start) {
+  float best = start;
+#pragma omp simd reduction(max : best)
+  for (int64_t i = 0; i < count; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
 // y += scale * x
 inline void add_scaled(float* y, const float* x, float scale, int64_t count) {
 #pragma omp simd
