@@ -8,6 +8,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import mindformers_ext  # noqa: F401  first: it prepares the import of MindFormers (later_imports.py)
+
+# isort: split
 from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
