@@ -97,6 +97,16 @@ class DeviceAwareTrainOneStepCell(MFTrainOneStepCell):
             self.max_norm = Tensor([max_grad_norm], mstype.float32)
             self.not_a_number = Tensor([math.nan], mstype.float32)
 
+    @property
+    def compile_phase(self) -> str | None:
+        """The name of the compiled graph; MindSpore sets it before every step, and walks through all cells for it."""
+        return self._compile_phase
+
+    @compile_phase.setter
+    def compile_phase(self, value: str):
+        if value != self._compile_phase:
+            nn.Cell.compile_phase.fset(self, value)
+
     def construct(self, *inputs):
         """Train one step; see the class for what it returns."""
         if not self.updates_at_once:

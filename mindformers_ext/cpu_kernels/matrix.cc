@@ -15,7 +15,7 @@ namespace cpu_kernels {
 namespace {
 
 // Tiles of c, and smaller ones only to give kTasks tasks, none below kTaskSize multiply-adds.
-constexpr int64_t kTileRows = 256, kTileColumns = 128, kTasks = 8, kTaskSize = 1 << 23;
+constexpr int64_t kTileRows = 512, kTileColumns = 128, kTasks = 8, kTaskSize = 1 << 23;
 constexpr int64_t kManyRows = 32;  // of a, for which copying b pays
 #ifdef __AVX512F__
 constexpr int kVector = 64;
