@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_step import sgemm_peak
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 HIDDEN, WIDTH = 2048, 1408
@@ -78,7 +77,9 @@ def main() -> None:
     args = parser.parse_args()
     threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
     torch.set_num_threads(threads)
-    peak = sgemm_peak(threads)
+    from mindformers_ext.device_peak import measure_cpu_tflops
+
+    peak = 1e12 * measure_cpu_tflops(threads)
     print(f"load {os.getloadavg()[0]:.2f}, {threads} threads, peak {peak / 1e9:.0f} GFLOP/s")
     print("tokens/experts  side    forward ms (peak)  backward ms (peak)")
     rng = np.random.default_rng(0)

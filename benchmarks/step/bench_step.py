@@ -1,6 +1,7 @@
 """Training tokens per second of ours and of transformers on torch: python benchmarks/step/bench_step.py [--size small]
 
-Same model, weights, batch, optimizer and threads; the sides take turns in one run, each in a process of its own.
+Same model, weights, batch, optimizer and threads; the sides take turns in one run, each in a process of its own, and
+so does the machine's sgemm peak, which a hot or shared machine does not always reach.
 Printed: tokens/s (median over the rounds), share of this machine's sgemm peak, peak memory and the losses of both.
 """
 
@@ -15,7 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models import ROOT, SIZES
+from models import SIZES
 
 WORKER = Path(__file__).with_name("models.py")
 
@@ -61,7 +62,7 @@ def start(name: str, options: list[str], threads: int) -> Side:
 
 
 def compare(
-    options: list[str], threads: int, rounds: int, steps: int, names=("torch", "ours"), quiet: bool = False
+    options: list[str], threads: int, rounds: int, steps: int, names=("torch", "ours", "sgemm"), quiet: bool = False
 ) -> dict[str, Side]:
     """Train the sides by turns, `rounds` times `steps` steps after two to warm up."""
     sides = {}
@@ -83,23 +84,6 @@ def compare(
     return sides
 
 
-def sgemm_peak(threads: int) -> float:
-    """FLOP/s of float32 matrix products: the better of torch's and of ours, each in a process of its own."""
-    torch = (
-        "import torch, time; a = torch.rand(2048, 2048); best = 9e9\n"
-        "for _ in range(8):\n s = time.perf_counter(); a @ a; best = min(best, time.perf_counter() - s)\n"
-        "print(2 * 2048**3 / best)"
-    )
-    ours = f"from mindformers_ext.device_peak import measure_cpu_tflops as m; print(1e12 * m({threads}))"
-    environment = environment_of(threads) | {"PYTHONPATH": str(ROOT)}
-
-    def measured(code: str) -> float:
-        command = [sys.executable, "-c", code]
-        return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-
-    return max(map(measured, (torch, ours)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="tiny", choices=SIZES)
@@ -110,8 +94,7 @@ def main() -> None:
     parser.add_argument("--model", default="{}", help="values of model_config that differ, as JSON")
     parser.add_argument("--moe", default="{}", help="values of moe_config that differ, as JSON")
     args = parser.parse_args()
-    peak = sgemm_peak(args.threads)
-    print(f"load {os.getloadavg()[0]:.2f}, {args.threads} threads, sgemm peak {peak / 1e9:.0f} GFLOP/s")
+    print(f"load {os.getloadavg()[0]:.2f}, {args.threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         options = ["--size", args.size, "--batch", str(args.batch), "--model", args.model, "--moe", args.moe]
         options += ["--folder", folder]
@@ -119,6 +102,8 @@ def main() -> None:
         prepared = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         step = json.loads(prepared.stdout)
         sides = compare(options, args.threads, args.rounds, args.steps)
+    peak = statistics.median(sides.pop("sgemm").losses)
+    print(f"sgemm peak {peak / 1e9:.0f} GFLOP/s, the median of its turns")
     for side in sides.values():
         seconds = statistics.median(side.seconds)
         speed, share = step["tokens"] / seconds, step["flops"] / seconds / peak

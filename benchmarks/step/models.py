@@ -3,7 +3,7 @@
 Both train the same model from the same weights on the same batch: transformers' DeepseekV3ForCausalLM with torch's
 fused AdamW, and ours as its YAML runs it. A worker reads lines from its standard input and answers each with a line of
 JSON: a number n = train n steps; end of input = stop. `prepare` writes what the torch side starts from, so that its
-process loads nothing of ours.
+process loads nothing of ours. `sgemm` measures, in the place of losses, what the machine's matrix products reach.
 """
 
 import argparse
@@ -132,6 +132,13 @@ def our_step(config, batch: int):
     return lambda: float(cell(ids, labels)[0].asnumpy())
 
 
+def sgemm_flops() -> float:
+    """FLOP/s of the machine's best float32 matrix products at this moment."""
+    from mindformers_ext.device_peak import measure_cpu_tflops
+
+    return 1e12 * measure_cpu_tflops(int(os.environ["OMP_NUM_THREADS"]), repeats=100)
+
+
 def answer_turns(step, answer) -> None:
     """Train as many steps as each line of the standard input says."""
     for line in sys.stdin:
@@ -145,7 +152,7 @@ def answer_turns(step, answer) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("side", choices=("prepare", "torch", "ours"))
+    parser.add_argument("side", choices=("prepare", "torch", "ours", "sgemm"))
     parser.add_argument("--folder", type=Path, help="what `prepare` writes and `torch` reads")
     parser.add_argument("--size", default="tiny", choices=SIZES)
     parser.add_argument("--batch", type=int, default=2)
@@ -154,8 +161,8 @@ def main() -> None:
     args = parser.parse_args()
     answer = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not mix with the answers
-    if args.side == "torch":
-        answer_turns(torch_step(args.folder), answer)
+    if args.side in ("torch", "sgemm"):
+        answer_turns(torch_step(args.folder) if args.side == "torch" else sgemm_flops, answer)
         return
     config = configuration(args.size, args.model, args.moe)
     if args.side == "ours":
