@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kRows = 256;     // of a block of one expert
 constexpr int64_t kColumns = 256;  // of H in a task that sums weight gradients
 constexpr int64_t kTokens = 64;
+constexpr int64_t kAhead = 2;      // rows that are fetched before their turn: where they lie follows no pattern
 constexpr int64_t kPanel = 128, kPanelFloats = 1 << 21;  // least columns and usual size of a panel of products
 
 struct Sizes {
@@ -28,8 +29,10 @@ Sizes sizes_of(const Tensor& x, const Tensor& ids, const Tensor& down) {
 // Columns [column, column + width) of the tokens of rows [begin, end), contiguous.
 void gather(const float* tokens, const Sizes& s, const ExpertRows& sorted, int64_t begin, int64_t end, int64_t column,
             int64_t width, float* out) {
+  const auto source = [&](int64_t row) { return tokens + sorted.choice_of_row[row] / s.topk * s.hidden + column; };
   for (int64_t row = begin; row < end; ++row, out += width) {
-    std::copy_n(tokens + sorted.choice_of_row[row] / s.topk * s.hidden + column, width, out);
+    if (row + kAhead < end) prefetch(source(row + kAhead), width);
+    std::copy_n(source(row), width, out);
   }
 }
 
@@ -52,6 +55,8 @@ void multiply_and_sum(const Sizes& s, const ExpertRows& sorted, const std::vecto
     parallel_ranges(s.tokens, kTokens, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         float* out = y + t * s.hidden + column;
+        const int64_t next = std::min((t + 2) * s.topk, end * s.topk);
+        for (int64_t i = (t + 1) * s.topk; i < next; ++i) prefetch(products.get() + sorted.row_of_choice[i] * width, width);
         std::fill_n(out, width, 0.0f);
         for (int64_t i = t * s.topk; i < (t + 1) * s.topk; ++i) {
           const int64_t row = sorted.row_of_choice[i];
