@@ -11,6 +11,7 @@ namespace cpu_kernels {
 namespace {
 
 constexpr int64_t kTokens = 64;  // of a task
+constexpr int64_t kAhead = 4;    // tokens whose part of a head is fetched before its turn
 
 struct Sizes {
   int64_t batch, heads, length, nope, rope, value;
@@ -52,7 +53,10 @@ struct Tables {
 
 // Rows of `width` between a tensor, where `stride` floats lie between them, and the own memory of a head.
 void copy_rows(const float* from, int64_t from_stride, int64_t count, int64_t width, float* to, int64_t to_stride) {
-  for (int64_t i = 0; i < count; ++i) std::copy_n(from + i * from_stride, width, to + i * to_stride);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) prefetch(from + (i + kAhead) * from_stride, width);
+    std::copy_n(from + i * from_stride, width, to + i * to_stride);
+  }
 }
 
 // Floats of a head's own queries, keys (twice) and values.
@@ -69,6 +73,10 @@ Head prepare(const Sizes& s, const AttentionRule& rule, const Tables& tables, co
   for (int64_t t = 0; t < s.length; ++t, q += s.key(), k += s.key(), v += s.value) {
     const int64_t token = sequence * s.length + t;
     const float *own = query + token * s.query_row() + n * s.key(), *own_kv = kv + s.kv_place(token, n);
+    if (t + kAhead < s.length) {
+      prefetch(own + kAhead * s.query_row(), s.key());
+      prefetch(own_kv + kAhead * s.kv_row(), s.nope + s.value);
+    }
     std::copy_n(own, s.nope, q);
     tables.turn(own + s.nope, s, sequence, t, 1.0f, q + s.nope);
     std::copy_n(own_kv, s.nope, k);
