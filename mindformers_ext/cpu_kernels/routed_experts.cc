@@ -12,8 +12,8 @@
 namespace cpu_kernels {
 namespace {
 
-constexpr int64_t kRows = 256;     // of a block of one expert
-constexpr int64_t kColumns = 256;  // of H in a task that sums weight gradients
+constexpr int64_t kRows = 384;     // of a block of one expert
+constexpr int64_t kColumns = 512;  // of H in a task that sums weight gradients
 constexpr int64_t kTokens = 64;
 constexpr int64_t kAhead = 2;      // rows that are fetched before their turn: where they lie follows no pattern
 constexpr int64_t kPanel = 128, kPanelFloats = 1 << 21;  // least columns and usual size of a panel of products
