@@ -1,5 +1,5 @@
-// Transposed copies for Python: the layout of experts changes when checkpoints are converted, and numpy's strided copy is
-// several times slower than a disk.
+// Transposed copies for Python: the layout of experts changes when checkpoints are converted, and numpy's strided copy
+// is several times slower than a disk.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

@@ -45,6 +45,6 @@ project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 print(*project["dependencies"], *(project["optional-dependencies"]["test"] if sys.argv[1] else ()), sep="\n")
 PY
 )
-pip_install --no-build-isolation --no-deps --editable .
+[ -e "$STAMP" ] || pip_install --no-build-isolation --no-deps --editable .
 touch "$STAMP"
 [ -z "$EXTRA" ] || touch "$STAMP-test"

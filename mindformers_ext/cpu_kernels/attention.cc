@@ -34,31 +34,38 @@ void score_block(const AttentionRule& s, const Head& h, int64_t query, int64_t r
   }
 }
 
+// What the backward of one head reads, and its memory: p and dp (kQueryBlock, kKeyBlock), delta (kQueryBlock,).
+struct Backward {
+  const AttentionRule& rule;
+  const Head& head;
+  const float *v_turned, *out, *log_sum, *dout;  // V^T (Dv, Sk); out may be null
+  float *p, *dp, *delta;
+};
+
 // p = P and dp = dO V^T of one block.
-void probability_block(const AttentionRule& s, const Head& h, const float* v_turned, const float* log_sum, const float* dout, int64_t query,
-                       int64_t rows, int64_t key, int64_t columns, float* p, float* dp) {
-  score_block(s, h, query, rows, key, columns, p);
-  multiply(rows, columns, s.value_width, {dout + query * s.value_width, s.value_width},
-           {v_turned + key, s.turned_stride()}, dp, kKeyBlock);
+void probability_block(const Backward& b, int64_t query, int64_t rows, int64_t key, int64_t columns) {
+  const int64_t width = b.rule.value_width;
+  score_block(b.rule, b.head, query, rows, key, columns, b.p);
+  multiply(rows, columns, width, {b.dout + query * width, width}, {b.v_turned + key, b.rule.turned_stride()}, b.dp,
+           kKeyBlock);
   for (int64_t i = 0; i < rows; ++i) {
-    const float shift = log_sum[query + i];
-    for (int64_t j = 0; j < columns; ++j) p[i * kKeyBlock + j] = exponential(p[i * kKeyBlock + j] - shift);
+    float *p = b.p + i * kKeyBlock, shift = b.log_sum[query + i];
+    for (int64_t j = 0; j < columns; ++j) p[j] = exponential(p[j] - shift);
   }
 }
 
 // delta = rowsum(dO O) of a block of queries; without an exact O it is rowsum(P dO V^T), the same number.
-void row_deltas(const AttentionRule& s, const Head& h, const float* v_turned, const float* out,
-                const float* log_sum, const float* dout, int64_t query, int64_t rows, float* p, float* dp,
-                float* delta) {
+void row_deltas(const Backward& b, int64_t query, int64_t rows) {
+  const int64_t width = b.rule.value_width;
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = (query + i) * s.value_width;
-    delta[i] = out == nullptr ? 0.0f : dot(out + at, dout + at, s.value_width);
+    const int64_t at = (query + i) * width;
+    b.delta[i] = b.out == nullptr ? 0.0f : dot(b.out + at, b.dout + at, width);
   }
-  if (out != nullptr) return;
-  for (int64_t key = 0, visible = visible_keys(s, h, query + rows); key < visible; key += kKeyBlock) {
+  if (b.out != nullptr) return;
+  for (int64_t key = 0, visible = visible_keys(b.rule, b.head, query + rows); key < visible; key += kKeyBlock) {
     const int64_t columns = std::min(kKeyBlock, visible - key);
-    probability_block(s, h, v_turned, log_sum, dout, query, rows, key, columns, p, dp);
-    for (int64_t i = 0; i < rows; ++i) delta[i] += dot(p + i * kKeyBlock, dp + i * kKeyBlock, columns);
+    probability_block(b, query, rows, key, columns);
+    for (int64_t i = 0; i < rows; ++i) b.delta[i] += dot(b.p + i * kKeyBlock, b.dp + i * kKeyBlock, columns);
   }
 }
 
@@ -107,30 +114,31 @@ void attend(const AttentionRule& s, const Head& h, int64_t query, float* out, fl
 
 void attend_grad(const AttentionRule& s, const Head& h, const float* out, const float* log_sum, const float* dout,
                  float* dq, float* dk, float* dv) {
-  const int64_t width = s.value_width;
-  const Scratch memory(2 * kScores + kQueryBlock + width * s.turned_stride());
+  const int64_t width = s.value_width, stride = s.turned_stride();
+  const Scratch memory(2 * kScores + kQueryBlock + width * stride);
   float *p = memory.get(), *ds = p + kScores, *delta = ds + kScores, *v_turned = delta + kQueryBlock;
-  write_transposed(h.v, s.keys, width, width, v_turned, s.turned_stride());
+  write_transposed(h.v, s.keys, width, width, v_turned, stride);
+  const Backward backward = {s, h, v_turned, out, log_sum, dout, p, ds, delta};
   std::fill_n(dq, s.queries * s.key_width, 0.0f);
   std::fill_n(dk, s.keys * s.key_width, 0.0f);
   std::fill_n(dv, s.keys * width, 0.0f);
   for (int64_t query = 0; query < s.queries; query += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, s.queries - query);
-    row_deltas(s, h, v_turned, out, log_sum, dout, query, rows, p, ds, delta);
+    const float *q_block = h.q + query * s.key_width, *dout_block = dout + query * width;
+    row_deltas(backward, query, rows);
     for (int64_t key = 0, visible = visible_keys(s, h, query + rows); key < visible; key += kKeyBlock) {
       const int64_t columns = std::min(kKeyBlock, visible - key);
-      probability_block(s, h, v_turned, log_sum, dout, query, rows, key, columns, p, ds);
+      probability_block(backward, query, rows, key, columns);
       for (int64_t i = 0; i < rows; ++i) {
-        const float* prob = p + i * kKeyBlock;
-        const float d = delta[i];
+        const float *prob = p + i * kKeyBlock, d = delta[i];
         float* grad = ds + i * kKeyBlock;
         for (int64_t j = 0; j < columns; ++j) grad[j] = prob[j] * (grad[j] - d);
       }
-      multiply(columns, width, rows, {p, kKeyBlock, true}, {dout + query * width, width}, dv + key * width, width, 1.0f);
+      multiply(columns, width, rows, {p, kKeyBlock, true}, {dout_block, width}, dv + key * width, width, 1.0f);
       multiply(rows, s.key_width, columns, {ds, kKeyBlock}, {h.k + key * s.key_width, s.key_width},
                dq + query * s.key_width, s.key_width, 1.0f, s.scale);
-      multiply(columns, s.key_width, rows, {ds, kKeyBlock, true}, {h.q + query * s.key_width, s.key_width},
-               dk + key * s.key_width, s.key_width, 1.0f, s.scale);
+      multiply(columns, s.key_width, rows, {ds, kKeyBlock, true}, {q_block, s.key_width}, dk + key * s.key_width,
+               s.key_width, 1.0f, s.scale);
     }
   }
 }

@@ -21,8 +21,8 @@ struct AttentionRule {
   int64_t turned_keys() const { return key_width * turned_stride(); }  // floats
 };
 
-// One head, rows side by side: Q (Sq, Dk), K (Sk, Dk), V (Sk, Dv); K^T (Dk, Sk) with turned_stride; mask (Sq, Sk), 1 may
-// not be attended, or null: causal.
+// One head, rows side by side: Q (Sq, Dk), K (Sk, Dk), V (Sk, Dv); K^T (Dk, Sk) with turned_stride; mask (Sq, Sk), where
+// 1 may not be attended, or null: causal.
 struct Head {
   const float *q, *k, *v, *k_turned;
   const uint8_t* mask;

@@ -1,5 +1,5 @@
-// Attention of queries, keys and values that lie by heads; the mathematics stand in attention.h. FlashAttentionScore has
-// the tensors of Ascend's operator, for the graphs of ranks.
+// Attention of queries, keys and values that lie by heads; the mathematics stand in attention.h. FlashAttentionScore
+// has the tensors of Ascend's operator, for the graphs of ranks.
 #include "attention.h"
 
 namespace cpu_kernels {

@@ -1,5 +1,6 @@
-// Matrix products by a tuned library, one thread per call; blocks run on our threads. On x86 the library is oneDNN, which
-// MindSpore brings and whose kernels are made for the CPU at run time; elsewhere OpenBLAS (scipy-openblas32 of PyPI).
+// Matrix products by a tuned library, one thread per call; blocks run on our threads. On x86 the library is oneDNN,
+// which MindSpore brings and whose kernels are made for the CPU at run time; elsewhere OpenBLAS (PyPI's
+// scipy-openblas32).
 #include "matrix.h"
 
 #include "../transpose.h"

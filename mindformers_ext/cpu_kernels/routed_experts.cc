@@ -1,7 +1,8 @@
 // All routed experts of a layer in one operator: gather, grouped SwiGLU, weighted sum back into token order.
 //   for each choice (t, k) of expert e:  h = x_t W_e (gate and up side by side),  a = silu(h_gate) h_up
 //   y_t = sum_k p_tk a D_e
-// The sorted copies of x and y exist one block of rows at a time. Saved for the backward: h, by sorted row.
+// The sorted copies of x exist one block of rows at a time, those of y one panel of columns. Saved for the backward: h,
+// by sorted row.
 //   da = dy_t D_e^T,  dp_tk = <a, da>,  dh = swiglu'(p_tk da),  dx_t = sum_k dh W_e^T
 //   dW_e = sum x_t^T dh,  dD_e = sum (p_tk a)^T dy_t
 #include "expert_rows.h"
@@ -14,7 +15,7 @@ namespace {
 
 constexpr int64_t kRows = 384;     // of a block of one expert
 constexpr int64_t kColumns = 512;  // of H in a task that sums weight gradients
-constexpr int64_t kTokens = 64;
+constexpr int64_t kTokens = 64;    // of a task that sums
 constexpr int64_t kAhead = 2;      // rows that are fetched before their turn: where they lie follows no pattern
 constexpr int64_t kPanel = 128, kPanelFloats = 1 << 21;  // least columns and usual size of a panel of products
 
@@ -56,7 +57,9 @@ void multiply_and_sum(const Sizes& s, const ExpertRows& sorted, const std::vecto
       for (int64_t t = begin; t < end; ++t) {
         float* out = y + t * s.hidden + column;
         const int64_t next = std::min((t + 2) * s.topk, end * s.topk);
-        for (int64_t i = (t + 1) * s.topk; i < next; ++i) prefetch(products.get() + sorted.row_of_choice[i] * width, width);
+        for (int64_t i = (t + 1) * s.topk; i < next; ++i) {
+          prefetch(products.get() + sorted.row_of_choice[i] * width, width);
+        }
         std::fill_n(out, width, 0.0f);
         for (int64_t i = t * s.topk; i < (t + 1) * s.topk; ++i) {
           const int64_t row = sorted.row_of_choice[i];
