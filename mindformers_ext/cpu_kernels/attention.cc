@@ -71,6 +71,12 @@ void row_deltas(const Backward& b, int64_t query, int64_t rows) {
 
 }  // namespace
 
+const uint8_t* mask_of(const AttentionRule& s, const Tensor* mask, int64_t sequence) {
+  if (mask == nullptr) return nullptr;
+  check(mask->type == DType::kByte, "the attention mask must be uint8 or bool");
+  return static_cast<const uint8_t*>(mask->data) + sequence % mask->shape.at(0) * s.queries * s.keys;
+}
+
 void turn_keys(const AttentionRule& s, const float* k, float* k_turned) {
   write_transposed(k, s.keys, s.key_width, s.key_width, k_turned, s.turned_stride());
 }

@@ -28,6 +28,9 @@ struct Head {
   const uint8_t* mask;
 };
 
+// The mask of a sequence in a tensor (1 or B, 1, Sq, Sk), uint8 or bool; null where there is none.
+const uint8_t* mask_of(const AttentionRule& rule, const Tensor* mask, int64_t sequence);
+
 // Write K^T of a head.
 void turn_keys(const AttentionRule& rule, const float* k, float* k_turned);
 

@@ -15,14 +15,9 @@ AttentionRule rule_of(const Call& call, int query, int key, int value) {
 // written into `k_turned`.
 Head head_of(const AttentionRule& rule, const float* q, const float* k, const float* v, const Tensor* mask,
              int64_t index, int64_t heads, float* k_turned) {
-  Head head = {q + index * rule.queries * rule.key_width, k + index * rule.keys * rule.key_width,
-               v + index * rule.keys * rule.value_width, k_turned, nullptr};
+  const Head head = {q + index * rule.queries * rule.key_width, k + index * rule.keys * rule.key_width,
+                     v + index * rule.keys * rule.value_width, k_turned, mask_of(rule, mask, index / heads)};
   turn_keys(rule, head.k, k_turned);
-  if (mask != nullptr) {
-    check(mask->type == DType::kByte, "the attention mask must be uint8 or bool");
-    const int64_t sequence = index / heads % mask->shape.at(0);
-    head.mask = static_cast<const uint8_t*>(mask->data) + sequence * rule.queries * rule.keys;
-  }
   return head;
 }
 

@@ -32,11 +32,6 @@ AttentionRule rule_of(const Call& call, const Sizes& s) {
   return {s.length, s.length, s.key(), s.value, static_cast<float>(call.number("scale")), 0};
 }
 
-const uint8_t* mask_of(const Sizes& s, const Tensor& mask, int64_t sequence) {
-  check(mask.type == DType::kByte, "the attention mask must be uint8 or bool");
-  return static_cast<const uint8_t*>(mask.data) + sequence % mask.shape.at(0) * s.length * s.length;
-}
-
 // Where positions are turned to: tables (1 or B, 1, S, rope).
 struct Tables {
   Input cos, sin;
@@ -69,7 +64,7 @@ Head prepare(const Sizes& s, const AttentionRule& rule, const Tables& tables, co
              const float* k_pe, const Tensor* mask, int64_t sequence, int64_t n, float* memory) {
   float *q = memory, *k = q + s.length * s.key(), *v = k + s.length * s.key();
   float* k_turned = v + s.length * s.value;
-  const Head head = {q, k, v, k_turned, mask == nullptr ? nullptr : mask_of(s, *mask, sequence)};
+  const Head head = {q, k, v, k_turned, mask_of(rule, mask, sequence)};
   for (int64_t t = 0; t < s.length; ++t, q += s.key(), k += s.key(), v += s.value) {
     const int64_t token = sequence * s.length + t;
     const float *own = query + token * s.query_row() + n * s.key(), *own_kv = kv + s.kv_place(token, n);
