@@ -34,39 +34,64 @@ void score_block(const AttentionRule& s, const Head& h, int64_t query, int64_t r
   }
 }
 
-// What the backward of one head reads, and its memory: p and dp (kQueryBlock, kKeyBlock), delta (kQueryBlock,).
+// What the backward of one head reads, and its memory: p and ds (kQueryBlock, kKeyBlock), delta (Sq,) = rowsum(dO O).
 struct Backward {
   const AttentionRule& rule;
   const Head& head;
-  const float *v_turned, *out, *log_sum, *dout;  // V^T (Dv, Sk); out may be null
-  float *p, *dp, *delta;
+  const float *v_turned, *log_sum, *dout;  // V^T (Dv, Sk)
+  float *p, *ds, *delta;
 };
 
-// p = P and dp = dO V^T of one block.
-void probability_block(const Backward& b, int64_t query, int64_t rows, int64_t key, int64_t columns) {
+// p = P and ds = P (dO V^T - delta) of one block.
+void gradient_block(const Backward& b, int64_t query, int64_t rows, int64_t key, int64_t columns) {
   const int64_t width = b.rule.value_width;
   score_block(b.rule, b.head, query, rows, key, columns, b.p);
-  multiply(rows, columns, width, {b.dout + query * width, width}, {b.v_turned + key, b.rule.turned_stride()}, b.dp,
-           kKeyBlock);
+  multiply(rows, columns, width, {b.dout + query * b.rule.context_stride, b.rule.context_stride},
+           {b.v_turned + key, b.rule.turned_stride()}, b.ds, kKeyBlock);
   for (int64_t i = 0; i < rows; ++i) {
-    float *p = b.p + i * kKeyBlock, shift = b.log_sum[query + i];
-    for (int64_t j = 0; j < columns; ++j) p[j] = exponential(p[j] - shift);
+    float *p = b.p + i * kKeyBlock, *ds = b.ds + i * kKeyBlock;
+    const float shift = b.log_sum[query + i], delta = b.delta[query + i];
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) {
+      p[j] = exponential(p[j] - shift);
+      ds[j] = p[j] * (ds[j] - delta);
+    }
   }
 }
 
-// delta = rowsum(dO O) of a block of queries; without an exact O it is rowsum(P dO V^T), the same number.
-void row_deltas(const Backward& b, int64_t query, int64_t rows) {
-  const int64_t width = b.rule.value_width;
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = (query + i) * width;
-    b.delta[i] = b.out == nullptr ? 0.0f : dot(b.out + at, b.dout + at, width);
+// Run block(query, rows, key, columns) for all blocks with something to attend to, the blocks of a key block in turn:
+// what belongs to its keys stays in the cache.
+template <class Block>
+void for_each_block(const AttentionRule& s, const Head& h, const Block& block) {
+  for (int64_t key = 0; key < s.keys; key += kKeyBlock) {
+    for (int64_t query = 0; query < s.queries; query += kQueryBlock) {
+      const int64_t rows = std::min(kQueryBlock, s.queries - query);
+      const int64_t columns = std::min(kKeyBlock, visible_keys(s, h, query + rows) - key);
+      if (columns > 0) block(query, rows, key, columns);
+    }
   }
-  if (b.out != nullptr) return;
-  for (int64_t key = 0, visible = visible_keys(b.rule, b.head, query + rows); key < visible; key += kKeyBlock) {
-    const int64_t columns = std::min(kKeyBlock, visible - key);
-    probability_block(b, query, rows, key, columns);
-    for (int64_t i = 0; i < rows; ++i) b.delta[i] += dot(b.p + i * kKeyBlock, b.dp + i * kKeyBlock, columns);
+}
+
+// delta; without an exact O it is rowsum(P dO V^T), the same number.
+void row_deltas(const Backward& b, const float* out) {
+  const AttentionRule& s = b.rule;
+  for (int64_t i = 0; i < s.queries; ++i) {
+    const int64_t at = i * s.context_stride;
+    b.delta[i] = out == nullptr ? 0.0f : dot(out + at, b.dout + at, s.value_width);
   }
+  if (out != nullptr) return;
+  std::vector<float> sums(s.queries);
+  for_each_block(s, b.head, [&](int64_t query, int64_t rows, int64_t key, int64_t columns) {
+    gradient_block(b, query, rows, key, columns);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* ds = b.ds + i * kKeyBlock;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < columns; ++j) sum += ds[j];
+      sums[query + i] += sum;
+    }
+  });
+  std::copy(sums.begin(), sums.end(), b.delta);
 }
 
 }  // namespace
@@ -87,12 +112,12 @@ void attend(const AttentionRule& s, const Head& h, int64_t query, float* out, fl
   float *scores = memory.get(), *maximum = scores + kScores, *sum = maximum + kQueryBlock;
   std::fill_n(maximum, rows, kMasked);
   std::fill_n(sum, rows, 0.0f);
-  std::fill_n(out, rows * width, 0.0f);
+  for (int64_t i = 0; i < rows; ++i) std::fill_n(out + i * s.context_stride, width, 0.0f);
   for (int64_t key = 0, visible = visible_keys(s, h, query + rows); key < visible; key += kKeyBlock) {
     const int64_t columns = std::min(kKeyBlock, visible - key);
     score_block(s, h, query, rows, key, columns, scores);
     for (int64_t i = 0; i < rows; ++i) {
-      float *row = scores + i * kKeyBlock, *o = out + i * width;
+      float *row = scores + i * kKeyBlock, *o = out + i * s.context_stride;
       const float best = maximum_of(row, columns, maximum[i]);
       if (best == kMasked) {  // nothing to attend to yet
         std::fill_n(row, columns, 0.0f);
@@ -109,11 +134,11 @@ void attend(const AttentionRule& s, const Head& h, int64_t query, float* out, fl
       sum[i] = sum[i] * shrink + total;
       maximum[i] = best;
     }
-    multiply(rows, width, columns, {scores, kKeyBlock}, {h.v + key * width, width}, out, width, 1.0f);
+    multiply(rows, width, columns, {scores, kKeyBlock}, {h.v + key * width, width}, out, s.context_stride, 1.0f);
   }
   for (int64_t i = 0; i < rows; ++i) {
-    const float scale = sum[i] > 0 ? 1.0f / sum[i] : 0.0f;
-    for (int64_t j = 0; j < width; ++j) out[i * width + j] *= scale;
+    float *o = out + i * s.context_stride, scale = sum[i] > 0 ? 1.0f / sum[i] : 0.0f;
+    for (int64_t j = 0; j < width; ++j) o[j] *= scale;
     log_sum[i] = sum[i] > 0 ? maximum[i] + std::log(sum[i]) : std::numeric_limits<float>::infinity();
   }
 }
@@ -121,32 +146,23 @@ void attend(const AttentionRule& s, const Head& h, int64_t query, float* out, fl
 void attend_grad(const AttentionRule& s, const Head& h, const float* out, const float* log_sum, const float* dout,
                  float* dq, float* dk, float* dv) {
   const int64_t width = s.value_width, stride = s.turned_stride();
-  const Scratch memory(2 * kScores + kQueryBlock + width * stride);
-  float *p = memory.get(), *ds = p + kScores, *delta = ds + kScores, *v_turned = delta + kQueryBlock;
+  const Scratch memory(2 * kScores + s.queries + width * stride);
+  float *p = memory.get(), *ds = p + kScores, *v_turned = ds + kScores, *delta = v_turned + width * stride;
   write_transposed(h.v, s.keys, width, width, v_turned, stride);
-  const Backward backward = {s, h, v_turned, out, log_sum, dout, p, ds, delta};
+  const Backward backward = {s, h, v_turned, log_sum, dout, p, ds, delta};
+  row_deltas(backward, out);
   std::fill_n(dq, s.queries * s.key_width, 0.0f);
   std::fill_n(dk, s.keys * s.key_width, 0.0f);
   std::fill_n(dv, s.keys * width, 0.0f);
-  for (int64_t query = 0; query < s.queries; query += kQueryBlock) {
-    const int64_t rows = std::min(kQueryBlock, s.queries - query);
-    const float *q_block = h.q + query * s.key_width, *dout_block = dout + query * width;
-    row_deltas(backward, query, rows);
-    for (int64_t key = 0, visible = visible_keys(s, h, query + rows); key < visible; key += kKeyBlock) {
-      const int64_t columns = std::min(kKeyBlock, visible - key);
-      probability_block(backward, query, rows, key, columns);
-      for (int64_t i = 0; i < rows; ++i) {
-        const float *prob = p + i * kKeyBlock, d = delta[i];
-        float* grad = ds + i * kKeyBlock;
-        for (int64_t j = 0; j < columns; ++j) grad[j] = prob[j] * (grad[j] - d);
-      }
-      multiply(columns, width, rows, {p, kKeyBlock, true}, {dout_block, width}, dv + key * width, width, 1.0f);
-      multiply(rows, s.key_width, columns, {ds, kKeyBlock}, {h.k + key * s.key_width, s.key_width},
-               dq + query * s.key_width, s.key_width, 1.0f, s.scale);
-      multiply(columns, s.key_width, rows, {ds, kKeyBlock, true}, {q_block, s.key_width}, dk + key * s.key_width,
-               s.key_width, 1.0f, s.scale);
-    }
-  }
+  for_each_block(s, h, [&](int64_t query, int64_t rows, int64_t key, int64_t columns) {
+    gradient_block(backward, query, rows, key, columns);
+    multiply(columns, width, rows, {p, kKeyBlock, true}, {dout + query * s.context_stride, s.context_stride},
+             dv + key * width, width, 1.0f);
+    multiply(rows, s.key_width, columns, {ds, kKeyBlock}, {h.k + key * s.key_width, s.key_width},
+             dq + query * s.key_width, s.key_width, 1.0f, s.scale);
+    multiply(columns, s.key_width, rows, {ds, kKeyBlock, true}, {h.q + query * s.key_width, s.key_width},
+             dk + key * s.key_width, s.key_width, 1.0f, s.scale);
+  });
 }
 
 }  // namespace cpu_kernels

@@ -15,14 +15,14 @@ constexpr int64_t kQueryBlock = 64, kKeyBlock = 256;  // few queries: less of th
 struct AttentionRule {
   int64_t queries, keys, key_width, value_width;
   float scale;
-  int64_t diagonal;
+  int64_t diagonal, context_stride;  // floats between the rows of O and of dO
 
   int64_t turned_stride() const { return good_stride(keys); }           // of K^T
   int64_t turned_keys() const { return key_width * turned_stride(); }  // floats
 };
 
-// One head, rows side by side: Q (Sq, Dk), K (Sk, Dk), V (Sk, Dv); K^T (Dk, Sk) with turned_stride; mask (Sq, Sk), where
-// 1 may not be attended, or null: causal.
+// One head, rows side by side: Q (Sq, Dk), K (Sk, Dk), V (Sk, Dv); K^T (Dk, Sk) with turned_stride; mask (Sq, Sk),
+// where 1 may not be attended, or null: causal.
 struct Head {
   const float *q, *k, *v, *k_turned;
   const uint8_t* mask;
@@ -34,10 +34,10 @@ const uint8_t* mask_of(const AttentionRule& rule, const Tensor* mask, int64_t se
 // Write K^T of a head.
 void turn_keys(const AttentionRule& rule, const float* k, float* k_turned);
 
-// O (rows, Dv) and L (rows,) of the block of queries that begins at `query`.
+// O (rows, Dv), with context_stride, and L (rows,) of the block of queries that begins at `query`.
 void attend(const AttentionRule& rule, const Head& head, int64_t query, float* out, float* log_sum);
 
-// dQ, dK and dV of a head; `out` is null where O was rounded to bfloat16.
+// dQ, dK and dV of a head, rows side by side; `out` is null where O was rounded to bfloat16.
 void attend_grad(const AttentionRule& rule, const Head& head, const float* out, const float* log_sum,
                  const float* dout, float* dq, float* dk, float* dv);
 

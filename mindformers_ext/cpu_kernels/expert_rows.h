@@ -37,9 +37,9 @@ struct RowBlock {
 inline std::vector<RowBlock> row_blocks(const std::vector<int64_t>& first_row, int64_t size) {
   std::vector<RowBlock> blocks;
   for (size_t e = 0; e + 1 < first_row.size(); ++e) {
-    const int64_t rows = first_row[e + 1] - first_row[e], parts = blocks_of(rows, size);
+    const int64_t first = first_row[e], rows = first_row[e + 1] - first, parts = blocks_of(rows, size);
     for (int64_t i = 0; i < parts; ++i) {
-      blocks.push_back({static_cast<int64_t>(e), first_row[e] + rows * i / parts, first_row[e] + rows * (i + 1) / parts});
+      blocks.push_back({static_cast<int64_t>(e), first + rows * i / parts, first + rows * (i + 1) / parts});
     }
   }
   std::stable_sort(blocks.begin(), blocks.end(), [](const RowBlock& a, const RowBlock& b) {

@@ -8,7 +8,7 @@ namespace {
 AttentionRule rule_of(const Call& call, int query, int key, int value) {
   const auto &q = call[query].shape, &k = call[key].shape;
   return {q.at(2), k.at(2), q.at(3), call[value].shape.at(3), static_cast<float>(call.number("scale")),
-          static_cast<int64_t>(call.number("diagonal"))};
+          static_cast<int64_t>(call.number("diagonal")), call[value].shape.at(3)};
 }
 
 // Head `index` = b * N + n, with the mask (1 or B, 1, Sq, Sk) of its sequence; causal where `mask` is null. K^T is

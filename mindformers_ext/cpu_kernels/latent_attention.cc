@@ -29,7 +29,7 @@ Sizes sizes_of(const Call& call, int first) {
 }
 
 AttentionRule rule_of(const Call& call, const Sizes& s) {
-  return {s.length, s.length, s.key(), s.value, static_cast<float>(call.number("scale")), 0};
+  return {s.length, s.length, s.key(), s.value, static_cast<float>(call.number("scale")), 0, s.out_row()};
 }
 
 // Where positions are turned to: tables (1 or B, 1, S, rope).
@@ -45,14 +45,6 @@ struct Tables {
     turn_row(x, cos + place, sin + place, direction, s.rope, y);
   }
 };
-
-// Rows of `width` between a tensor, where `stride` floats lie between them, and the own memory of a head.
-void copy_rows(const float* from, int64_t from_stride, int64_t count, int64_t width, float* to, int64_t to_stride) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) prefetch(from + (i + kAhead) * from_stride, width);
-    std::copy_n(from + i * from_stride, width, to + i * to_stride);
-  }
-}
 
 // Floats of a head's own queries, keys (twice) and values.
 int64_t head_memory(const AttentionRule& rule) {
@@ -101,10 +93,7 @@ void latent_attention(const Call& call) {
   parallel(count * blocks, [&](int64_t task) {
     const int64_t i = task / blocks, first = (blocks - 1 - task % blocks) * kQueryBlock;  // the longest rows first
     const int64_t token = i / s.heads * s.length + first, n = i % s.heads;
-    const Scratch own(kQueryBlock * s.value);
-    attend(rule, heads[i], first, own.get(), log_sum + i * s.length + first);
-    copy_rows(own.get(), s.value, std::min(kQueryBlock, s.length - first), s.value,
-              out + token * s.out_row() + n * s.value, s.out_row());
+    attend(rule, heads[i], first, out + token * s.out_row() + n * s.value, log_sum + i * s.length + first);
   });
   out.store();
 }
@@ -134,15 +123,12 @@ void latent_attention_grad(const Call& call) {
   const int64_t count = s.batch * s.heads, size = s.length * s.key();
   const Scratch dk(count * size);
   parallel(count, [&](int64_t i) {
-    const int64_t sequence = i / s.heads, n = i % s.heads, values = s.length * s.value;
+    const int64_t sequence = i / s.heads, n = i % s.heads;
     const int64_t context = sequence * s.length * s.out_row() + n * s.value;
-    const Scratch own(head_memory(rule) + size + 3 * values);
-    float *dq = own.get() + head_memory(rule), *dv = dq + size, *o = dv + values, *own_dout = o + values;
+    const Scratch own(head_memory(rule) + size + s.length * s.value);
+    float *dq = own.get() + head_memory(rule), *dv = dq + size, *own_dk = dk.get() + i * size;
     const Head head = prepare(s, rule, tables, query, kv, k_pe, mask, sequence, n, own.get());
-    if (exact) copy_rows(out + context, s.out_row(), s.length, s.value, o, s.value);
-    copy_rows(dout + context, s.out_row(), s.length, s.value, own_dout, s.value);
-    float* own_dk = dk.get() + i * size;
-    attend_grad(rule, head, exact ? o : nullptr, log_sum + i * s.length, own_dout, dq, own_dk, dv);
+    attend_grad(rule, head, exact ? out + context : nullptr, log_sum + i * s.length, dout + context, dq, own_dk, dv);
     write_gradients(s, tables, dq, own_dk, dv, sequence, n, dquery, dkv);
   });
   parallel_ranges(s.batch * s.length, kTokens, [&](int64_t begin, int64_t end) {

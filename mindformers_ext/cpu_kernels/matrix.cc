@@ -15,8 +15,8 @@ extern "C" int dnnl_sgemm(char transa, char transb, int64_t m, int64_t n, int64_
 namespace cpu_kernels {
 namespace {
 
-// Tiles of c, and smaller ones only to give kTasks tasks, none below kTaskSize multiply-adds.
-constexpr int64_t kTileRows = 512, kTileColumns = 128, kTasks = 8, kTaskSize = 1 << 23;
+// Side of the tiles of c; smaller ones only to give kTasks tasks, none below kTaskSize multiply-adds.
+constexpr int64_t kTile = 512, kTasks = 8, kTaskSize = 1 << 23;
 constexpr int64_t kManyRows = 32;  // of a, for which copying b pays
 #ifdef __AVX512F__
 constexpr int kVector = 64;
@@ -84,7 +84,7 @@ void multiply(int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b,
 void multiply_parallel(int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, float* c, int64_t c_stride,
                        float beta) {
   if (m == 0 || n == 0) return;
-  int64_t high = blocks_of(m, kTileRows), wide = blocks_of(n, kTileColumns);  // tiles
+  int64_t high = blocks_of(m, kTile), wide = blocks_of(n, kTile);  // tiles
   while (high * wide < kTasks && m * n * k / (high * wide) > kTaskSize) (m * wide >= n * high ? high : wide) *= 2;
   const int64_t rows = part_size(m, high), columns = part_size(n, wide);
   wide = blocks_of(n, columns);

@@ -13,10 +13,9 @@
 namespace cpu_kernels {
 namespace {
 
-constexpr int64_t kRows = 384;     // of a block of one expert
-constexpr int64_t kColumns = 512;  // of H in a task that sums weight gradients
-constexpr int64_t kTokens = 64;    // of a task that sums
-constexpr int64_t kAhead = 2;      // rows that are fetched before their turn: where they lie follows no pattern
+constexpr int64_t kRows = 384;   // of a block of one expert
+constexpr int64_t kTokens = 64;  // of a task that sums
+constexpr int64_t kAhead = 2;    // rows that are fetched before their turn: where they lie follows no pattern
 constexpr int64_t kPanel = 128, kPanelFloats = 1 << 21;  // least columns and usual size of a panel of products
 
 struct Sizes {
@@ -27,13 +26,12 @@ Sizes sizes_of(const Tensor& x, const Tensor& ids, const Tensor& down) {
   return {x.rows(), x.columns(), ids.columns(), down.shape.at(0), down.shape.at(1)};
 }
 
-// Columns [column, column + width) of the tokens of rows [begin, end), contiguous.
-void gather(const float* tokens, const Sizes& s, const ExpertRows& sorted, int64_t begin, int64_t end, int64_t column,
-            int64_t width, float* out) {
-  const auto source = [&](int64_t row) { return tokens + sorted.choice_of_row[row] / s.topk * s.hidden + column; };
-  for (int64_t row = begin; row < end; ++row, out += width) {
-    if (row + kAhead < end) prefetch(source(row + kAhead), width);
-    std::copy_n(source(row), width, out);
+// The tokens (T, H) of rows [begin, end).
+void gather(const float* tokens, const Sizes& s, const ExpertRows& sorted, int64_t begin, int64_t end, float* out) {
+  const auto source = [&](int64_t row) { return tokens + sorted.choice_of_row[row] / s.topk * s.hidden; };
+  for (int64_t row = begin; row < end; ++row, out += s.hidden) {
+    if (row + kAhead < end) prefetch(source(row + kAhead), s.hidden);
+    std::copy_n(source(row), s.hidden, out);
   }
 }
 
@@ -83,7 +81,7 @@ void routed_experts(const Call& call) {
     const RowBlock& block = blocks[task];
     const Scratch x_rows(kRows * s.hidden);
     float* h_rows = h + block.begin * 2 * f;
-    gather(x, s, sorted, block.begin, block.end, 0, s.hidden, x_rows.get());
+    gather(x, s, sorted, block.begin, block.end, x_rows.get());
     multiply(block.end - block.begin, 2 * f, s.hidden, {x_rows.get(), s.hidden},
              {gate_up + block.expert * s.hidden * 2 * f, 2 * f}, h_rows, 2 * f);
     for (int64_t row = block.begin; row < block.end; ++row, h_rows += 2 * f) {
@@ -98,30 +96,40 @@ void routed_experts(const Call& call) {
   h.store();
 }
 
-// dW_e and dD_e: tasks of one expert and kColumns of H, rows in blocks.
-void weight_gradients(const Sizes& s, const ExpertRows& sorted, const float* tokens, const float* by_row, int64_t f,
-                      bool tokens_first, float* gradient) {
-  const int64_t parts = blocks_of(s.hidden, kColumns);
-  parallel(s.experts * parts, [&](int64_t task) {
-    const int64_t e = task / parts, column = task % parts * kColumns;
-    const int64_t width = std::min(kColumns, s.hidden - column), first = sorted.first_row[e];
-    const int64_t last = sorted.first_row[e + 1], block = kRows;
-    const Scratch own(block * width);
-    float* out = gradient + e * s.hidden * f + (tokens_first ? column * f : column);
-    const int64_t stride = tokens_first ? f : s.hidden;
-    if (first == last) multiply(tokens_first ? width : f, tokens_first ? f : width, 0, {}, {}, out, stride);
-    for (int64_t row = first; row < last; row += block) {
-      const int64_t end = std::min(last, row + block);
-      gather(tokens, s, sorted, row, end, column, width, own.get());
-      const Matrix gathered = {own.get(), width, tokens_first}, rows = {by_row + row * f, f, !tokens_first};
-      const float beta = row == first ? 0.0f : 1.0f;
-      if (tokens_first) {
-        multiply(width, f, end - row, gathered, rows, out, stride, beta);
-      } else {
-        multiply(f, width, end - row, rows, gathered, out, stride, beta);
-      }
+// What the backward of the experts reads and writes: sorted rows of dh (T*K, 2F), dp by choice, dW and dD.
+struct Backward {
+  const Sizes& s;
+  const ExpertRows& sorted;
+  const float *dy, *x, *p, *down, *h;
+  float *dh, *dp, *dgate_up, *ddown;
+};
+
+// dh, dp, and what the rows [begin, end) of an expert add to its weight gradients; `first` of the expert sets them.
+void expert_block_grad(const Backward& b, int64_t expert, int64_t begin, int64_t end, bool first) {
+  const int64_t count = end - begin, hidden = b.s.hidden, f = b.s.width;
+  const float* down = b.down + expert * f * hidden;
+  const Scratch own(count * (hidden + 2 * f));
+  float *tokens = own.get(), *da = tokens + count * hidden, *weighted = da + count * f;  // weighted: p a
+  float* dh = b.dh + begin * 2 * f;
+  gather(b.dy, b.s, b.sorted, begin, end, tokens);
+  multiply(count, f, hidden, {tokens, hidden}, {down, hidden, true}, da, f);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t choice = b.sorted.choice_of_row[begin + i];
+    const float *h = b.h + (begin + i) * 2 * f, weight = b.p[choice];
+    float *a = weighted + i * f, *da_row = da + i * f;
+    swiglu_row(h, h + f, a, f);
+    b.dp[choice] = dot(a, da_row, f);
+    for (int64_t j = 0; j < f; ++j) {
+      a[j] *= weight;
+      da_row[j] *= weight;
     }
-  });
+    swiglu_row_grad(da_row, h, h + f, dh + i * 2 * f, dh + i * 2 * f + f, f);
+  }
+  float *ddown = b.ddown + expert * f * hidden, *dgate_up = b.dgate_up + expert * hidden * 2 * f;
+  const float beta = first ? 0.0f : 1.0f;
+  multiply(f, hidden, count, {weighted, f, true}, {tokens, hidden}, ddown, hidden, beta);
+  gather(b.x, b.s, b.sorted, begin, end, tokens);
+  multiply(hidden, 2 * f, count, {tokens, hidden, true}, {dh, 2 * f}, dgate_up, 2 * f, beta);
 }
 
 // Inputs dy (T, H), x (T, H), p (T, K), ids (T, K), W, D, h (T*K, 2F); outputs dx (T, H), dp (T, K), dW, dD.
@@ -130,33 +138,25 @@ void routed_experts_grad(const Call& call) {
   const Input dy(call[0]), x(call[1]), p(call[2]), gate_up(call[4]), down(call[5]), h(call[6]);
   Output dx(call[7]), dp(call[8]), dgate_up(call[9]), ddown(call[10]);
   const ExpertRows sorted = sort_by_expert(integers(call[3]), s.experts);
-  const std::vector<RowBlock> blocks = row_blocks(sorted.first_row, kRows);
-  const int64_t choices = s.tokens * s.topk, f = s.width;
-  const Scratch dh(choices * 2 * f), weighted(choices * f);  // weighted: p a
+  const int64_t choices = s.tokens * s.topk, weights = s.hidden * s.width;
+  const std::vector<RowBlock> experts = row_blocks(sorted.first_row, choices);  // all rows of each in one
+  const Scratch dh(choices * 2 * s.width);
+  const Backward backward = {s, sorted, dy, x, p, down, h, dh.get(), dp, dgate_up, ddown};
   std::fill_n(static_cast<float*>(dp), choices, 0.0f);
-  parallel(blocks.size(), [&](int64_t task) {
-    const RowBlock& block = blocks[task];
-    const int64_t count = block.end - block.begin;
-    const Scratch own(kRows * (s.hidden + f));
-    float *dy_rows = own.get(), *da = dy_rows + kRows * s.hidden;
-    gather(dy, s, sorted, block.begin, block.end, 0, s.hidden, dy_rows);
-    multiply(count, f, s.hidden, {dy_rows, s.hidden}, {down + block.expert * f * s.hidden, s.hidden, true}, da, f);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = block.begin + i, choice = sorted.choice_of_row[row];
-      const float *h_row = h + row * 2 * f, weight = p[choice];
-      float *a = weighted.get() + row * f, *da_row = da + i * f, *dh_row = dh.get() + row * 2 * f;
-      swiglu_row(h_row, h_row + f, a, f);
-      dp[choice] = dot(a, da_row, f);
-      for (int64_t j = 0; j < f; ++j) {
-        a[j] *= weight;
-        da_row[j] *= weight;
-      }
-      swiglu_row_grad(da_row, h_row, h_row + f, dh_row, dh_row + f, f);
+  parallel(experts.size(), [&](int64_t task) {
+    const auto [expert, first, last] = experts[task];
+    const int64_t parts = blocks_of(last - first, kRows);
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t begin = first + (last - first) * i / parts, end = first + (last - first) * (i + 1) / parts;
+      expert_block_grad(backward, expert, begin, end, i == 0);
     }
   });
-  multiply_and_sum(s, sorted, blocks, dh.get(), 2 * f, gate_up, true, dx);
-  weight_gradients(s, sorted, x, dh.get(), 2 * f, true, dgate_up);
-  weight_gradients(s, sorted, dy, weighted.get(), f, false, ddown);
+  parallel(s.experts, [&](int64_t expert) {
+    if (sorted.first_row[expert] < sorted.first_row[expert + 1]) return;
+    std::fill_n(dgate_up + expert * 2 * weights, 2 * weights, 0.0f);
+    std::fill_n(ddown + expert * weights, weights, 0.0f);
+  });
+  multiply_and_sum(s, sorted, row_blocks(sorted.first_row, kRows), dh.get(), 2 * s.width, gate_up, true, dx);
   dx.store();
   dp.store();
   dgate_up.store();

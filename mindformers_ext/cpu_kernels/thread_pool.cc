@@ -1,6 +1,6 @@
 // A small thread pool: the caller works too; idle workers look for work a moment longer, then sleep. One kernel uses it
-// at a time; another that MindSpore runs beside it computes its tasks alone, which is as fast when all cores are busy and
-// gives the same bits.
+// at a time; another that MindSpore runs beside it computes its tasks alone, which is as fast when all cores are busy
+// and gives the same bits.
 #include <sched.h>
 
 #include <atomic>

@@ -3,7 +3,6 @@
 //   groups (a group counts its best score, with bias the sum of its two best);  w = s / (sum of chosen s + 1e-20) c
 // Backward through w and s only; the choice has no gradient.
 #include <limits>
-#include <numeric>
 
 #include "kernel.h"
 #include "vector_math.h"
@@ -15,14 +14,16 @@ constexpr int64_t kTokens = 32;  // of a task
 constexpr float kTiny = 1e-20f;
 constexpr float kLeftOut = -std::numeric_limits<float>::infinity();
 
-// The `count` largest of `values`, largest first, the lower index first among equals.
-void largest(std::vector<float> values, int64_t count, int32_t* ids) {
-  std::vector<int32_t> order(values.size());
-  std::iota(order.begin(), order.end(), 0);
-  const auto above = [&](int32_t a, int32_t b) { return values[a] > values[b] || (values[a] == values[b] && a < b); };
-  for (float& value : values) value = value == value ? value : kLeftOut;  // a NaN never wins
-  std::partial_sort(order.begin(), order.begin() + count, order.end(), above);
-  std::copy_n(order.begin(), count, ids);
+// The `count` largest of `size` values, largest first, the lower index first among equals; a NaN counts as -inf.
+void largest(const float* values, int64_t size, int64_t count, int32_t* ids) {
+  const auto value = [values](int64_t i) { return values[i] == values[i] ? values[i] : kLeftOut; };
+  for (int64_t i = 0; i < size; ++i) {
+    int64_t place = std::min(i, count);  // among those before i
+    while (place > 0 && value(i) > value(ids[place - 1])) --place;
+    if (place == count) continue;
+    std::copy_backward(ids + place, ids + std::min(i, count - 1), ids + std::min(i + 1, count));
+    ids[place] = static_cast<int32_t>(i);
+  }
 }
 
 // Leave only the experts of the best `kept` groups.
@@ -38,7 +39,7 @@ void mask_losing_groups(std::vector<float>& choice, int64_t groups, int64_t kept
     scores[g] = two_best && size > 1 ? best + second : best;
   }
   std::vector<int32_t> winners(kept);
-  largest(scores, kept, winners.data());
+  largest(scores.data(), groups, kept, winners.data());
   std::vector<bool> wins(groups, false);
   for (const int32_t g : winners) wins[g] = true;
   for (size_t i = 0; i < choice.size(); ++i) choice[i] = wins[i / size] ? choice[i] : kLeftOut;
@@ -61,14 +62,15 @@ void mark(const int32_t* ids, int64_t count, float* row, int64_t experts) {
 }
 
 // Inputs z (T, E), bias (E,); outputs w (T, K), ids (T, K) int32, s (T, E), chosen (T, E): 1 where a token uses an
-// expert, and unbiased (T, E): the same for the K largest s. Attributes topk, groups (1: no limit), topk_group, sigmoid,
+// expert, and unbiased (T, E): the same for the K largest s. Attributes groups (1: no limit), topk_group, sigmoid,
 // two_best (the router has a bias), normalize, scaling.
 void topk_router(const Call& call) {
   const Input z(call[0]), bias(call[1]);
   Output w(call[2]), s(call[4]), chosen(call[5]), unbiased(call[6]);
   auto* ids = static_cast<int32_t*>(call[3].data);
   const int64_t experts = call[0].columns(), topk = call[2].columns();
-  const auto groups = static_cast<int64_t>(call.number("groups")), kept = static_cast<int64_t>(call.number("topk_group"));
+  const auto groups = static_cast<int64_t>(call.number("groups"));
+  const auto kept = static_cast<int64_t>(call.number("topk_group"));
   const bool is_sigmoid = call.number("sigmoid") > 0, two_best = call.number("two_best") > 0;
   const bool normalize = call.number("normalize") > 0;
   const float scaling = static_cast<float>(call.number("scaling"));
@@ -81,12 +83,12 @@ void topk_router(const Call& call) {
       score_row(z + t * experts, row, experts, is_sigmoid);
       for (int64_t e = 0; e < experts; ++e) choice[e] = row[e] + bias[e];
       if (groups > 1) mask_losing_groups(choice, groups, kept, two_best);
-      largest(choice, topk, own);
+      largest(choice.data(), experts, topk, own);
       float sum = 0;
       for (int64_t k = 0; k < topk; ++k) sum += weights[k] = row[own[k]];
       for (int64_t k = 0; k < topk; ++k) weights[k] = (normalize ? weights[k] / (sum + kTiny) : weights[k]) * scaling;
       mark(own, topk, chosen + t * experts, experts);
-      largest(std::vector<float>(row, row + experts), topk, plain.data());
+      largest(row, experts, topk, plain.data());
       mark(plain.data(), topk, unbiased + t * experts, experts);
     }
   });

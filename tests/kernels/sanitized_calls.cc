@@ -57,7 +57,9 @@ struct Tensor {
 using Init = int (*)(int*, int64_t**, const char**, void*);
 using Run = int (*)(int, void**, int*, int64_t**, const char**, void*, void*);
 
-void call(const char* name, Init init, Run run, std::vector<Tensor> tensors, std::map<std::string, std::string> values) {
+using Values = std::map<std::string, std::string>;
+
+void call(const char* name, Init init, Run run, std::vector<Tensor> tensors, Values values) {
   Attributes attributes(std::move(values));
   mindspore::AotExtra* extra = &attributes;
   std::vector<void*> data;
@@ -103,7 +105,6 @@ std::vector<Tensor> make(T... tensors) {
 }
 
 using T = Tensor;
-using Values = std::map<std::string, std::string>;
 
 void dense(int64_t n, int64_t d, const char* t) {
   const Values none, eps = {{"eps", "1e-6"}}, turn = {{"direction", "1"}};
@@ -127,12 +128,14 @@ void dense(int64_t n, int64_t d, const char* t) {
        T({9, d}, t));
   CALL(GlobalNorm, none, T({n, d}, t), T({1}), T({1}));
   const Values adam = {{"beta1", "0.9"}, {"beta2", "0.95"}, {"eps", "1e-8"}};
-  CALL(AdamW, adam, T({1}, "int32", 1), T({1}), T({1}), T({1}), T({n, d}, t), T({n, d}), T({n, d}), T({n, d}, t), T({1}));
+  CALL(AdamW, adam, T({1}, "int32", 1), T({1}), T({1}), T({1}), T({n, d}, t), T({n, d}), T({n, d}), T({n, d}, t),
+       T({1}));
 }
 
 void of_ranks(int64_t n, int64_t d, const char* t) {
   const Values none, cut = {{"first", "1"}}, factor = {{"factor", "2"}};
-  const Values turn_a = {{"transpose_a", "1"}, {"transpose_b", "0"}}, turn_b = {{"transpose_a", "0"}, {"transpose_b", "1"}};
+  const Values turn_a = {{"transpose_a", "1"}, {"transpose_b", "0"}};
+  const Values turn_b = {{"transpose_a", "0"}, {"transpose_b", "1"}};
   CALL(CutColumns, cut, T({2, n, d + 2}, t), T({2, n, d}, t));
   CALL(MatMul, turn_a, T({d, n}, t), T({d, 7}, t), T({n, 7}, t));
   CALL(MatMul, turn_b, T({n, d}, t), T({7, d}, t), T({n, 7}, t));
@@ -167,7 +170,8 @@ void experts(int64_t n, int64_t d, const char* t) {
   CALL(TokenPermute, none, T({n, d}, t), ids(), T({r, d}, t), T({r}, "int32"));
   CALL(TokenPermuteGrad, none, T({r, d}, t), T({r}, "int32", r), T({n, d}, t));
   CALL(TokenUnpermute, none, T({r, d}, t), T({r}, "int32", r + 1), T({n, k}), T({n, d}, t));
-  CALL(TokenUnpermuteGrad, none, T({n, d}, t), T({r, d}, t), T({r}, "int32", r + 1), T({n, k}), T({r, d}, t), T({n, k}));
+  CALL(TokenUnpermuteGrad, none, T({n, d}, t), T({r, d}, t), T({r}, "int32", r + 1), T({n, k}), T({r, d}, t),
+       T({n, k}));
   CALL(GroupedMatmul, none, T({n, d}, t), T({e, d, f}, t), T({e}, "int64", -n), T({n, f}, t));
   CALL(GroupedMatmulInputGrad, none, T({n, f}, t), T({e, d, f}, t), T({e}, "int64", -n), T({n, d}, t));
   CALL(GroupedMatmulWeightGrad, none, T({n, d}, t), T({n, f}, t), T({e}, "int64", -n), T({e, d, f}, t));
