@@ -1,11 +1,14 @@
 """The sum of squares of all gradients of a rank as one operator, in place of four for every gradient.
 
 Extends lowering.py: `ClipGradNorm` in a rank's graph adds the squares of each gradient up, divides what several ranks
-hold by their number, and adds the sums. See cpu_kernels/adamw.cc.
+hold by their number, and adds the sums. See cpu_kernels/adamw.cc. A number that all gradients were multiplied with
+before (the loss scale taken out) multiplies the sum.
 """
 
+import mindspore.train.mind_ir_pb2 as pb
+
 from mindformers_ext.cpu_parallel.fused_operators import Operator, replace
-from mindformers_ext.cpu_parallel.patterns import Nodes, NoMatch, constant, op
+from mindformers_ext.cpu_parallel.patterns import Nodes, NoMatch, constant, op, product
 
 SUM = op("SumExt", op("Square", "gradient"), "axes", "keep", "dtype")
 TERM = op("ExpandDims", SUM, "place")
@@ -27,8 +30,28 @@ def fuse_norms(graph) -> None:
             continue
         weights = constant(f"{node.name}/weights", [1 / ranks for _, ranks in found])
         graph.model.graph.node.append(weights)
-        gradients = [gradient for gradient, _ in found]
+        scaled = [gradient for gradient, _ in found]
+        gradients, numbers = nodes.unscaled(scaled)
         replace(Operator(graph, node), "WeightedSquareSum", [weights.output[0], *gradients])
+        if numbers:
+            _wait_for(graph, dict(zip(scaled, gradients, strict=True)))
+            output = node.output[0]
+            node.output[0] = f"{output}/unscaled"
+            product(graph, output, [node.output[0], *numbers, *numbers])
+
+
+def _wait_for(graph, sources: dict[str, str]) -> None:
+    """Let tuples that are only waited for hold what the values are made of: the values need not be computed."""
+    nodes = graph.model.graph.node
+    used = {name for node in nodes for name in (node.input[:1] if _operator(graph, node) == "Depend" else node.input)}
+    for node in nodes:
+        if _operator(graph, node) == "MakeTuple" and node.output[0] not in used:
+            node.input[:] = [sources.get(name, name) for name in node.input]
+
+
+def _operator(graph, node: pb.NodeProto) -> str:
+    primitive = graph.primitive(node)
+    return primitive.op_type if primitive is not None else ""
 
 
 def _term(nodes: Nodes, name: str) -> tuple[str, float]:

@@ -3,6 +3,8 @@
 Extends lowering.py. MindSpore writes MindFormers' AdamW out for every parameter, with a copy of each state before and
 after; on CPU these thousands of small operators took as long as the matrix products. A function is replaced only when
 every single assignment in it is AdamW's own formula (see cpu_kernels/adamw.cc); any other optimizer stays as it is.
+Numbers that the step multiplies all gradients with before (the loss scale taken out, the clip coefficient) become the
+operator's factor.
 """
 
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 import mindspore.train.mind_ir_pb2 as pb
 
 from mindformers_ext.cpu_kernels.library import library_path
-from mindformers_ext.cpu_parallel.patterns import Nodes, NoMatch, constant, op
+from mindformers_ext.cpu_parallel.patterns import Nodes, NoMatch, constant, op, product
 
 PASS_ON = ("Depend", "Load", "TensorMove")  # their first input is their value
 MONADS = ("UMonadType", "IOMonadType")  # inputs that only order what happens: to memory, and to the outside
@@ -122,11 +124,14 @@ def _replace(graph, old: UpdateFunction, updates: list[Update]) -> None:
     if value in old.nodes or not states:
         raise ValueError(f"'{function.name}' updates all weights, but returns something that it computes")
     prefix = f"{function.name}:adamw"
-    constants = {"factor": [1.0], "decay": [update.decay for update in updates]}
-    made = [constant(f"{prefix}/{name}", numbers) for name, numbers in constants.items()]
+    made = [constant(f"{prefix}/decay", [update.decay for update in updates])]
+    factor = _absorb_factor(graph, function, [update.gradient for update in updates])
+    if factor is None:
+        made.append(constant(f"{prefix}/factor", [1.0]))
+        factor = made[-1].output[0]
     columns = ("parameter", "first", "second", "gradient")
     tensors = [getattr(update, column) for column in columns for update in updates]
-    inputs = [one.step, one.rate, *(node.output[0] for node in made), *tensors, states[0]]
+    inputs = [one.step, one.rate, factor, made[0].output[0], *tensors, states[0]]
     update = pb.NodeProto(name=prefix, input=inputs, output=[prefix])
     shape = pb.TensorProto(dims=[1], data_type=pb.TensorProto.FLOAT)
     update.attribute.add(name="shape", type=pb.AttributeProto.TENSORS, tensors=[shape])
@@ -144,6 +149,32 @@ def _replace(graph, old: UpdateFunction, updates: list[Update]) -> None:
     del function.node[:]
     function.node.extend([*kept, *made, update, *nodes])
     function.output[0].name = result
+
+
+def _absorb_factor(graph, function: pb.GraphProto, gradients: list[str]) -> str | None:
+    """Give the function the gradients before they are multiplied with numbers; returns its new input, the product.
+
+    None where the function is not called once from the main graph, or nothing is multiplied.
+    """
+    main = graph.model.graph
+    nodes = Nodes(graph, main.node)
+    calls = [node for node in main.node if function.name in node.input]
+    if len(calls) != 1 or nodes.operator(calls[0]) != "Partial":
+        return None
+    given = calls[0].input  # the function, and what it gets
+    places = [[entry.name for entry in function.input].index(name) + 1 for name in gradients]
+    plain, numbers = nodes.unscaled([given[place] for place in places])
+    if not numbers:
+        return None
+    for place, name in zip(places, plain, strict=True):
+        given[place] = name
+    name = f"{function.name}:factor"
+    first_monad = next(i for i, entry in enumerate(function.input) if entry.denotation in MONADS)
+    entry = pb.ValueInfoProto(name=name)
+    entry.tensor.add(dims=[1], data_type=pb.TensorProto.FLOAT)
+    function.input.insert(first_monad, entry)
+    given.insert(first_monad + 1, product(graph, f"{name}/given", numbers))
+    return name
 
 
 def _needed(old: UpdateFunction, name: str) -> set[str]:

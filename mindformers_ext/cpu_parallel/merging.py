@@ -29,6 +29,7 @@ class Placed:
 
 def merge(graph, placed: list[Placed]) -> list[Call]:
     """Merge and chain the collectives of the flat main graph, in place; returns the calls in their new order."""
+    _sort(graph.model.graph)  # what was lowered before may have put new nodes at the end
     nodes = {node.output[0]: node for node in graph.model.graph.node}
     before = _dependencies(graph.model.graph, placed)
     order = sorted(range(len(placed)), key=lambda i: before[i] != 0)  # stable: those that need no other come first

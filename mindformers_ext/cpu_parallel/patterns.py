@@ -63,6 +63,29 @@ class Nodes:
         for given, inner in zip(node.input, pattern.inputs, strict=True):
             self.match(given, inner, found)
 
+    def unscaled(self, names: list[str]) -> tuple[list[str], list[str]]:
+        """The values without the computed numbers that all of them are multiplied with, and these numbers."""
+        numbers: list[str] = []
+        try:
+            while names:
+                pairs = [self._product(name) for name in names]
+                if len({number for _, number in pairs}) > 1:
+                    break
+                names = [value for value, _ in pairs]
+                numbers.append(pairs[0][1])
+        except NoMatch:
+            pass
+        return names, numbers
+
+    def _product(self, name: str) -> tuple[str, str]:
+        """The value and the number whose product `name` is. Raises NoMatch."""
+        found: dict[str, str] = {}
+        self.match(name, op("Mul", "value", "number"), found)
+        same = self._tensor(name).data_type == self._tensor(found["value"]).data_type
+        if not same or self.dims(found["number"]) != [1]:
+            raise NoMatch("not multiplied with a number (1,)")
+        return found["value"], found["number"]
+
     def number(self, name: str) -> float:
         """Value of a constant number: a float32 tensor of one element, or an integer. Raises NoMatch."""
         value = self._constant(name)
@@ -101,6 +124,19 @@ class Nodes:
         if not values:
             raise NoMatch(f"{name} is not a constant")
         return values[0]
+
+
+def product(graph, output: str, numbers: list[str]) -> str:
+    """Let the main graph multiply computed float32 numbers (1,); returns the product, `output` if there are several."""
+    value = numbers[0]
+    for left, number in zip(range(len(numbers) - 2, -1, -1), numbers[1:], strict=True):
+        name = f"{output}/{left}" if left else output
+        node = graph.model.graph.node.add(name=name, input=[value, number], output=[name])
+        shape = pb.TensorProto(dims=[1], data_type=pb.TensorProto.FLOAT)
+        node.attribute.add(name="shape", type=pb.AttributeProto.TENSORS, tensors=[shape])
+        graph.use(node, "Mul")
+        value = name
+    return value
 
 
 def constant(name: str, numbers: list[float]) -> pb.NodeProto:

@@ -82,6 +82,33 @@ def test_adamw_becomes_one_operator():
     assert made[last][1] == "io" and made[made[last][0]] == ["loss", update.output[0]]
 
 
+def test_numbers_that_multiply_all_gradients_become_the_factor():
+    function = Function(2, (0.1, 0.0))
+    main = function.model.graph
+
+    def apply(operator: str, inputs: list[str], output: str, *dims: int) -> str:
+        function.model.primitives.add(name=f"M{output}", op_type=operator).prim_type = pb.PrimitiveProto.PRIMITIVE
+        node = main.node.add(op_type=f"REF::M{output}", input=inputs, output=[output], name=output)
+        shape = pb.TensorProto(dims=dims, data_type=pb.TensorProto.FLOAT)
+        node.attribute.add(name="shape", type=pb.AttributeProto.TENSORS, tensors=[shape])
+        return output
+
+    scale, clip = (apply("ReLU", ["anything"], name, 1) for name in ("scale", "clip"))
+    for i in range(2):
+        unscaled = apply("Mul", [apply("ReLU", ["anything"], f"main_g{i}", 4), scale], f"main_u{i}", 4)
+        apply("Mul", [unscaled, clip], f"main_c{i}", 4)
+    given = {f"g{i}": f"main_c{i}" for i in range(2)}
+    apply("Partial", ["update", *(given.get(entry.name, entry.name) for entry in function.proto.input)], "call", 1)
+    (update,) = function.fused()
+    names = [entry.name for entry in function.proto.input]
+    (call,) = (node for node in main.node if node.name == "call")
+    arguments = dict(zip(names, call.input[1:], strict=True))
+    assert (arguments["g0"], arguments["g1"]) == ("main_g0", "main_g1")
+    (factor,) = (node for node in main.node if node.output[0] == arguments[update.input[2]])
+    assert sorted(factor.input) == ["clip", "scale"]
+    assert names[-2:] == ["u", "io"] and list(call.input[-2:]) == ["u", "io"]
+
+
 def test_anything_more_stays_as_it_is():
     function = Function(1, (0.1,))
     function.apply("Assign", ["elsewhere", "g0", "u"], "extra")

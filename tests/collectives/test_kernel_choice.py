@@ -48,6 +48,30 @@ def test_other_slices_stay(begin, end, strides, out, mask):
     assert sliced(begin, end, strides, out, mask) == ""
 
 
+@pytest.mark.parametrize(
+    ("limits", "kernel"),
+    [
+        (((0, 3), (3, 8)), "JoinColumns"),
+        (((3, 8), (0, 3)), "JoinColumns"),
+        (((0, 4), (3, 8)), ""),  # a column twice
+        (((0, 3), (3, 7)), ""),  # the last one never
+    ],
+)
+def test_gradients_of_columns_are_joined(limits, kernel):
+    model = Model()
+    shape, strides = model.constant("shape", (4, 8)), model.constant("strides", (1, 1))
+    masks = [model.constant(f"mask{i}", 0) for i in range(5)]
+    for first, last in limits:
+        ends = [model.constant(f"{kind}{first}", end) for kind, end in (("b", (0, first)), ("e", (4, last)))]
+        gradient = value(model, f"d{first}", 4, last - first)
+        model.apply("StridedSliceGrad", [gradient, shape, *ends, strides, *masks], f"whole{first}", (4, 8))
+    model.apply("MakeTuple", [f"whole{first}" for first, _ in limits], "both", (4, 8))
+    model.apply("AddN", ["both"], "out", (4, 8))
+    found, inputs, _ = model.lowered("out")
+    assert found == kernel
+    assert not kernel or inputs == ["d0", "d3"]
+
+
 @pytest.mark.parametrize(("mask", "kernel"), [((4, 1), "MaskedRows"), ((4, 8), ""), ((1, 8), "")])
 def test_masked_rows(mask, kernel):
     model = Model()
@@ -100,12 +124,16 @@ def test_what_is_no_cross_entropy_stays():
     assert Loss(axis=0).lowered("sum")[0] == ""
 
 
-def norm(axes: tuple[int, ...] = (), keep: int = 0) -> Model:
-    """The squares of two gradients; the second one lies on two ranks."""
+def norm(axes: tuple[int, ...] = (), keep: int = 0, scale: bool = False) -> Model:
+    """The squares of two gradients, perhaps out of a loss scale; the second one lies on two ranks."""
     model = Model()
     constants = [model.constant("axes", axes), model.constant("keep", keep), model.constant("dtype", None)]
+    factor = value(model, "factor", 1)
     for i in range(2):
-        model.apply("Square", [value(model, f"g{i}", 4, 8)], f"square{i}", (4, 8))
+        gradient = value(model, f"g{i}", 4, 8)
+        if scale:
+            gradient = model.apply("Mul", [gradient, factor], f"scaled{i}", (4, 8))
+        model.apply("Square", [gradient], f"square{i}", (4, 8))
         model.apply("SumExt", [f"square{i}", *constants], f"sum{i}", ())
     model.apply("RealDiv", ["sum1", model.tensor("two", 2.0)], "shared", ())
     for i, name in enumerate(("sum0", "shared")):
@@ -122,6 +150,14 @@ def test_the_norm_of_all_gradients_is_one_kernel():
     (made,) = (node for node in model.proto.graph.node if node.output[0] == weights)
     assert made.attribute[0].tensors[0].raw_data == b"\0\0\x80?\0\0\0?"  # 1 and 1/2
     assert norm(axes=(0, 1)).lowered("out")[0] == "WeightedSquareSum"
+
+
+def test_the_loss_scale_multiplies_the_sum_of_squares():
+    model = norm(scale=True)
+    kernel, (_, *gradients), _ = model.lowered("out/unscaled")
+    assert (kernel, gradients) == ("WeightedSquareSum", ["g0", "g1"])
+    made = {node.output[0]: list(node.input) for node in model.proto.graph.node}
+    assert made["out"] == ["out/1", "factor"] and made["out/1"] == ["out/unscaled", "factor"]
 
 
 def test_other_sums_stay():
