@@ -5,8 +5,6 @@ hold by their number, and adds the sums. See cpu_kernels/adamw.cc. A number that
 before (the loss scale taken out) multiplies the sum.
 """
 
-import mindspore.train.mind_ir_pb2 as pb
-
 from mindformers_ext.cpu_parallel.fused_operators import Operator, replace
 from mindformers_ext.cpu_parallel.patterns import Nodes, NoMatch, constant, op, product
 
@@ -34,24 +32,21 @@ def fuse_norms(graph) -> None:
         gradients, numbers = nodes.unscaled(scaled)
         replace(Operator(graph, node), "WeightedSquareSum", [weights.output[0], *gradients])
         if numbers:
-            _wait_for(graph, dict(zip(scaled, gradients, strict=True)))
+            _wait_for(nodes, dict(zip(scaled, gradients, strict=True)))
             output = node.output[0]
             node.output[0] = f"{output}/unscaled"
             product(graph, output, [node.output[0], *numbers, *numbers])
 
 
-def _wait_for(graph, sources: dict[str, str]) -> None:
+def _wait_for(nodes: Nodes, sources: dict[str, str]) -> None:
     """Let tuples that are only waited for hold what the values are made of: the values need not be computed."""
-    nodes = graph.model.graph.node
-    used = {name for node in nodes for name in (node.input[:1] if _operator(graph, node) == "Depend" else node.input)}
-    for node in nodes:
-        if _operator(graph, node) == "MakeTuple" and node.output[0] not in used:
+    main = nodes.graph.model.graph
+    used = {entry.name for entry in main.output}
+    for node in main.node:
+        used.update(node.input[:1] if nodes.operator(node) == "Depend" else node.input)
+    for node in main.node:
+        if nodes.operator(node) == "MakeTuple" and node.output[0] not in used:
             node.input[:] = [sources.get(name, name) for name in node.input]
-
-
-def _operator(graph, node: pb.NodeProto) -> str:
-    primitive = graph.primitive(node)
-    return primitive.op_type if primitive is not None else ""
 
 
 def _term(nodes: Nodes, name: str) -> tuple[str, float]:
