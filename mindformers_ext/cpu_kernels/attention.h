@@ -10,7 +10,7 @@
 
 namespace cpu_kernels {
 
-constexpr int64_t kQueryBlock = 64, kKeyBlock = 256;  // few queries: less of the blocks on the diagonal is masked
+constexpr int64_t kQueryBlock = 64, kKeyBlock = 512;  // few queries: less of the blocks on the diagonal is masked
 
 struct AttentionRule {
   int64_t queries, keys, key_width, value_width;
