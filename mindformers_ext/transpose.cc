@@ -32,7 +32,7 @@ void TransposeInto(const py::array &place, const py::array &value) {
   }
   const ptrdiff_t size = value.itemsize();
   if (place.itemsize() != size || (size != 2 && size != 4) || !place.writeable()) {
-    throw std::invalid_argument("transpose_into needs elements of 2 or 4 bytes in both, and a place to write");
+    throw std::invalid_argument("transpose_into needs elements of the same 2 or 4 bytes, and a place to write");
   }
   if (value.size() == 0) return;
   // The stride of an axis of one element says nothing.

@@ -33,14 +33,20 @@ struct RowBlock {
   int64_t expert, begin, end;
 };
 
+// Calls block(begin, end) for rows [first, last) in equal blocks of at most `size`, in their order.
+template <class Block>
+void each_block(int64_t first, int64_t last, int64_t size, const Block& block) {
+  const int64_t rows = last - first, parts = blocks_of(rows, size);
+  for (int64_t i = 0; i < parts; ++i) block(first + rows * i / parts, first + rows * (i + 1) / parts);
+}
+
 // The rows of each expert in equal blocks of at most `size`, the longest first: what is done last should be short.
 inline std::vector<RowBlock> row_blocks(const std::vector<int64_t>& first_row, int64_t size) {
   std::vector<RowBlock> blocks;
   for (size_t e = 0; e + 1 < first_row.size(); ++e) {
-    const int64_t first = first_row[e], rows = first_row[e + 1] - first, parts = blocks_of(rows, size);
-    for (int64_t i = 0; i < parts; ++i) {
-      blocks.push_back({static_cast<int64_t>(e), first + rows * i / parts, first + rows * (i + 1) / parts});
-    }
+    each_block(first_row[e], first_row[e + 1], size, [&](int64_t begin, int64_t end) {
+      blocks.push_back({static_cast<int64_t>(e), begin, end});
+    });
   }
   std::stable_sort(blocks.begin(), blocks.end(), [](const RowBlock& a, const RowBlock& b) {
     return a.end - a.begin > b.end - b.begin;

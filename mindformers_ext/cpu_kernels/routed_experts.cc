@@ -139,17 +139,15 @@ void routed_experts_grad(const Call& call) {
   Output dx(call[7]), dp(call[8]), dgate_up(call[9]), ddown(call[10]);
   const ExpertRows sorted = sort_by_expert(integers(call[3]), s.experts);
   const int64_t choices = s.tokens * s.topk, weights = s.hidden * s.width;
-  const std::vector<RowBlock> experts = row_blocks(sorted.first_row, choices);  // all rows of each in one
+  const std::vector<RowBlock> experts = row_blocks(sorted.first_row, std::max<int64_t>(choices, 1));  // all rows of each
   const Scratch dh(choices * 2 * s.width);
   const Backward backward = {s, sorted, dy, x, p, down, h, dh.get(), dp, dgate_up, ddown};
   std::fill_n(static_cast<float*>(dp), choices, 0.0f);
   parallel(experts.size(), [&](int64_t task) {
-    const auto [expert, first, last] = experts[task];
-    const int64_t parts = blocks_of(last - first, kRows);
-    for (int64_t i = 0; i < parts; ++i) {
-      const int64_t begin = first + (last - first) * i / parts, end = first + (last - first) * (i + 1) / parts;
-      expert_block_grad(backward, expert, begin, end, i == 0);
-    }
+    const RowBlock& rows = experts[task];
+    each_block(rows.begin, rows.end, kRows, [&](int64_t begin, int64_t end) {
+      expert_block_grad(backward, rows.expert, begin, end, begin == rows.begin);
+    });
   });
   parallel(s.experts, [&](int64_t expert) {
     if (sorted.first_row[expert] < sorted.first_row[expert + 1]) return;

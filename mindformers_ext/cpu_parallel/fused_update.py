@@ -154,7 +154,8 @@ def _replace(graph, old: UpdateFunction, updates: list[Update]) -> None:
 def _absorb_factor(graph, function: pb.GraphProto, gradients: list[str]) -> str | None:
     """Give the function the gradients before they are multiplied with numbers; returns its new input, the product.
 
-    None where the function is not called once from the main graph, or nothing is multiplied.
+    None where the function is not called once from the main graph or makes its gradients itself, or where no number
+    multiplies them all.
     """
     main = graph.model.graph
     nodes = Nodes(graph, main.node)
@@ -162,7 +163,10 @@ def _absorb_factor(graph, function: pb.GraphProto, gradients: list[str]) -> str 
     if len(calls) != 1 or nodes.operator(calls[0]) != "Partial":
         return None
     given = calls[0].input  # the function, and what it gets
-    places = [[entry.name for entry in function.input].index(name) + 1 for name in gradients]
+    place_of = {entry.name: place for place, entry in enumerate(function.input, 1)}
+    if not place_of.keys() >= set(gradients):
+        return None
+    places = [place_of[name] for name in gradients]
     plain, numbers = nodes.unscaled([given[place] for place in places])
     if not numbers:
         return None

@@ -129,8 +129,8 @@ class Nodes:
 def product(graph, output: str, numbers: list[str]) -> str:
     """Let the main graph multiply computed float32 numbers (1,); returns the product, `output` if there are several."""
     value = numbers[0]
-    for left, number in zip(range(len(numbers) - 2, -1, -1), numbers[1:], strict=True):
-        name = f"{output}/{left}" if left else output
+    for i, number in enumerate(numbers[1:], 1):
+        name = output if i == len(numbers) - 1 else f"{output}/{i}"
         node = graph.model.graph.node.add(name=name, input=[value, number], output=[name])
         shape = pb.TensorProto(dims=[1], data_type=pb.TensorProto.FLOAT)
         node.attribute.add(name="shape", type=pb.AttributeProto.TENSORS, tensors=[shape])

@@ -109,6 +109,20 @@ def test_numbers_that_multiply_all_gradients_become_the_factor():
     assert names[-2:] == ["u", "io"] and list(call.input[-2:]) == ["u", "io"]
 
 
+def test_gradients_that_the_function_makes_itself_have_no_factor():
+    function = Function(1, (0.1,))
+    function.apply("Cast", ["g0", "float"], "g0_cast")
+    for node in function.proto.node:
+        if node.output[0] != "g0_cast":
+            node.input[:] = ["g0_cast" if name == "g0" else name for name in node.input]
+    main = function.model.graph
+    function.model.primitives.add(name="Mcall", op_type="Partial").prim_type = pb.PrimitiveProto.PRIMITIVE
+    arguments = [entry.name for entry in function.proto.input]
+    main.node.add(op_type="REF::Mcall", input=["update", *arguments], output=["call"], name="call")
+    (update,) = function.fused()
+    assert update.input[2] == "update:adamw/factor" and list(main.node[0].input[1:]) == arguments
+
+
 def test_anything_more_stays_as_it_is():
     function = Function(1, (0.1,))
     function.apply("Assign", ["elsewhere", "g0", "u"], "extra")
