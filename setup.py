@@ -29,7 +29,7 @@ def custom_operator(name: str, sources: list[str], depends: list[str]) -> Extens
         name,
         sources,
         depends=depends,
-        include_dirs=["mindformers_ext/cpu_parallel/mindspore_log"]
+        include_dirs=["mindformers_ext/collectives/mindspore_log"]
         + [
             str(include / folder)
             for folder in (
@@ -59,7 +59,7 @@ def cpu_kernels(name: str, *options: str) -> Extension:
     extension = custom_operator(
         f"mindformers_ext.cpu_kernels.{name}",
         sorted(map(str, folder.glob("*.cc"))),
-        sorted(map(str, folder.glob("*.h"))) + ["mindformers_ext/transpose.h"],
+        sorted(map(str, folder.glob("*.h"))) + ["mindformers_ext/files/transpose.h"],
     )
     if X86:
         extension.libraries.append(":libdnnl.so.3")  # oneDNN, which MindSpore brings
@@ -84,15 +84,15 @@ def cpu_kernel_builds() -> list[Extension]:
     ]
 
 
-CPU_PARALLEL = "mindformers_ext/cpu_parallel"
+COLLECTIVES = "mindformers_ext/collectives"
 
 ParallelCompile(default=0).install()  # the files of an extension at once, one on each core
 setup(
     ext_modules=[
         custom_operator(
-            "mindformers_ext.cpu_parallel._collectives",
-            [f"{CPU_PARALLEL}/{name}.cc" for name in ("shared_job", "collectives", "collective_op", "kernel_threads")],
-            [f"{CPU_PARALLEL}/{name}.h" for name in ("shared_job", "reduce", "collectives")],
+            "mindformers_ext.collectives._collectives",
+            [f"{COLLECTIVES}/{name}.cc" for name in ("shared_job", "collectives", "collective_op", "kernel_threads")],
+            [f"{COLLECTIVES}/{name}.h" for name in ("shared_job", "reduce", "collectives")],
         ),
         *cpu_kernel_builds(),
         Pybind11Extension(
@@ -104,9 +104,9 @@ setup(
             extra_link_args=["-pthread"],
         ),
         Pybind11Extension(
-            "mindformers_ext._transpose",
-            ["mindformers_ext/transpose.cc"],
-            depends=["mindformers_ext/transpose.h"],
+            "mindformers_ext.files._transpose",
+            ["mindformers_ext/files/transpose.cc"],
+            depends=["mindformers_ext/files/transpose.h"],
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
         ),

@@ -12,7 +12,7 @@ from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mindformers_ext.atomic_files import write_text
+from mindformers_ext.files.atomic import write_text
 
 
 def reference_articles() -> dict[str, str]:

@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from mindformers_ext.atomic_files import write_json
 from mindformers_ext.bin_dataset import cli, pipeline
 from mindformers_ext.bin_dataset.indexed_dataset import (
     IndexedDataset,
@@ -20,6 +19,7 @@ from mindformers_ext.bin_dataset.indexed_dataset import (
     idx_path,
     loss_mask_prefix,
 )
+from mindformers_ext.files.atomic import write_json
 
 
 def merge(prefixes: list[str], output: str) -> None:

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mindformers_ext.atomic_files import whole_file
 from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER
+from mindformers_ext.files.atomic import whole_file
 
 
 def train(files: list[str], vocab_size: int) -> Tokenizer:

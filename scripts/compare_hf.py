@@ -57,9 +57,9 @@ class Ours:
         from deepseek3_model import DeepseekV3ForCausalLM
         from hf_config import config_from_hf, read_config
 
-        from mindformers_ext.checkpoint_monitor import load_weights
-        from mindformers_ext.pretrained import HuggingFaceFolder, is_huggingface, resolve
         from mindformers_ext.sharded_checkpoint.reader import open_source
+        from mindformers_ext.training.checkpoint_monitor import load_weights
+        from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingface, resolve
 
         ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU")
         self.tensor = lambda tokens: ms.Tensor([tokens], ms.int32)

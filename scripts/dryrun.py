@@ -18,17 +18,17 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mindformers_ext.atomic_files import write_json, write_text  # noqa: E402
+from mindformers_ext.config.run_plan import RunPlan, load_plan  # noqa: E402
+from mindformers_ext.config.strategy_rules import check_plan  # noqa: E402
 from mindformers_ext.dryrun.cost_model import estimate  # noqa: E402 (after the project is on the path)
 from mindformers_ext.dryrun.device_profile import DEFAULT_PROFILE, DeviceProfile, load_profile  # noqa: E402
 from mindformers_ext.dryrun.html_report import render_html  # noqa: E402
 from mindformers_ext.dryrun.report import TOOL_FAILURE, make_report, memory_limit  # noqa: E402
-from mindformers_ext.dryrun.run_plan import RunPlan, load_plan  # noqa: E402
-from mindformers_ext.dryrun.stand_in_cann import COMPILE, MEMORY, StandInError  # noqa: E402
-from mindformers_ext.dryrun.strategy_rules import check_plan  # noqa: E402
 from mindformers_ext.dryrun.sweep import Candidate, parse_axes, sweep  # noqa: E402
 from mindformers_ext.dryrun.terminal_report import GIB, render_plan, render_ranks, table  # noqa: E402
 from mindformers_ext.errors import ConfigError  # noqa: E402
+from mindformers_ext.files.atomic import write_json, write_text  # noqa: E402
+from mindformers_ext.rank_compiler.stand_in_cann import COMPILE, MEMORY, StandInError  # noqa: E402
 
 LEVELS = {"compile": COMPILE, "memory": MEMORY}
 COMPARED = {
@@ -119,14 +119,14 @@ def dry_run(options, plan: RunPlan, overrides: list[tuple[str, Any]], profile: D
 
 def compile_plan(options, plan: RunPlan, overrides: list[tuple[str, Any]], ranks: list[int], out: Path) -> list:
     """Compile `ranks` through run_mindformer.py's path."""
-    from mindformers_ext.dryrun.rank_pool import RankJobs, compile_ranks
-    from run_mindformer import find
+    from mindformers_ext.config.command_line import find
+    from mindformers_ext.rank_compiler.rank_pool import RankJobs, compile_ranks
 
     arguments = ["--samples", str(plan.global_batch), "--config", str(Path(options.config).resolve())]
     arguments += ["--register_path", str(find(options.register_path).resolve())]
     arguments += [text for key, value in overrides for text in (f"--{key}", json.dumps(value))]
     jobs = RankJobs(
-        module="mindformers_ext.dryrun.compile_run",
+        module="mindformers_ext.rank_compiler.compile_run",
         arguments=lambda folder: ["--out", str(folder), *arguments],
         world_size=plan.device_num,
         devices_per_stage=plan.devices_per_stage,

@@ -22,10 +22,10 @@ from deepseek2_config import DeepseekV2Config  # noqa: E402 (after the project i
 from deepseek3_config import DeepseekV3Config  # noqa: E402
 from hf_config import config_to_hf, read_config, sections_from_hf  # noqa: E402
 
-from mindformers_ext.atomic_files import whole_file, write_json, write_text  # noqa: E402
 from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER  # noqa: E402
+from mindformers_ext.config.yaml_files import load_yaml, lookup  # noqa: E402
 from mindformers_ext.errors import ConfigError, exit_code_of  # noqa: E402
-from mindformers_ext.yaml_config import load_yaml, lookup  # noqa: E402
+from mindformers_ext.files.atomic import whole_file, write_json, write_text  # noqa: E402
 
 # As mindformers_ext/bin_dataset/conversations.py renders conversations for training.
 CHAT_TEMPLATE = (

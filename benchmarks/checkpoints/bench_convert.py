@@ -27,8 +27,8 @@ import convert_weight  # noqa: E402 (after the project is on the path)
 from hf_config import config_from_hf, config_to_hf  # noqa: E402
 from weights import name_table  # noqa: E402
 
-from mindformers_ext.atomic_files import flush  # noqa: E402
-from mindformers_ext.safetensors_files import DTYPES, Output, write_folder  # noqa: E402
+from mindformers_ext.files.atomic import flush  # noqa: E402
+from mindformers_ext.files.safetensors_format import DTYPES, Output, write_folder  # noqa: E402
 
 
 def make_source(folder: Path, gigabytes: float) -> None:

@@ -77,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
     torch.set_num_threads(threads)
-    from mindformers_ext.device_peak import measure_cpu_tflops
+    from mindformers_ext.training.device_peak import measure_cpu_tflops
 
     peak = 1e12 * measure_cpu_tflops(threads)
     print(f"load {os.getloadavg()[0]:.2f}, {threads} threads, peak {peak / 1e9:.0f} GFLOP/s")

@@ -118,7 +118,7 @@ def our_step(config, batch: int):
     from mindformers.core.optim import AdamW
     from weights import from_huggingface, name_table
 
-    from mindformers_ext.train_wrapper import DeviceAwareTrainOneStepCell
+    from mindformers_ext.training.wrapper import DeviceAwareTrainOneStepCell
 
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU", memory_optimize_level="O1")  # as the tiny YAML
     network = DeepseekV3ForCausalLM(config)
@@ -134,7 +134,7 @@ def our_step(config, batch: int):
 
 def sgemm_flops() -> float:
     """FLOP/s of the machine's best float32 matrix products at this moment."""
-    from mindformers_ext.device_peak import measure_cpu_tflops
+    from mindformers_ext.training.device_peak import measure_cpu_tflops
 
     return 1e12 * measure_cpu_tflops(int(os.environ["OMP_NUM_THREADS"]), repeats=100)
 

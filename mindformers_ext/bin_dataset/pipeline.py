@@ -20,7 +20,6 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from mindformers_ext.atomic_files import write_json
 from mindformers_ext.bin_dataset.indexed_dataset import (
     CorruptDatasetError,
     IndexedDataset,
@@ -39,6 +38,7 @@ from mindformers_ext.bin_dataset.text_sources import (
     read_documents,
 )
 from mindformers_ext.bin_dataset.tokenizer import TextTokenizer
+from mindformers_ext.files.atomic import write_json
 
 TOOL_VERSION = "1"  # Raise it when the same input gives other bytes.
 AUTO_PARTITION_BYTES = 4 << 30

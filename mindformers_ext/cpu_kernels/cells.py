@@ -1,4 +1,4 @@
-"""The CPU kernels as cells with the interfaces of `mindformers_ext/fused_ops.py`: the one Python face of this folder.
+"""The CPU kernels as cells with the interfaces of `layers/fused_ops.py`: the one Python face of this folder.
 
 Every operator carries its hand-written gradient. Inputs and results are float32 or bfloat16; sums are float32.
 

@@ -3,7 +3,7 @@
 // scipy-openblas32).
 #include "matrix.h"
 
-#include "../transpose.h"
+#include "../files/transpose.h"
 
 #ifdef __x86_64__
 extern "C" int dnnl_sgemm(char transa, char transb, int64_t m, int64_t n, int64_t k, float alpha, const float* a,

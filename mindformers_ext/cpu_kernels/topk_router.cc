@@ -1,4 +1,4 @@
-// DeepSeek's router after its matrix product (arXiv 2412.19437, section 2.1.2; facts as in mindformers_ext/router.py).
+// DeepSeek's router after its matrix product (arXiv 2412.19437, section 2.1.2; facts as in mindformers_ext/layers/router.py).
 //   s = sigmoid(z) or softmax(z);  choose the K largest of s + bias, with groups only among the experts of the best
 //   groups (a group counts its best score, with bias the sum of its two best);  w = s / (sum of chosen s + 1e-20) c
 // Backward through w and s only; the choice has no gradient.

@@ -7,10 +7,10 @@ Exit code 0 when the run splits one graph over devices (`cpu_parallel.job` runs 
 
 import sys
 
-from mindformers_ext.dryrun.run_plan import RunPlan, load_plan
+from mindformers_ext.config.command_line import all_overrides, build_parser, find
+from mindformers_ext.config.run_plan import RunPlan, load_plan
+from mindformers_ext.config.yaml_files import is_semi_auto
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.yaml_config import is_semi_auto
-from run_mindformer import all_overrides, build_parser, find
 
 
 def read_plan(command: list[str], worker_num: int | None = None) -> RunPlan:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ext.cpu_parallel.parameters import gather, stored_part
-from mindformers_ext.cpu_parallel.run_rank import FIRST_MOMENTS, rank_folder
+from mindformers_ext.cpu_parallel.run_rank import rank_folder
+from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS, gather, stored_part
 
 LOSS_LIMIT = 1e-5
 PARAMETER_LIMIT = 1e-4

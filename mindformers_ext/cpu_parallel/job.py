@@ -21,31 +21,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from mindformers_ext.collectives.rank_job import RankJob
+from mindformers_ext.config.run_plan import RunPlan
+from mindformers_ext.config.strategy_rules import refuse_illegal
+from mindformers_ext.config.yaml_files import lookup
 from mindformers_ext.cpu_parallel import launch
 from mindformers_ext.cpu_parallel.command import absolute, read_plan
-from mindformers_ext.cpu_parallel.rank_job import RankJob
-from mindformers_ext.dryrun.run_plan import RunPlan
-from mindformers_ext.dryrun.strategy_rules import refuse_illegal
 from mindformers_ext.errors import ConfigError, UserError
-from mindformers_ext.yaml_config import lookup
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a compiled graph does not depend on.
 OUTSIDE_THE_GRAPH = ("output_dir", "load_checkpoint", "resume_training", "callbacks", "processor", "eval_dataset")
-GRAPH_SOURCES = ("research/deepseek3/*.py", "mindformers_ext/*.py", "mindformers_ext/dryrun/compile_*.py")
-LOWERING = (
-    "lowering",
-    "inlining",
-    "fused_operators",
-    "patterns",
-    "fused_loss",
-    "fused_norm",
-    "basic_operators",
-    "fused_update",
-    "merging",
-    "calls",
-)
-GRAPH_SOURCES += tuple(f"mindformers_ext/cpu_parallel/{name}.py" for name in LOWERING)
+GRAPH_ROOMS = ("config", "layers", "cpu_kernels", "training", "rank_compiler", "lowering")  # what it does depend on
+GRAPH_SOURCES = ("research/deepseek3/*.py", *(f"mindformers_ext/{room}/*.py" for room in GRAPH_ROOMS))
 REPORT = re.compile(r"- (step \d+, loss .*)")  # TrainingMetrics' line of a step
 MAX_RANKS = 64  # processes of one machine; more is a mistake
 

@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindformers_ext.cpu_parallel import deadlock
-from mindformers_ext.cpu_parallel.calls import Call, read_calls
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
-from mindformers_ext.dryrun import rank_pool
-from mindformers_ext.dryrun.rank_server import end_with_parent
-from mindformers_ext.dryrun.stand_in_cann import COMPILE
 from mindformers_ext.errors import UserError
+from mindformers_ext.lowering import deadlock
+from mindformers_ext.lowering.calls import Call, read_calls
+from mindformers_ext.rank_compiler import rank_pool
+from mindformers_ext.rank_compiler.rank_server import end_with_parent
+from mindformers_ext.rank_compiler.stand_in_cann import COMPILE
 
 POLL_SECONDS, WATCH_SECONDS = 0.05, 0.5
+LOWER = "mindformers_ext.lowering.lower:lower_into"  # what is done with a compiled graph
 FAILURE = "failure.json"  # what a rank that fails writes: {rank, message, time}
 # After the first failure the others stop by themselves within a tenth of a second; this is for those that compute.
 GRACE_SECONDS = 10.0
@@ -38,14 +39,14 @@ class Builder:
     arguments: dict
     python_path: tuple[str, ...] = ()
 
-    module = "mindformers_ext.dryrun.compile_rank"  # compiles it, with these arguments
+    module = "mindformers_ext.rank_compiler.compile_rank"  # compiles it, with these arguments
 
     def module_arguments(self, out: Path) -> list[str]:
         """Arguments of a module of this project that works on it."""
         return ["--builder", self.function, "--arguments", json.dumps(self.arguments), "--out", str(out)]
 
     def compile_arguments(self, out: Path) -> list[str]:
-        return [*self.module_arguments(out), "--lower"]
+        return [*self.module_arguments(out), "--rewrite", LOWER]
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class RunBuilder:
     arguments: tuple[str, ...]
     python_path: tuple[str, ...] = ()
 
-    module = "mindformers_ext.dryrun.compile_run"
+    module = "mindformers_ext.rank_compiler.compile_run"
 
     def compile_arguments(self, out: Path) -> list[str]:
-        return ["--whole_model", "--lower", "--out", str(out), *self.arguments]
+        return ["--whole_model", "--rewrite", LOWER, "--out", str(out), *self.arguments]
 
 
 def run_reference(builder: Builder, folder: Path) -> dict:

@@ -14,10 +14,10 @@ import numpy as np
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor
 
-from mindformers_ext.cpu_parallel.parameters import Shard, owner_of, stored_part
-from mindformers_ext.cpu_parallel.rank_job import RankJob
-from mindformers_ext.cpu_parallel.run_rank import ACCUMULATORS, load_graph, rank_folder
-from mindformers_ext.train_wrapper import DeviceAwareTrainOneStepCell, frozen_names
+from mindformers_ext.collectives.rank_job import RankJob
+from mindformers_ext.cpu_parallel.run_rank import load_graph, rank_folder
+from mindformers_ext.sharded_checkpoint.shards import GRADIENT_BUFFERS, Shard, owner_of, stored_part
+from mindformers_ext.training.wrapper import DeviceAwareTrainOneStepCell, frozen_names
 
 
 class StoredParameter(NamedTuple):
@@ -61,7 +61,7 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
         if self.graph is None:
             self._load_graph()
         for parameter in self.graph.get_parameters():
-            if not parameter.name.startswith(ACCUMULATORS):
+            if not parameter.name.startswith(GRADIENT_BUFFERS):
                 shape = self.full_shapes[parameter.name]
                 _, value = self.mirrored.get(parameter.name, (None, parameter))  # a checkpoint's goes to the model
                 yield parameter.name, StoredParameter(value, shape, self._shard(parameter, shape))
@@ -77,7 +77,7 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
         graph = load_graph(self.graph_path)
         weights = {parameter.name for parameter in self.optimizer.parameters} | frozen_names(self)
         for parameter in graph.get_parameters():
-            if parameter.name.startswith(ACCUMULATORS):
+            if parameter.name.startswith(GRADIENT_BUFFERS):
                 parameter.set_data(Tensor(np.zeros(parameter.shape), parameter.dtype))
                 continue
             source = whole.get(parameter.name)

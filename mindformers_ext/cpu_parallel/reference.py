@@ -8,18 +8,12 @@ run_rank.train), `batches.npz`, and `result.json` with the outputs and seconds o
 """
 
 import argparse
-import importlib
 import json
 import sys
 from pathlib import Path
 
 from mindformers_ext.cpu_parallel import run_rank
-
-
-def call_builder(spec: str, arguments: dict):
-    """Call "package.module:function" with keyword arguments."""
-    module, function = spec.split(":")
-    return getattr(importlib.import_module(module), function)(**arguments)
+from mindformers_ext.rank_compiler.compile_rank import named
 
 
 def main() -> int:
@@ -32,7 +26,7 @@ def main() -> int:
     args = parser.parse_args()
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")
-    cell, batches = call_builder(args.builder, args.arguments)
+    cell, batches = named(args.builder)(**args.arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     run_rank.save_parameters(args.out / "initial.npz", cell)
     run_rank.write_batches(args.out, batches)

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter, idx_path
+from mindformers_ext.collectives.rank_job import RankJob
+from mindformers_ext.config.one_process import one_process_overrides
+from mindformers_ext.config.run_plan import DEGREES, RunPlan, make_plan
+from mindformers_ext.config.strategy_rules import refuse_illegal
+from mindformers_ext.config.yaml_files import lookup, override
 from mindformers_ext.cpu_parallel import job, launch
-from mindformers_ext.cpu_parallel.calls import Call
 from mindformers_ext.cpu_parallel.command import absolute, read_plan
-from mindformers_ext.cpu_parallel.rank_config import one_process_overrides
-from mindformers_ext.cpu_parallel.rank_job import RankJob
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
 from mindformers_ext.cpu_parallel.verify import Layout
-from mindformers_ext.dryrun.run_plan import DEGREES, RunPlan, make_plan
-from mindformers_ext.dryrun.strategy_rules import refuse_illegal
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.yaml_config import lookup, override
+from mindformers_ext.lowering.calls import Call
 
 CAPACITY = {"moe_config.use_gmm": False, "moe_config.capacity_factor": 4.0}
 DROPS = {"moe_config.use_gmm": False, "moe_config.capacity_factor": 0.75}

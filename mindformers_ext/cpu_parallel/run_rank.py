@@ -18,14 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ext.atomic_files import write_json
-from mindformers_ext.cpu_parallel import collectives
-from mindformers_ext.cpu_parallel.parameters import stored_part
+from mindformers_ext.collectives import collectives
+from mindformers_ext.files.atomic import write_json
+from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS, GRADIENT_BUFFERS, stored_part
 
-# Gradient buffers of pipeline parallelism; the first step must find zeros in them.
-ACCUMULATORS = ("accu_grads.",)
-# Names of the optimizers' first moments: MindSpore's AdamWeightDecay, MindFormers' AdamW.
-FIRST_MOMENTS = ("adam_m.", "exp_avg.")
 UNSUPPORTED = re.compile(r"(?:Unsupported op|kernel) \[?'?(\w+)\]?'? (?:on|is not)", re.IGNORECASE)
 
 
@@ -62,7 +58,7 @@ def set_parameters(cell, initial, compiled: dict, index: int) -> None:
         if name in initial:
             full = initial[name]
             value = stored_part(name, full.shape, parameter.shape, compiled["layouts"], index).cut(full)
-        elif name.startswith(ACCUMULATORS):
+        elif name.startswith(GRADIENT_BUFFERS):
             value = np.zeros(parameter.shape)
         else:
             raise ValueError(f"parameter '{name}' {tuple(parameter.shape)} of the graph has no initial value")
@@ -126,7 +122,7 @@ def sentence(error: BaseException) -> str:
     if missing:
         return (
             f"CPU MindSpore has no kernel for operator '{missing.group(1)}': add its rewriting to REWRITES in "
-            f"mindformers_ext/cpu_parallel/lowering.py ({text.splitlines()[0]})"
+            f"mindformers_ext/lowering/lower.py ({text.splitlines()[0]})"
         )
     lines = [line for line in text.splitlines() if line.strip("- ")]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

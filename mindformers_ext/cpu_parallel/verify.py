@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 
 from mindformers_ext.cpu_parallel import launch
-from mindformers_ext.cpu_parallel.calls import Call
 from mindformers_ext.cpu_parallel.compare import Comparison, compare
-from mindformers_ext.cpu_parallel.deadlock import traffic
+from mindformers_ext.lowering.calls import Call
+from mindformers_ext.lowering.deadlock import traffic
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Layout:
 class Problem:
     """What is trained: a module with `LAYOUTS`, `build(**arguments)` and `build_single(steps=...)`.
 
-    `build` returns the training cell of a rank and its inputs (see dryrun/compile_rank.py), `build_single` that of
+    `build` returns the training cell of a rank and its inputs (see rank_compiler/compile_rank.py), `build_single` that of
     one process and the inputs of every step (see reference.py). A YAML is one too: run_problem.RunProblem.
     """
 

@@ -9,15 +9,17 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import run_mindformer
-from mindformers_ext.cpu_parallel.rank_job import RankJob
+from mindformers_ext.collectives.rank_job import RankJob
 from mindformers_ext.cpu_parallel.run_rank import as_rank
+from mindformers_ext.training.start import run
+
+LOWERED_STEP = "mindformers_ext.cpu_parallel.lowered_step"
 
 
 def main() -> int:
     job = RankJob.current()
     failure, arguments = Path(sys.argv[1]), sys.argv[2:]
-    return as_rank(job.job, job.rank, job.world_size, failure, partial(run_mindformer.run, arguments))
+    return as_rank(job.job, job.rank, job.world_size, failure, partial(run, arguments, register=[LOWERED_STEP]))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mindformers_ext.config.run_plan import DTYPE_BYTES, RunPlan, model_folder
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.parameters import (
     Weight,
@@ -24,7 +25,6 @@ from mindformers_ext.dryrun.parameters import (
     optimizer_ways,
     parameter_bytes,
 )
-from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, RunPlan, model_folder
 from mindformers_ext.dryrun.transfers import (
     Transfer,
     capacity_rows,

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from mindformers_ext.config.yaml_files import load_yaml
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.yaml_config import load_yaml
 
 DEFAULT_PROFILE = Path(__file__).parent / "atlas_800t_a2.yaml"
 

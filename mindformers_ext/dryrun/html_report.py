@@ -5,7 +5,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.dryrun.rank_pool import COMPILED
 from mindformers_ext.dryrun.report import GIB, summed_collectives
 from mindformers_ext.dryrun.terminal_report import (
     HELD,
@@ -16,6 +15,7 @@ from mindformers_ext.dryrun.terminal_report import (
     sent_bytes,
     tera,
 )
+from mindformers_ext.rank_compiler.rank_pool import COMPILED
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 82em; padding: 0 1em; color: #222; }

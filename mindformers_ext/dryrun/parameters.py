@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, RunPlan
+from mindformers_ext.config.run_plan import DTYPE_BYTES, RunPlan
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from dataclasses import asdict
 from math import prod
 from typing import Any
 
+from mindformers_ext.config.run_plan import RunPlan
+from mindformers_ext.config.strategy_rules import Violation
+from mindformers_ext.config.yaml_files import lookup
 from mindformers_ext.dryrun.cost_model import PlanCost
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.parameters import Weight, model_weights, stored_shape
-from mindformers_ext.dryrun.rank_pool import COMPILED, REFUSED, RankResult
-from mindformers_ext.dryrun.run_plan import RunPlan
-from mindformers_ext.dryrun.strategy_rules import Violation
 from mindformers_ext.dryrun.transfers import wire_factor
-from mindformers_ext.yaml_config import lookup
+from mindformers_ext.rank_compiler.rank_pool import COMPILED, REFUSED, RankResult
 
 FITS, DOES_NOT_FIT, TOOL_FAILURE = 0, 1, 2  # exit codes
 GIB = 2**30

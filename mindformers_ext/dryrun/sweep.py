@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
+from mindformers_ext.config.run_plan import DEGREES, KINDS, RunPlan, load_plan
+from mindformers_ext.config.strategy_rules import check_plan
+from mindformers_ext.config.yaml_files import lookup
 from mindformers_ext.dryrun.cost_model import PlanCost, estimate
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.report import memory_limit
-from mindformers_ext.dryrun.run_plan import DEGREES, KINDS, RunPlan, load_plan
-from mindformers_ext.dryrun.strategy_rules import check_plan
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.yaml_config import lookup
 
 
 @dataclass

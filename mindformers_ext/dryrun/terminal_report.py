@@ -3,8 +3,8 @@
 from collections import defaultdict
 from typing import Any
 
-from mindformers_ext.dryrun.rank_pool import COMPILED
 from mindformers_ext.dryrun.report import GIB, summed_collectives
+from mindformers_ext.rank_compiler.rank_pool import COMPILED
 
 RANK_HEADERS = ["rank", "stage", "layers", "status", "seconds", "compiler GiB", "weights", "grads", "states"]
 RANK_HEADERS += ["planned peak", "unfragmented", "TFLOP", "collectives", "sent in node", "across"]

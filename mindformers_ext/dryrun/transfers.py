@@ -1,6 +1,6 @@
 """The collectives that a strategy implies, from arithmetic alone: what a rank moves per micro-batch and per step.
 
-The layout is that of research/deepseek3/sharding.py and mindformers_ext/moe_dispatch.py. What the compiler really
+The layout is that of research/deepseek3/sharding.py and layers/moe_dispatch.py. What the compiler really
 inserts is read from its graph (`mindir.collectives`); the tests compare the two where they must agree.
 """
 
@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from mindformers_ext.config.run_plan import DTYPE_BYTES, RunPlan
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.parameters import Weight, gathered_bytes, optimizer_ways, parameter_bytes
-from mindformers_ext.dryrun.run_plan import DTYPE_BYTES, RunPlan
 
 ID_BYTES = 4
 MIRRORED = {"AllGather": "ReduceScatter", "ReduceScatter": "AllGather"}  # a collective's own gradient

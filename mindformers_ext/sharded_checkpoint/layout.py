@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mindformers_ext.atomic_files import write_json
-from mindformers_ext.cpu_parallel.parameters import layout_for, shard_of
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.files.atomic import write_json
+from mindformers_ext.sharded_checkpoint.shards import GRADIENT_BUFFERS, layout_for, shard_of
 
 Ranges = tuple[tuple[int, int], ...]  # half-open, one for every dimension
 
@@ -20,7 +20,6 @@ FORMAT = 1
 BLOCK_BYTES = 4 * 2**20
 # Sums over the micro-batches of one step: zero, or about to be, whenever a step has ended.
 COUNTERS = ("expert_load", "loss_parts", "max_logits_val")
-GRADIENT_BUFFERS = ("accu_grads.",)
 SETTINGS = ("learning_rate",)  # a parameter of MindSpore's optimizers, but the YAML decides it
 
 
@@ -170,7 +169,7 @@ def covers(pieces: Iterable[StoredPiece], shape: tuple[int, ...]) -> bool:
 
 
 def compiled_slots(compiled: Mapping[str, Any]) -> dict[str, Slot]:
-    """What a rank holds, from its `compiled.json` (mindformers_ext/dryrun/compile_rank.py), counters left out."""
+    """What a rank holds, from its `compiled.json` (rank_compiler/compile_rank.py), counters left out."""
     layouts = compiled["layouts"]
     devices = max((math.prod(layout["device_matrix"]) for layout in layouts.values()), default=1)
     index = compiled["rank"] % devices

@@ -9,10 +9,10 @@ import numpy as np
 from mindformers.tools.utils import get_real_group_size, get_real_rank
 from mindspore import Parameter, Tensor, nn
 
-from mindformers_ext.dryrun.compile_rank import LAYOUT_FIELDS
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.sharded_checkpoint.layout import Piece, Slot, is_state, slot_of
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, check_names, load
+from mindformers_ext.sharded_checkpoint.shards import LAYOUT_FIELDS
 
 # Sizes by which a model and a checkpoint that do not belong together are told apart in words.
 MODEL_FACTS = ("vocab_size", "num_layers", "hidden_size", "num_heads", "intermediate_size")

@@ -17,7 +17,7 @@ import xxhash
 from tqdm import tqdm
 
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.safetensors_files import DTYPES, StoredTensor, read_folder, read_header
+from mindformers_ext.files.safetensors_format import DTYPES, StoredTensor, read_folder, read_header
 from mindformers_ext.sharded_checkpoint.layout import (
     BLOCK_BYTES,
     FORMAT,

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mindformers_ext.atomic_files import flush, write_json, write_text
 from mindformers_ext.errors import TrainingStopped
-from mindformers_ext.safetensors_files import NAMES
+from mindformers_ext.files.atomic import flush, write_json, write_text
+from mindformers_ext.files.safetensors_format import NAMES
 from mindformers_ext.sharded_checkpoint.layout import (
     BLOCK_BYTES,
     Entry,

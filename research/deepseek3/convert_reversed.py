@@ -26,12 +26,12 @@ from hf_weights import BIAS, DTYPES, HF_INDEX, HuggingFaceWeights, cast, rows_of
 from lora import MergedWeights
 from weights import Entry, boxes, name_table, write_part
 
-from mindformers_ext.atomic_files import whole_file, write_json
 from mindformers_ext.errors import ConfigError, exit_code_of
-from mindformers_ext.pretrained import fingerprint, is_huggingface
-from mindformers_ext.safetensors_files import Output, write_folder
+from mindformers_ext.files.atomic import whole_file, write_json
+from mindformers_ext.files.safetensors_format import Output, write_folder
 from mindformers_ext.sharded_checkpoint.layout import is_state
 from mindformers_ext.sharded_checkpoint.reader import Source, open_source
+from mindformers_ext.training.pretrained import fingerprint, is_huggingface
 
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ASSETS = (

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hf_config import read_config, sections_from_hf
 from hf_weights import DTYPES, HuggingFaceWeights, audit_index, outputs
 
-from mindformers_ext.atomic_files import write_text
 from mindformers_ext.errors import ConfigError, exit_code_of
-from mindformers_ext.pretrained import fingerprint
-from mindformers_ext.safetensors_files import write_folder
+from mindformers_ext.files.atomic import write_text
+from mindformers_ext.files.safetensors_format import write_folder
+from mindformers_ext.training.pretrained import fingerprint
 
 PREFIX = "model"  # of the files of our checkpoints; unlike HuggingFace's there is no config.json beside them
 CONFIG = "model.yaml"

@@ -15,8 +15,8 @@ from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
+from mindformers_ext.config.yaml_files import refuse_unknown
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.yaml_config import refuse_unknown
 
 __all__ = ["ConfigError", "DeepseekV2Config", "LoraConfig", "MoeConfig", "YarnConfig"]
 

@@ -20,7 +20,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
 from sharding import expert_group, loss_axes, place, run_locally, shard, share_graph
 
-from mindformers_ext.fused_ops import (
+from mindformers_ext.layers.fused_ops import (
     activation_type,
     core_attention,
     embedding,
@@ -34,8 +34,8 @@ from mindformers_ext.fused_ops import (
     split_columns,
     swiglu,
 )
-from mindformers_ext.moe_dispatch import CapacityDispatch, DroplessDispatch
-from mindformers_ext.router import TopkRouterV2
+from mindformers_ext.layers.moe_dispatch import CapacityDispatch, DroplessDispatch
+from mindformers_ext.layers.router import TopkRouterV2
 
 __all__ = ["DeepseekV2ForCausalLM", "DeepseekV2Model"]
 

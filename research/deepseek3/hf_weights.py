@@ -12,7 +12,7 @@ from ml_dtypes import bfloat16
 from weights import Entry, from_huggingface, name_table
 
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.safetensors_files import Output, StoredTensor, read_folder, read_index
+from mindformers_ext.files.safetensors_format import Output, StoredTensor, read_folder, read_index
 from mindformers_ext.sharded_checkpoint.reader import Source
 
 __all__ = ["Audit", "Dequantised", "HuggingFaceWeights", "audit_names"]

@@ -24,9 +24,9 @@ from safetensors.numpy import save_file
 from sharding import shard
 from weights import Entry, boxes, name_table, overlap
 
-from mindformers_ext.atomic_files import whole_file, write_json
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.safetensors_files import StoredTensor, read_header
+from mindformers_ext.files.atomic import whole_file, write_json
+from mindformers_ext.files.safetensors_format import StoredTensor, read_header
 from mindformers_ext.sharded_checkpoint.reader import Source
 
 __all__ = [

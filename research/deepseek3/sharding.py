@@ -18,7 +18,7 @@ from mindformers.modules.transformer import OpParallelConfig
 from mindspore import Layout, lazy_inline, nn, ops
 from mindspore.communication import get_rank
 
-from mindformers_ext.moe_dispatch import ExpertGroup
+from mindformers_ext.layers.moe_dispatch import ExpertGroup
 
 ALL = ("dp", "cp", "mp")  # every device of the stage
 ROWS = ("dp", "cp")  # tokens where heads or widths take mp

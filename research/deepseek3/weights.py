@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext import _transpose
+from mindformers_ext.files import _transpose
 
 __all__ = ["Entry", "boxes", "from_huggingface", "name_table", "parameter_count", "to_huggingface", "write_part"]
 

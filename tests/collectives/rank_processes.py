@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from mindformers_ext.cpu_parallel import collectives
+from mindformers_ext.collectives import collectives
 
 
 def _rank_main(function: Callable, job: str, rank: int, size: int, options: dict, pipe) -> None:

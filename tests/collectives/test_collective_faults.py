@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from collectives.rank_processes import results, run_ranks
 
-from mindformers_ext.cpu_parallel import collectives
+from mindformers_ext.collectives import collectives
 
 ONES = np.ones(1000, np.float32)
 

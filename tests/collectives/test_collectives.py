@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from collectives.rank_processes import results, run_ranks
 
-from mindformers_ext.cpu_parallel import collectives
+from mindformers_ext.collectives import collectives
 
 SIZES = (2, 3, 4, 8)
 # Odd sizes: one element, not a multiple of the vector width, one off a slot (1 MiB), several slots.

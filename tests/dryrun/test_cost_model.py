@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from mindformers_ext.config.run_plan import load_plan
 from mindformers_ext.dryrun.cost_model import estimate, layer_activation_bytes
 from mindformers_ext.dryrun.device_profile import DEFAULT_PROFILE, load_profile
 from mindformers_ext.dryrun.parameters import model_weights, optimizer_ways, stored_shape
-from mindformers_ext.dryrun.run_plan import load_plan
 from mindformers_ext.dryrun.transfers import Transfer, layer_forward, stage_boundary, wire_factor
 from mindformers_ext.errors import ConfigError
 
-CLUSTER = Path(__file__).parent / "runs" / "cluster_671b.yaml"
+CLUSTER = Path(__file__).parents[1] / "helpers" / "runs" / "cluster_671b.yaml"
 RUNS = Path(__file__).parents[2] / "research" / "deepseek3"
 PRETRAIN = RUNS / "deepseek3_671b" / "pretrain_deepseek3_671b.yaml"
 LITE = RUNS / "deepseek2_lite" / "pretrain_deepseek2_lite.yaml"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mindformers_ext.dryrun import stand_in_cann
 from mindformers_ext.dryrun.device_profile import load_profile
 from mindformers_ext.dryrun.sweep import sweep
+from mindformers_ext.rank_compiler import stand_in_cann
 
-CLUSTER = Path(__file__).parent / "runs" / "cluster_671b.yaml"
+CLUSTER = Path(__file__).parents[1] / "helpers" / "runs" / "cluster_671b.yaml"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dryrun.py"
 
 

@@ -2,7 +2,7 @@
 
     python compiled_huggingface_load.py ARGUMENTS HF_DIR OUT
 
-ARGUMENTS are those of collectives.small_deepseek.build, as JSON. Writes OUT/loaded.npz, the rank's part of every
+ARGUMENTS are those of cpu_parallel.small_deepseek.build, as JSON. Writes OUT/loaded.npz, the rank's part of every
 weight, and OUT/loaded.json: where the parts lie, and the bytes that were read of the folder's tensors.
 """
 
@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from collectives.small_deepseek import build
+from cpu_parallel.small_deepseek import build
 
-from mindformers_ext import safetensors_files
-from mindformers_ext.checkpoint_monitor import weights_of
-from mindformers_ext.dryrun.compile_rank import compile_cell, start_as_rank
-from mindformers_ext.pretrained import HuggingFaceFolder, resolve
+from mindformers_ext.files import safetensors_format as safetensors_files
+from mindformers_ext.rank_compiler.compile_rank import compile_cell, start_as_rank
 from mindformers_ext.sharded_checkpoint.network import load_into, pieces_of, state_of
-from mindformers_ext.train_wrapper import real_model
+from mindformers_ext.training.checkpoint_monitor import weights_of
+from mindformers_ext.training.pretrained import HuggingFaceFolder, resolve
+from mindformers_ext.training.wrapper import real_model
 
 read_bytes = 0
 

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from collectives.toy_transformer import build
+from cpu_parallel.toy_transformer import build
 
-from mindformers_ext.dryrun.compile_rank import compile_cell, start_as_rank
+from mindformers_ext.rank_compiler.compile_rank import compile_cell, start_as_rank
 from mindformers_ext.sharded_checkpoint.layout import Slot
 from mindformers_ext.sharded_checkpoint.network import load_into, pieces_of, slots_of, state_of
 

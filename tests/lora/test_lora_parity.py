@@ -265,7 +265,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
 
 def test_adapters_without_their_base_are_refused(tmp_path):
     """Going on from saved adapters loads the frozen weights from where they were; routers' biases are not frozen."""
-    from mindformers_ext.checkpoint_monitor import load_base
+    from mindformers_ext.training.checkpoint_monitor import load_base
 
     network = DeepseekV3ForCausalLM(lora_config(["o_proj", "experts.up_proj"]))
     parameters = network.parameters_dict()

@@ -5,7 +5,7 @@ import pytest
 from helpers.small_models import v3_config
 from mindspore import Tensor, nn
 
-from mindformers_ext.moe_dispatch import CapacityDispatch, DroplessDispatch, ExpertGroup
+from mindformers_ext.layers.moe_dispatch import CapacityDispatch, DroplessDispatch, ExpertGroup
 
 TOKENS, HIDDEN, EXPERTS, TOPK, WIDTH = 48, 48, 8, 3, 20
 

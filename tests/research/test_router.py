@@ -6,7 +6,7 @@ import pytest
 from helpers.small_models import v2_config, v3_config
 from mindspore import Tensor, nn
 
-from mindformers_ext.router import TopkRouterV2
+from mindformers_ext.layers.router import TopkRouterV2
 
 TOKENS = 1000
 

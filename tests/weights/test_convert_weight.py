@@ -15,8 +15,8 @@ from helpers.hf_folders import V2_LITE_CONFIG, V3_CONFIG, quantise, random_tenso
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mindformers_ext import safetensors_files
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.files import safetensors_format as safetensors_files
 
 NO_MTP = {**V3_CONFIG, "num_nextn_predict_layers": 0}
 RELEASED = {

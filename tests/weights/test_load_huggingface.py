@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from mindformers_ext.checkpoint_monitor import load_weights
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.pretrained import HuggingFaceFolder, resolve
 from mindformers_ext.sharded_checkpoint.reader import open_source
+from mindformers_ext.training.checkpoint_monitor import load_weights
+from mindformers_ext.training.pretrained import HuggingFaceFolder, resolve
 
 NO_MTP = {**V3_CONFIG, "num_nextn_predict_layers": 0}
 

@@ -1,0 +1,1 @@
+"""Collectives over shared memory, and what a rank on CPU knows about itself."""

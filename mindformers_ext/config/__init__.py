@@ -1,0 +1,1 @@
+"""What a YAML asks for: read, checked and typed; needs no MindSpore."""

@@ -1,0 +1,1 @@
+"""Writing and reading files: whole or not at all, fast, and in the format of safetensors."""

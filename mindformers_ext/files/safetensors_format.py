@@ -1,0 +1,265 @@
+"""Read parts of safetensors files and write folders of them without holding more than one piece in memory.
+
+The safetensors package knows no numpy bfloat16 and writes a file only from tensors that are all in memory; the format
+itself is an 8-byte length, a JSON header and the bytes of the tensors. Types are those of ml_dtypes.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from mindformers_ext.errors import ConfigError
+from mindformers_ext.files.atomic import whole_file, write_json
+from mindformers_ext.files.direct import DirectFile
+
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
+Piece = Callable[[], np.ndarray]  # makes a part of a tensor
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file; indexing reads (maps) the asked part only."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __getitem__(self, slices) -> np.ndarray:
+        if self.nbytes == 0:
+            return np.empty(self.shape, self.dtype)[slices]
+        raw = np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,))
+        return np.asarray(raw).view(self.dtype).reshape(self.shape)[slices]
+
+
+def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors and metadata of one file.
+
+    Raises:
+        ConfigError: the file is cut short or is no safetensors file.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(size - 8, MAX_HEADER):
+            raise ConfigError(f"{file}: not a whole safetensors file ({size} bytes): copy it again")
+        try:
+            header = json.loads(stream.read(length))
+            metadata = header.pop("__metadata__", {})
+            tensors = {name: stored(file, entry, 8 + length, size) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{file}: not a safetensors file: {error}; copy it again") from None
+    return tensors, metadata
+
+
+def stored(file: Path, entry: dict, start: int, size: int) -> StoredTensor:
+    """One entry of a header; ValueError when its bytes do not fit its shape or the file."""
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"type {entry['dtype']} is unknown")
+    begin, end = entry["data_offsets"]
+    tensor = StoredTensor(file, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), start + begin)
+    if end - begin != tensor.nbytes or start + end > size or begin < 0:
+        raise ValueError(f"bytes {begin} to {end} do not hold shape {entry['shape']}, or lie beyond the file's end")
+    return tensor
+
+
+def read_folder(folder: Path, index: str) -> dict[str, StoredTensor]:
+    """Every tensor of the files that the index `index` names; of all *.safetensors files where there is no index.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or the index and the files disagree.
+    """
+    if not (folder / index).exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ConfigError(f"{folder}: holds no .safetensors file")
+        return {name: tensor for file in files for name, tensor in read_header(file)[0].items()}
+    weight_map = read_index(folder / index)
+    tensors: dict[str, StoredTensor] = {}
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder / index}: names the file {name!r}, which is not in the folder; copy it there")
+        tensors |= read_header(folder / name)[0]
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise ConfigError(f"{folder / index}: tensor {absent[0]!r} is not in its file {weight_map[absent[0]]!r}")
+    return tensors
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The `weight_map` of an index file: tensor to file."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(Path(file).name == file for file in weight_map.values()):
+            raise ValueError("a file name leads out of the folder")
+        return weight_map
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a safetensors index: {error}") from None
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to write; the arrays that `pieces` return, one after the other, are its values in C order."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Sequence[Piece]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_folder` did."""
+
+    tensors: int
+    bytes: int
+    files: int
+    files_kept: int  # were there already, with the same fingerprint
+
+
+def write_folder(
+    folder: Path,
+    outputs: Iterable[Output],
+    prefix: str,
+    source: str,
+    metadata: dict[str, str],
+    workers: int,
+    shard_bytes: int = 5 * 10**9,
+) -> Written:
+    """Write tensors to `{prefix}-00001-of-000NN.safetensors` and an index; `workers` threads make the pieces.
+
+    A file gets its name when it is whole and on the disk, the index comes last. A file that is there already with the
+    same fingerprint (its tensors, types and `source`, a text that changes with the source) is not written again.
+    Memory: two pieces for each worker.
+    """
+    shards = split(outputs, shard_bytes)
+    names = [f"{prefix}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc=folder.name) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        made = partial(ahead, pool, 2 * workers)
+        kept = sum(
+            write_shard(folder / name, shard, source, metadata, made, bar.update)
+            for name, shard in zip(names, shards, strict=True)
+        )
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / f"{prefix}.safetensors.index.json", index, durable=True)
+    return Written(len(weight_map), total, len(shards), kept)
+
+
+def split(outputs: Iterable[Output], shard_bytes: int) -> list[list[Output]]:
+    """Tensors in order, in groups of at most `shard_bytes` where a single tensor is not larger."""
+    shards: list[list[Output]] = [[]]
+    size = 0
+    for tensor in outputs:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def ahead(pool: ThreadPoolExecutor, count: int, pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
+    """What `pieces` return, in order; the pool's threads work on `count` of them while one is used."""
+    waiting: deque[Future] = deque()
+    try:
+        for piece in pieces:
+            if len(waiting) == count:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(piece))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:  # after an error
+            future.cancel()
+
+
+def write_shard(
+    path: Path,
+    tensors: list[Output],
+    source: str,
+    metadata: dict[str, str],
+    made: Callable[[Iterable[Piece]], Iterator[np.ndarray]],
+    advance: Callable[[int], object],
+) -> bool:
+    """Write one file; return True when it was there already.
+
+    Args:
+        made: gives the arrays that pieces return.
+        advance: hears of the bytes done.
+    """
+    layout, size = {}, 0
+    for tensor in tensors:
+        offsets = [size, size + tensor.nbytes]
+        layout[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        size = offsets[1]
+    fingerprint = hashlib.sha256(json.dumps([source, layout]).encode()).hexdigest()
+    header = json.dumps({"__metadata__": {**metadata, "fingerprint": fingerprint}, **layout}).encode()
+    header += b" " * (-len(header) % 8)
+    if is_written(path, fingerprint):
+        advance(size)
+        return True
+    with whole_file(path, durable=True) as temporary, DirectFile(temporary) as stream:
+        stream.append(np.frombuffer(len(header).to_bytes(8, "little") + header, np.uint8))
+        arrays = made(chain.from_iterable(tensor.pieces for tensor in tensors))
+        for tensor in tensors:
+            start = stream.size
+            for array in islice(arrays, len(tensor.pieces)):
+                array = np.asarray(array, tensor.dtype)
+                stream.append(array)
+                advance(array.nbytes)
+            if stream.size - start != tensor.nbytes:
+                raise ValueError(f"{tensor.name}: {stream.size - start} bytes for shape {tensor.shape}")
+    return False
+
+
+def is_written(path: Path, fingerprint: str) -> bool:
+    """True when the file is there, whole, and was made from the same source in the same way."""
+    try:
+        return read_header(path)[1].get("fingerprint") == fingerprint
+    except (OSError, ConfigError):
+        return False
+
+
+def files_fingerprint(files: Iterable[Path]) -> str:
+    """A text that changes when one of the files is written again: names, sizes, times."""
+    marks = [(file.name, stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file))]
+    return hashlib.sha256(json.dumps(sorted(marks)).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""An Ascend rank's graph rewritten for CPU."""

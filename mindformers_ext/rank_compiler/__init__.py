@@ -1,0 +1,1 @@
+"""Any rank's graph, compiled by MindSpore for Ascend on any machine."""

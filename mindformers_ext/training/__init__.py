@@ -1,0 +1,1 @@
+"""A run and its callbacks: what MindFormers' Trainer lacks."""

@@ -1,0 +1,202 @@
+"""Saving and going on, under the YAML name CheckpointMonitor.
+
+Takes the place of mindformers.core.callback.CheckpointMonitor (MindFormers 1.9.0), which writes files in place, keeps
+no data position and no random state, and needs the same layout to load. It can go when upstream's are whole, exact and
+independent of the layout.
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindformers.tools.utils import get_output_root_path
+from mindspore import Parameter, nn
+from mindspore.train import Callback, RunContext
+
+from mindformers_ext.data.data_position import Start, position_of, start_of
+from mindformers_ext.errors import ConfigError
+from mindformers_ext.sharded_checkpoint.layout import Meta, is_state
+from mindformers_ext.sharded_checkpoint.network import (
+    check_model,
+    is_split,
+    load_into,
+    model_facts,
+    pieces_of,
+    state_of,
+)
+from mindformers_ext.sharded_checkpoint.random_state import random_state, restore_random_state
+from mindformers_ext.sharded_checkpoint.reader import Source, open_source
+from mindformers_ext.sharded_checkpoint.writer import Saver
+from mindformers_ext.training.metrics import place_in_run, samples_per_step
+from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingface, resolve
+from mindformers_ext.training.wrapper import frozen_names, real_model
+
+ADAPTERS = (".lora_a", ".lora_b")
+
+
+class RestoreCheckpoint(Callback):
+    """Load a checkpoint before the first step; the first of the callbacks, so that the others see what was loaded.
+
+    Args:
+        source: where the parameters come from; a HuggingFace folder is opened with the network.
+        start: where to go on, which the data already does; None to load the weights only, for a new training.
+    """
+
+    def __init__(self, source: Source | HuggingFaceFolder, start: Start | None):
+        super().__init__()
+        self.source, self.start = source, start
+
+    def on_train_begin(self, run_context: RunContext) -> None:
+        """Compile the network where that decides what this rank holds, then load it."""
+        cb_params = run_context.original_args()
+        network = cb_params.train_network
+        if is_split():
+            sinks = cb_params.dataset_sink_mode
+            network.compile(*(() if sinks else next(cb_params.train_dataset.create_tuple_iterator(num_epochs=1))))
+        model = real_model(network)
+        source = resolve(self.source, model)
+        check_model(source, model.config)
+        parameters = state_of(network)
+        if self.start is None:
+            parameters = weights_of(model, source, parameters)
+            cb_params.base = str(Path(source.path).resolve())
+        else:
+            private = source.private(place_in_run()[0])
+            if "base" in private:
+                parameters = load_base(network, parameters, private["base"], source.path)
+                cb_params.base = private["base"]
+            cb_params.start = self.start
+            restore_random_state(private["random_state"])
+        load_into(network, parameters, source, may_leave_mtp)
+        logger.info("loaded %d parameters from %s", len(parameters), source.path)
+
+
+@MindFormerRegister.register(MindFormerModuleType.CALLBACK, alias="CheckpointMonitor")
+class CheckpointMonitor(Callback):
+    """Save everything that the training needs to go on exactly, every few steps and at the end.
+
+    Args:
+        prefix: name of the run, kept in the checkpoint.
+        directory: folder of the checkpoints; default `checkpoint` in the run's output_dir. All ranks must see it.
+        save_checkpoint_steps: steps between two checkpoints.
+        keep_checkpoint_max: newest checkpoints to keep.
+        async_save: write in the background while the training goes on.
+        integrated_save: must be False; every rank writes its own part, which any layout can load.
+        checkpoint_format: must be safetensors.
+        **trainer_options: what the Trainer gives to upstream's class.
+    """
+
+    def __init__(
+        self,
+        prefix: str = "",
+        directory: str | None = None,
+        save_checkpoint_steps: int = 1,
+        keep_checkpoint_max: int = 5,
+        async_save: bool = False,
+        integrated_save: bool = False,
+        checkpoint_format: str = "safetensors",
+        **trainer_options: Any,
+    ):
+        super().__init__()
+        self.prefix = prefix
+        self.every = save_checkpoint_steps
+        self.last_saved = 0
+        self.saver = Saver(
+            Path(directory or Path(get_output_root_path()) / "checkpoint"),
+            *place_in_run()[:2],
+            keep_checkpoint_max,
+            async_save,
+        )
+
+    def on_train_begin(self, run_context: RunContext) -> None:
+        """Begin with no half written checkpoint; nothing is saved before the first step."""
+        self.saver.clear()
+        self.last_saved = start_of(run_context.original_args()).step
+
+    def on_train_step_end(self, run_context: RunContext) -> None:
+        """Save when a multiple of save_checkpoint_steps was reached, or passed in sink mode."""
+        cb_params = run_context.original_args()
+        step = start_of(cb_params).step + cb_params.cur_step_num
+        if step // self.every > self.last_saved // self.every:
+            self.save(cb_params, step)
+
+    def on_train_end(self, run_context: RunContext) -> None:
+        """Save the last step, and wait until it is on the disk."""
+        cb_params = run_context.original_args()
+        step = start_of(cb_params).step + cb_params.cur_step_num
+        if step > self.last_saved:
+            self.save(cb_params, step)
+        self.saver.wait()
+
+    def save(self, cb_params: Any, step: int) -> None:
+        """Save this rank's part of the step that has ended."""
+        network = cb_params.train_network
+        self.saver.save(self.meta(cb_params, step), pieces_of(network), {"random_state": random_state()})
+        self.last_saved = step
+        logger.info("saved step %d in %s", step, self.saver.root)
+
+    def meta(self, cb_params: Any, step: int) -> Meta:
+        """Where the training stands."""
+        dataset, start = cb_params.train_dataset, start_of(cb_params)
+        epoch, steps = divmod(start.dataset_steps + cb_params.cur_step_num, dataset.get_dataset_size())
+        consumed = start.first_sample + steps * samples_per_step(dataset) if steps else 0
+        position = position_of(dataset, consumed)
+        return Meta(
+            step=step,
+            ranks=self.saver.ranks,
+            epoch=epoch,
+            consumed_samples=consumed,
+            data_hash=position.data_hash if position else "",
+            prefix=self.prefix,
+            model=model_facts(real_model(cb_params.train_network).config),
+            versions={name: version(name) for name in ("mindspore", "mindformers")},
+        )
+
+
+def load_weights(network: nn.Cell, source: Source) -> None:
+    """Load every weight of a network for evaluation or prediction; what only training needs stays unread.
+
+    Raises:
+        ConfigError: the checkpoint is damaged or is not of this model.
+    """
+    check_model(source, network.config)
+    parameters = {parameter.name: parameter for parameter in network.get_parameters() if is_state(parameter.name)}
+    load_into(network, parameters, source, may_leave_mtp)
+
+
+def load_base(
+    network: nn.Cell, parameters: dict[str, Parameter], base: str, adapters: str | Path
+) -> dict[str, Parameter]:
+    """Load the frozen weights from where a LoRA training had them; returns the rest of `parameters`.
+
+    `base` is "" for a training that began with random weights: the YAML's seed has made them again.
+
+    Raises:
+        ConfigError: they are not there any more; `adapters` is the checkpoint that needs them.
+    """
+    frozen = frozen_names(network)
+    if base:
+        try:
+            found = HuggingFaceFolder(Path(base), adapters) if is_huggingface(base) else open_source(base)
+            weights = {name: parameter for name, parameter in parameters.items() if name in frozen}
+            own = parameters.keys()  # the adapters' checkpoint has the router biases too
+            load_into(network, weights, resolve(found, real_model(network)), lambda n: may_leave_mtp(n) or n in own)
+        except ConfigError as error:
+            raise ConfigError(f"{adapters}: its adapters were trained on the weights of {base}: {error}") from None
+        logger.info("loaded %d frozen parameters from %s", len(weights), base)
+    return {name: parameter for name, parameter in parameters.items() if name not in frozen}
+
+
+def weights_of(model: nn.Cell, source: Source, parameters: dict[str, Parameter]) -> dict[str, Parameter]:
+    """The model's own among `parameters`; adapters that the source does not have start anew."""
+    known = set(source.names())
+    own = {parameter.name for parameter in model.get_parameters()}
+    own = {name for name in own if name in known or not name.endswith(ADAPTERS)}
+    return {name: parameter for name, parameter in parameters.items() if name in own}
+
+
+def may_leave_mtp(name: str) -> bool:
+    """True for a weight of multi-token prediction, which a model may do without."""
+    return name.startswith("mtp.")
