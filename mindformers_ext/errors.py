@@ -5,9 +5,17 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """One sentence that says what is wrong and what to do."""
+    """One sentence that says what is wrong and what to do; or several, when several things are wrong."""
 
     exit_code = 1
+
+    @property
+    def sentences(self) -> list[str]:
+        """Each of them, on one line."""
+        return [" ".join(str(sentence).split()) for sentence in self.args]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class ConfigError(UserError, ValueError):
@@ -23,9 +31,10 @@ class TrainingStopped(UserError, RuntimeError):
 
 
 def exit_code_of(work: Callable[[], int | None]) -> int:
-    """Do a command line's work and return its exit code; the user's errors are printed as one sentence."""
+    """Do a command line's work and return its exit code; the user's errors are printed as sentences."""
     try:
         return work() or 0
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        for sentence in error.sentences:
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -13,12 +13,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mindformers_ext.config.run_plan import RunPlan, load_plan  # noqa: E402
+from mindformers_ext.config.command_line import parse_overrides  # noqa: E402
+from mindformers_ext.config.run import Run, read_run  # noqa: E402
 from mindformers_ext.config.strategy_rules import check_plan  # noqa: E402
 from mindformers_ext.dryrun.cost_model import estimate  # noqa: E402 (after the project is on the path)
 from mindformers_ext.dryrun.device_profile import DEFAULT_PROFILE, DeviceProfile, load_profile  # noqa: E402
@@ -71,14 +70,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse_overrides(rest: list[str]) -> list[tuple[str, Any]]:
-    """[('section.key', value)] from `--section.key value` arguments."""
-    if len(rest) % 2 or not all(key.startswith("--") for key in rest[::2]):
-        raise ConfigError(f"arguments {' '.join(rest)!r} are not understood; overrides look like --section.key value")
-    return [(key[2:], yaml.safe_load(text)) for key, text in zip(rest[::2], rest[1::2], strict=True)]
-
-
-def chosen_ranks(text: str, plan: RunPlan) -> list[int]:
+def chosen_ranks(text: str, plan: Run) -> list[int]:
     """Ranks that --ranks asks for."""
     stage = plan.devices_per_stage
     named = {
@@ -98,7 +90,7 @@ def chosen_ranks(text: str, plan: RunPlan) -> list[int]:
     return list(dict.fromkeys(ranks))
 
 
-def dry_run(options, plan: RunPlan, overrides: list[tuple[str, Any]], profile: DeviceProfile, out: Path) -> int:
+def dry_run(options, plan: Run, overrides: list[tuple[str, Any]], profile: DeviceProfile, out: Path) -> int:
     """Check, estimate and compile one plan; print and write its report; return the exit code.
 
     The estimate is printed before anything is compiled: often it is the answer.
@@ -117,7 +109,7 @@ def dry_run(options, plan: RunPlan, overrides: list[tuple[str, Any]], profile: D
     return report["exit_code"]
 
 
-def compile_plan(options, plan: RunPlan, overrides: list[tuple[str, Any]], ranks: list[int], out: Path) -> list:
+def compile_plan(options, plan: Run, overrides: list[tuple[str, Any]], ranks: list[int], out: Path) -> list:
     """Compile `ranks` through run_mindformer.py's path."""
     from mindformers_ext.config.command_line import find
     from mindformers_ext.rank_compiler.rank_pool import RankJobs, compile_ranks
@@ -138,9 +130,9 @@ def compile_plan(options, plan: RunPlan, overrides: list[tuple[str, Any]], ranks
     return compile_ranks(jobs, ranks, options.jobs)
 
 
-def compare(options, plan: RunPlan, profile: DeviceProfile) -> int:
+def compare(options, plan: Run, profile: DeviceProfile) -> int:
     """Print the estimates of two YAMLs side by side; 0 when both are legal and fit."""
-    plans = [plan, load_plan(options.compare, options.device_num)]
+    plans = [plan, read_run(options.compare, options.device_num)]
     bad = False
     for other in plans:
         for violation in check_plan(other):
@@ -158,7 +150,7 @@ def compare(options, plan: RunPlan, profile: DeviceProfile) -> int:
     return int(any(c.memory_bytes > memory_limit(p, profile) for p, c in zip(plans, costs, strict=True)))
 
 
-def run_sweep(options, plan: RunPlan, overrides: list[tuple[str, Any]], profile: DeviceProfile, out: Path) -> int:
+def run_sweep(options, plan: Run, overrides: list[tuple[str, Any]], profile: DeviceProfile, out: Path) -> int:
     """Print the legal combinations, the best first, and compile the best --verify of them."""
     legal, illegal = sweep(options.config, plan.device_num, overrides, parse_axes(options.sweep, plan), profile)
     print(
@@ -218,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.verify and not options.sweep:
             raise ConfigError("--verify K compiles the best K of --sweep; give both")
         overrides = parse_overrides(rest)
-        plan = load_plan(options.config, options.device_num, overrides)
+        plan = read_run(options.config, options.device_num, overrides)
         profile = load_profile(options.device)
         out = options.out or ROOT / "output" / "dryrun" / Path(options.config).stem
         if options.compare:

@@ -18,12 +18,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "research/deepseek3")]
 
-from deepseek2_config import DeepseekV2Config  # noqa: E402 (after the project is on the path)
-from deepseek3_config import DeepseekV3Config  # noqa: E402
-from hf_config import config_to_hf, read_config, sections_from_hf  # noqa: E402
+from hf_config import config_to_hf, read_config, sections_from_hf  # noqa: E402 (after the project is on the path)
 
 from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER  # noqa: E402
-from mindformers_ext.config.yaml_files import load_yaml, lookup  # noqa: E402
+from mindformers_ext.config.model import FAMILIES, ModelConfig  # noqa: E402
+from mindformers_ext.config.run import read_run  # noqa: E402
 from mindformers_ext.errors import ConfigError, exit_code_of  # noqa: E402
 from mindformers_ext.files.atomic import whole_file, write_json, write_text  # noqa: E402
 
@@ -38,18 +37,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def model_of(path: Path) -> DeepseekV2Config:
-    """The model's configuration in a run's YAML."""
-    run = load_yaml(path)
-    values = dict(lookup(run, "model.model_config") or {})
-    cls = {"DeepseekV2Config": DeepseekV2Config, "DeepseekV3Config": DeepseekV3Config}.get(values.pop("type", None))
-    if cls is None:
-        raise ConfigError(f"{path}: model.model_config.type must be DeepseekV2Config or DeepseekV3Config")
-    values.pop("auto_register", None)
-    return cls(**{**values, "offset": 0}, moe_config=run.get("moe_config"))
+def model_of(path: Path) -> ModelConfig:
+    """The model in a run's YAML."""
+    model = read_run(path).model
+    if model is None:
+        raise ConfigError(f"{path}: model.model_config.type must be one of {', '.join(FAMILIES)}")
+    return model
 
 
-def write_assets(config: DeepseekV2Config, tokenizer_file: Path, folder: Path) -> None:
+def write_assets(config: ModelConfig, tokenizer_file: Path, folder: Path) -> None:
     """Write the folder."""
     with whole_file(folder / "tokenizer.json") as temporary:
         shutil.copyfile(tokenizer_file, temporary)

@@ -47,7 +47,7 @@ def configuration(size: str, model: dict, moe: dict):
 
 def step_flops(config, batch: int) -> float:
     """Floating-point operations that a training step of `batch` sequences needs."""
-    from flops import flops_per_token
+    from mindformers_ext.config.flops import flops_per_token
 
     return flops_per_token(config, config.seq_length) * batch * config.seq_length
 

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mindformers_ext.config.yaml_files import parse_value
 from mindformers_ext.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +70,7 @@ def parse_overrides(rest: list[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"option {key} has no value; write {key} VALUE")
             text = rest[position]
         position += 1
-        pairs.append((key[2:], yaml.safe_load(text)))
+        pairs.append((key[2:], parse_value(text, key)))
     return pairs
 
 

@@ -7,8 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mindformers_ext.bin_dataset.indexed_dataset import CorruptDatasetError, IndexedDataset
-from mindformers_ext.config.check import is_megatron
-from mindformers_ext.config.yaml_files import lookup
+from mindformers_ext.config.run import Run
 from mindformers_ext.errors import ConfigError
 
 SAMPLED_TOKENS = 1_000_000  # tokens of every file whose ids are compared with vocab_size
@@ -30,31 +29,30 @@ def is_weight(item: Any) -> bool:
     return True
 
 
-def check_data(config: dict, dataset: str, path: str | Path) -> None:
+def check_data(run: Run, dataset: str) -> None:
     """Open every file of a Megatron dataset section and compare it with the model's sizes.
 
     Raises:
         ConfigError: a missing or damaged file, too few tokens for one sample, or an id outside the vocabulary.
     """
-    if not is_megatron(config, dataset):
+    section = getattr(run.sections, dataset)
+    if section is None or section.megatron is None:
         return
-    section = f"{dataset}.data_loader.config"
-    settings = lookup(config, section, {})
-    keys = [key for key in ("data_path", "train_data_path", "valid_data_path", "test_data_path") if settings.get(key)]
-    if not keys:
-        raise ConfigError(f"{path}: {section}.data_path is missing; give the prefix of a .bin/.idx pair")
-    check_tokenizer(config, path)
-    vocab_size = lookup(config, "model.model_config.vocab_size")
-    for key in keys:
-        files = [open_dataset(prefix, f"{section}.{key}", path) for prefix in data_prefixes(settings[key])]
+    path, name, config = run.path, f"{dataset}.data_loader.config", section.megatron.config
+    if not config.paths:
+        raise ConfigError(f"{path}: {name}.data_path is missing; give the prefix of a .bin/.idx pair")
+    check_tokenizer(run)
+    vocab_size = run.value("model.model_config.vocab_size")
+    for key, given in config.paths.items():
+        files = [open_dataset(prefix, f"{name}.{key}", path) for prefix in data_prefixes(given)]
         tokens = sum(len(file.tokens) for file in files)
-        if tokens < settings["seq_length"] + 1:
+        if tokens < config.seq_length + 1:
             raise ConfigError(
-                f"{path}: {section}.seq_length is {settings['seq_length']}, but {key} {settings[key]} holds only "
-                f"{tokens} tokens and a sample needs seq_length + 1; give more text or a shorter sequence"
+                f"{path}: {name}.seq_length is {config.seq_length}, but {key} {given} holds only {tokens} tokens and a "
+                "sample needs seq_length + 1; give more text or a shorter sequence"
             )
         for file in files:
-            check_ids(file, vocab_size, f"{section}.{key}", path)
+            check_ids(file, vocab_size, f"{name}.{key}", path)
 
 
 def open_dataset(prefix: str, key: str, path: str | Path) -> IndexedDataset:
@@ -75,13 +73,14 @@ def check_ids(file: IndexedDataset, vocab_size: int | None, key: str, path: str 
         )
 
 
-def check_tokenizer(config: dict, path: str | Path) -> Tokenizer | None:
+def check_tokenizer(run: Run) -> Tokenizer | None:
     """Load processor.tokenizer.tokenizer_file and compare it with vocab_size; None when the YAML names none.
 
     Raises:
         ConfigError: the file is missing, is not a tokenizer.json, or has more tokens than the model.
     """
-    file = lookup(config, "processor.tokenizer.tokenizer_file")
+    path, processor = run.path, run.sections.processor
+    file = processor and processor.tokenizer and processor.tokenizer.tokenizer_file
     if file is None:
         return None
     if not Path(file).is_file():
@@ -92,7 +91,7 @@ def check_tokenizer(config: dict, path: str | Path) -> Tokenizer | None:
         raise ConfigError(
             f"{path}: processor.tokenizer.tokenizer_file {file!r} is not a tokenizer.json: {error}"
         ) from None
-    vocab_size = lookup(config, "model.model_config.vocab_size")
+    vocab_size = run.value("model.model_config.vocab_size")
     if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
         raise ConfigError(
             f"{path}: model.model_config.vocab_size is {vocab_size}, but processor.tokenizer.tokenizer_file {file!r} "

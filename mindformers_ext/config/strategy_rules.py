@@ -5,52 +5,65 @@ that of research/deepseek3/sharding.py: the devices of a stage form a grid (dp, 
 (edp, ep) with edp * ep = dp * cp * mp for experts.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from math import gcd
 
-from mindformers_ext.config.run_plan import RunPlan
-from mindformers_ext.config.yaml_files import lookup, short
-from mindformers_ext.errors import ConfigError
+from mindformers_ext.config.model import FAMILIES
+from mindformers_ext.config.run import Run
+from mindformers_ext.config.run_rules import CPU_RULES, RUN_RULES, Violation
+from mindformers_ext.config.typed import divisors_near, legal_words, nearest_legal
 
 
-@dataclass(frozen=True)
-class Violation:
-    """A rule that a plan breaks; `key` is the YAML key to change."""
-
-    key: str
-    sentence: str
+def check_plan(plan: Run) -> list[Violation]:
+    """Every rule that a run breaks which is to be split over a cluster; empty when it is legal."""
+    rules = (*RUN_RULES, *(RULES if plan.model is not None else (of_a_known_model,)))
+    return [violation for rule in rules for violation in rule(plan)]
 
 
-def check_plan(plan: RunPlan) -> list[Violation]:
-    """Every rule that `plan` breaks; empty when it is legal."""
-    return [violation for rule in RULES for violation in rule(plan)]
+def check_run(run: Run) -> list[Violation]:
+    """Every rule that a run breaks on the device that it names."""
+    if run.is_semi_auto:
+        return [*check_plan(run), *(violation for rule in CPU_RULES for violation in rule(run))]
+    return [violation for rule in (*RUN_RULES, *CPU_RULES, split_by_hand) for violation in rule(run)]
 
 
-def refuse_illegal(plan: RunPlan) -> None:
-    """Raise ConfigError that names the file, key, value and rule of the first violation, if there is one."""
-    for violation in check_plan(plan):
-        value = short(lookup(plan.config, violation.key))
-        raise ConfigError(f"{plan.path}: {violation.key} is {value}, but {violation.sentence}")
+def of_a_known_model(run: Run) -> Iterator[Violation]:
+    yield Violation("model.model_config.type", f"strategies are known of {' and '.join(FAMILIES)} only")
 
 
-def nearest(value: int, legal: Callable[[int], bool], limit: int) -> list[int]:
-    """The closest legal numbers at or below and above `value`, within 1..limit."""
-    below = next((n for n in range(min(value, limit), 0, -1) if legal(n)), None)
-    above = next((n for n in range(value + 1, limit + 1) if legal(n)), None)
-    return [n for n in (below, above) if n is not None]
+def split_by_hand(run: Run) -> Iterator[Violation]:
+    mode = run.sections.parallel.parallel_mode
+    if run.sections.use_parallel and OTHER_MODES.get(mode) not in (None, NOT_SPLIT):
+        yield Violation("parallel.parallel_mode", f"{OTHER_MODES[mode]}; use 1 (semi-auto) or 0 (data parallel)")
 
 
-def divisors_near(value: int, of: int) -> str:
-    """'nearest legal: 4 or 8', the divisors of `of` around `value`."""
-    return _near(nearest(value, lambda n: of % n == 0, of))
+def split_by_the_compiler(plan: Run) -> Iterator[Violation]:
+    mode = plan.sections.parallel.parallel_mode
+    if mode in OTHER_MODES:
+        yield Violation("parallel.parallel_mode", f"{OTHER_MODES[mode]}; nearest legal: 1")
 
 
-def _near(values: list[int]) -> str:
-    return f"nearest legal: {' or '.join(map(str, values))}" if values else "no value is legal"
+def own_part_of_the_batch(plan: Run) -> Iterator[Violation]:
+    if plan.sections.parallel.full_batch:
+        columns = (plan.sections.train_dataset and plan.sections.train_dataset.input_columns) or ["input_ids"]
+        yield Violation(
+            "parallel.full_batch",
+            f"every rank would read the samples of all; nearest legal: False, with dataset_strategy "
+            f"{[[plan.dp, 1]] * len(columns)}",
+        )
 
 
-def device_product(plan: RunPlan) -> Iterator[Violation]:
+def one_count_of_micro_batches(plan: Run) -> Iterator[Violation]:
+    steps = plan.sections.runner_config.gradient_accumulation_steps
+    if plan.pp > 1 and steps > 1:
+        yield Violation(
+            "runner_config.gradient_accumulation_steps",
+            f"with a pipeline the micro-batches of a step are parallel_config.micro_batch_num; nearest legal: 1, with "
+            f"micro_batch_num {plan.micro_batches * steps}",
+        )
+
+
+def device_product(plan: Run) -> Iterator[Violation]:
     product = plan.dp * plan.cp * plan.mp * plan.pp
     if product == plan.device_num:
         return
@@ -59,7 +72,7 @@ def device_product(plan: RunPlan) -> Iterator[Violation]:
     for key, field in (("data_parallel", "dp"), ("pipeline_stage", "pp"), ("model_parallel", "mp")):
         value = getattr(plan, field)
         if plan.device_num % (product // value) == 0:
-            changed = replace(plan, **{field: plan.device_num * value // product})
+            changed = plan.changed([(f"parallel_config.{key}", plan.device_num * value // product)], plan.device_num)
             if not [*stages_within_layers(changed), *widths_over_model_parallel(changed)]:
                 options[key] = getattr(changed, field)
     hint = " or ".join(f"{key}: {value}" for key, value in options.items())
@@ -74,16 +87,17 @@ def device_product(plan: RunPlan) -> Iterator[Violation]:
     )
 
 
-def whole_servers(plan: RunPlan) -> Iterator[Violation]:
+def whole_servers(plan: Run) -> Iterator[Violation]:
     if plan.device_num % 8 and plan.device_num not in (1, 2, 4):
+        near = nearest_legal(plan.device_num, lambda n: n % 8 == 0 or n in (1, 2, 4), plan.device_num + 8)
         yield Violation(
             "parallel_config.data_parallel",
             f"MindSpore splits over 1, 2, 4 or a multiple of 8 devices, but there are {plan.device_num}; "
-            f"{_near(nearest(plan.device_num, lambda n: n % 8 == 0 or n in (1, 2, 4), plan.device_num + 8))}",
+            f"{legal_words(near)}",
         )
 
 
-def expert_parallel_in_stage(plan: RunPlan) -> Iterator[Violation]:
+def expert_parallel_in_stage(plan: Run) -> Iterator[Violation]:
     stage = plan.devices_per_stage
     if stage % plan.ep:
         common = gcd(stage, plan.model.moe_config.expert_num)
@@ -94,7 +108,7 @@ def expert_parallel_in_stage(plan: RunPlan) -> Iterator[Violation]:
         )
 
 
-def experts_over_expert_parallel(plan: RunPlan) -> Iterator[Violation]:
+def experts_over_expert_parallel(plan: Run) -> Iterator[Violation]:
     experts = plan.model.moe_config.expert_num
     if experts % plan.ep:
         yield Violation(
@@ -104,7 +118,7 @@ def experts_over_expert_parallel(plan: RunPlan) -> Iterator[Violation]:
         )
 
 
-def widths_over_model_parallel(plan: RunPlan) -> Iterator[Violation]:
+def widths_over_model_parallel(plan: Run) -> Iterator[Violation]:
     model, moe = plan.model, plan.model.moe_config
     widths = {
         "num_heads": (model.num_heads, "attention heads lie on model_parallel"),
@@ -125,7 +139,7 @@ def widths_over_model_parallel(plan: RunPlan) -> Iterator[Violation]:
             )
 
 
-def experts_need_sequence_parallel(plan: RunPlan) -> Iterator[Violation]:
+def experts_need_sequence_parallel(plan: Run) -> Iterator[Violation]:
     if plan.mp > 1 and plan.model.moe_config.expert_num > 1 and not plan.sequence_parallel:
         yield Violation(
             "parallel_config.use_seq_parallel",
@@ -134,7 +148,7 @@ def experts_need_sequence_parallel(plan: RunPlan) -> Iterator[Violation]:
         )
 
 
-def sequence_over_devices(plan: RunPlan) -> Iterator[Violation]:
+def sequence_over_devices(plan: Run) -> Iterator[Violation]:
     on_mp = plan.sequence_parallel or plan.model.moe_config.expert_num > 1
     ways = plan.cp * (plan.mp if on_mp else 1)
     length = plan.model.seq_length
@@ -145,11 +159,12 @@ def sequence_over_devices(plan: RunPlan) -> Iterator[Violation]:
         legal = [n for n in (below, below + ways) if n]
         yield Violation(
             "model.model_config.seq_length",
-            f"{why}, so {product} must divide seq_length, but {length} is not a multiple of {ways}; {_near(legal)}",
+            f"{why}, so {product} must divide seq_length, but {length} is not a multiple of {ways}; "
+            f"{legal_words(legal)}",
         )
 
 
-def capacity_groups(plan: RunPlan) -> Iterator[Violation]:
+def capacity_groups(plan: Run) -> Iterator[Violation]:
     moe = plan.model.moe_config
     if moe.expert_num == 1 or moe.use_gmm or not moe.expert_group_size:
         return
@@ -163,47 +178,27 @@ def capacity_groups(plan: RunPlan) -> Iterator[Violation]:
         )
 
 
-def experts_per_token(plan: RunPlan) -> Iterator[Violation]:
-    moe = plan.model.moe_config
-    if moe.num_experts_chosen > moe.expert_num:
-        yield Violation(
-            "moe_config.num_experts_chosen",
-            f"a token can choose at most expert_num experts, but num_experts_chosen is {moe.num_experts_chosen} and "
-            f"expert_num is {moe.expert_num}; {_near([moe.expert_num])}",
-        )
-    if moe.expert_num % moe.n_group:
-        yield Violation(
-            "moe_config.n_group",
-            f"n_group must divide expert_num, but {moe.n_group} does not divide {moe.expert_num}; "
-            f"{divisors_near(moe.n_group, moe.expert_num)}",
-        )
-    elif moe.topk_group and not 1 <= moe.topk_group <= moe.n_group:
-        yield Violation(
-            "moe_config.topk_group",
-            f"a token chooses topk_group of n_group groups, but topk_group is {moe.topk_group} and n_group is "
-            f"{moe.n_group}; {_near([min(max(moe.topk_group, 1), moe.n_group)])}",
-        )
-
-
-def stages_within_layers(plan: RunPlan) -> Iterator[Violation]:
+def stages_within_layers(plan: Run) -> Iterator[Violation]:
     if plan.pp > plan.model.num_layers:
+        layers = plan.model.num_layers
+        near = nearest_legal(layers, lambda n: plan.device_num % n == 0, layers)
         yield Violation(
             "parallel_config.pipeline_stage",
-            f"every stage needs a layer, but pipeline_stage is {plan.pp} and num_layers is {plan.model.num_layers}; "
-            f"{_near(nearest(plan.model.num_layers, lambda n: plan.device_num % n == 0, plan.model.num_layers))}",
+            f"every stage needs a layer, but pipeline_stage is {plan.pp} and num_layers is {layers}; "
+            f"{legal_words(near)}",
         )
 
 
-def micro_batches_fill_stages(plan: RunPlan) -> Iterator[Violation]:
+def micro_batches_fill_stages(plan: Run) -> Iterator[Violation]:
     if plan.micro_batches < plan.pp:
         yield Violation(
             "parallel_config.micro_batch_num",
             f"the pipeline needs at least as many micro-batches as stages, but micro_batch_num is "
-            f"{plan.micro_batches} and pipeline_stage is {plan.pp}; {_near([plan.pp])}",
+            f"{plan.micro_batches} and pipeline_stage is {plan.pp}; {legal_words([plan.pp])}",
         )
 
 
-def offset_list(plan: RunPlan) -> Iterator[Violation]:
+def offset_list(plan: Run) -> Iterator[Violation]:
     offset, layers, pp = plan.model.offset, plan.model.num_layers, plan.pp
     if not isinstance(offset, list):
         return
@@ -231,7 +226,7 @@ def offset_list(plan: RunPlan) -> Iterator[Violation]:
             )
 
 
-def recompute_lists(plan: RunPlan) -> Iterator[Violation]:
+def recompute_lists(plan: Run) -> Iterator[Violation]:
     if len(plan.layers_per_stage) != plan.pp:
         return  # an offset list of another length: its own rule speaks
     held_by_stage = [len(plan.layers_of(stage)) for stage in range(plan.pp)]
@@ -250,12 +245,12 @@ def recompute_lists(plan: RunPlan) -> Iterator[Violation]:
                 yield Violation(
                     f"recompute_config.{key}",
                     f"{key}[{stage}] must lie between 0 and the layers of stage {stage}, but is {asked} and the stage "
-                    f"holds {held}; {_near([min(max(asked, 0), held)])}",
+                    f"holds {held}; {legal_words([min(max(asked, 0), held)])}",
                 )
 
 
-def plain_pipeline(plan: RunPlan) -> Iterator[Violation]:
-    if lookup(plan.config, "parallel.pipeline_config.pipeline_interleave"):
+def plain_pipeline(plan: Run) -> Iterator[Violation]:
+    if plan.sections.parallel.pipeline_config.pipeline_interleave:
         yield Violation(
             "parallel.pipeline_config.pipeline_interleave",
             "interleaving needs several runs of layers in a stage (MindSpore's Cell.pipeline_segment), and this model "
@@ -263,7 +258,7 @@ def plain_pipeline(plan: RunPlan) -> Iterator[Violation]:
         )
 
 
-def optimizer_shards(plan: RunPlan) -> Iterator[Violation]:
+def optimizer_shards(plan: Run) -> Iterator[Violation]:
     size, stage = plan.optimizer_shard_size, plan.devices_per_stage
     if plan.shard_optimizer and size != -1 and (size < 1 or stage % size):
         yield Violation(
@@ -274,13 +269,13 @@ def optimizer_shards(plan: RunPlan) -> Iterator[Violation]:
         )
 
 
-def dataset_strategy(plan: RunPlan) -> Iterator[Violation]:
+def dataset_strategy(plan: Run) -> Iterator[Violation]:
     """One sentence for all entries: they are usually wrong together."""
-    if not isinstance(plan.dataset_strategy, list | tuple):
+    if not isinstance(plan.sections.parallel.dataset_strategy, list | tuple):
         return
-    for index, axes in enumerate(plan.dataset_strategy):
+    for index, axes in enumerate(plan.sections.parallel.dataset_strategy):
         if axes[0] != plan.dp:
-            legal = [[plan.dp, *axes[1:]] for axes in plan.dataset_strategy]
+            legal = [[plan.dp, *axes[1:]] for axes in plan.sections.parallel.dataset_strategy]
             yield Violation(
                 "parallel.dataset_strategy",
                 f"the first number of every entry splits the batch and must be data_parallel, but entry {index} has "
@@ -289,7 +284,22 @@ def dataset_strategy(plan: RunPlan) -> Iterator[Violation]:
             return
 
 
+SEARCHED = "MindSpore 2.9 does not search strategies beside those of sharding.py ('Init tensor_layout failed')"
+BY_HAND = "the model splits nothing by hand, which that mode is for"
+NOT_SPLIT = "in that mode every device holds the whole model"
+OTHER_MODES = {
+    0: NOT_SPLIT,
+    "stand_alone": NOT_SPLIT,
+    "data_parallel": NOT_SPLIT,
+    2: SEARCHED,
+    "auto_parallel": SEARCHED,
+    3: BY_HAND,
+    "hybrid_parallel": BY_HAND,
+}
 RULES = (
+    split_by_the_compiler,
+    own_part_of_the_batch,
+    one_count_of_micro_batches,
     device_product,
     whole_servers,
     expert_parallel_in_stage,
@@ -298,7 +308,6 @@ RULES = (
     experts_need_sequence_parallel,
     sequence_over_devices,
     capacity_groups,
-    experts_per_token,
     stages_within_layers,
     micro_batches_fill_stages,
     plain_pipeline,

@@ -1,6 +1,7 @@
 """Read a run's YAML and apply the command line's --section.key overrides; imports nothing heavy."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,29 @@ import yaml
 from mindformers_ext.errors import ConfigError
 
 
+class Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number (to PyYAML only 1.0e-4 is), and a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")  # YAML 1.2's, with an exponent
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+
+
+def parse_value(text: str, where: str) -> Any:
+    """A value of the command line, read as YAML. Raises ConfigError that begins with `where`."""
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: {text!r} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def load_yaml(path: str | Path) -> dict:
     """Read a YAML file into a dictionary, its `base_config` files (MindFormers' way to inherit) underneath.
 
@@ -17,7 +41,7 @@ def load_yaml(path: str | Path) -> dict:
         ConfigError: a file is missing, is not YAML, or its top level is not a mapping.
     """
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"{path}: cannot read this YAML file: {reason}; check the path given to --config") from None
@@ -71,26 +95,10 @@ def lookup(config: dict, dotted_key: str, default: Any = None) -> Any:
     return value
 
 
-def is_semi_auto(config: dict) -> bool:
-    """True when MindSpore splits one graph over the devices (parallel_mode 1 or 2)."""
-    mode = lookup(config, "parallel.parallel_mode", 1)
-    return bool(config.get("use_parallel")) and mode in (1, 2, "semi_auto_parallel", "auto_parallel")
-
-
 def short(value: Any) -> str:
     """A value as it is shown in an error, cut to one readable piece."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def refuse_unknown(section: str, values: dict, legal: Iterable[str], path: str | Path | None = None) -> None:
-    """Raise ConfigError for the first key of a section ('' for the top) that is not legal; it names `path` if given."""
-    legal = list(legal)
-    for key, value in values.items():
-        if key not in legal:
-            name = f"{section}.{key}" if section else str(key)
-            where = f"{path}: " if path else ""
-            raise ConfigError(f"{where}{name}: unknown key with value {short(value)}; {nearest(key, legal)}")
 
 
 def nearest(key: Any, legal: Iterable[str]) -> str:

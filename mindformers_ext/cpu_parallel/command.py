@@ -8,15 +8,14 @@ Exit code 0 when the run splits one graph over devices (`cpu_parallel.job` runs 
 import sys
 
 from mindformers_ext.config.command_line import all_overrides, build_parser, find
-from mindformers_ext.config.run_plan import RunPlan, load_plan
-from mindformers_ext.config.yaml_files import is_semi_auto
+from mindformers_ext.config.run import Run, read_run
 from mindformers_ext.errors import ConfigError
 
 
-def read_plan(command: list[str], worker_num: int | None = None) -> RunPlan:
+def read_plan(command: list[str], worker_num: int | None = None) -> Run:
     """The plan of the run that `run_mindformer.py` arguments describe. Raises ConfigError."""
     options, rest = build_parser().parse_known_args(command)
-    return load_plan(find(options.config), worker_num, all_overrides(options, rest))
+    return read_run(find(options.config), worker_num, all_overrides(options, rest))
 
 
 def absolute(command: list[str]) -> tuple[str, ...]:
@@ -31,7 +30,7 @@ def splits_one_graph(command: list[str]) -> bool:
     if not any(word.partition("=")[0] == "--config" for word in command):
         return False
     try:
-        return is_semi_auto(read_plan(command).config)
+        return read_plan(command).is_semi_auto
     except ConfigError:
         return False
 

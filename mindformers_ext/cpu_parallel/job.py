@@ -22,9 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from mindformers_ext.collectives.rank_job import RankJob
-from mindformers_ext.config.run_plan import RunPlan
-from mindformers_ext.config.strategy_rules import refuse_illegal
-from mindformers_ext.config.yaml_files import lookup
+from mindformers_ext.config.run import Run
+from mindformers_ext.config.run_rules import refuse
+from mindformers_ext.config.strategy_rules import check_plan
 from mindformers_ext.cpu_parallel import launch
 from mindformers_ext.cpu_parallel.command import absolute, read_plan
 from mindformers_ext.errors import ConfigError, UserError
@@ -38,9 +38,9 @@ REPORT = re.compile(r"- (step \d+, loss .*)")  # TrainingMetrics' line of a step
 MAX_RANKS = 64  # processes of one machine; more is a mistake
 
 
-def graph_key(plan: RunPlan) -> str:
+def graph_key(plan: Run) -> str:
     """Names everything that a compiled rank depends on."""
-    config = {key: value for key, value in plan.config.items() if key not in OUTSIDE_THE_GRAPH}
+    config = {key: value for key, value in plan.values.items() if key not in OUTSIDE_THE_GRAPH}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(importlib.metadata.version("mindspore").encode())
     for pattern in GRAPH_SOURCES:
@@ -56,10 +56,10 @@ def run(command: list[str], worker_num: int, log_dir: Path, say: Callable[[str],
         UserError: the strategy is not legal, a rank does not compile, or one fails; the sentence names it.
     """
     plan = read_plan(command, worker_num)
-    refuse_illegal(plan)
+    refuse(plan, check_plan(plan))
     if worker_num > MAX_RANKS:
         raise ConfigError(f"WORKER_NUM is {worker_num}, but one machine without cards runs at most {MAX_RANKS} ranks")
-    folder = Path(lookup(plan.config, "output_dir", "./output")).resolve() / "compiled_ranks" / graph_key(plan)
+    folder = Path(plan.sections.output_dir).resolve() / "compiled_ranks" / graph_key(plan)
     if (folder / "whole").exists():
         say(f"the graphs of all {worker_num} ranks are in {folder} already")
     else:

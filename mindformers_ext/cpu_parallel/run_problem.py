@@ -10,10 +10,11 @@ import numpy as np
 
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter, idx_path
 from mindformers_ext.collectives.rank_job import RankJob
+from mindformers_ext.config.data_check import data_prefixes
 from mindformers_ext.config.one_process import one_process_overrides
-from mindformers_ext.config.run_plan import DEGREES, RunPlan, make_plan
-from mindformers_ext.config.strategy_rules import refuse_illegal
-from mindformers_ext.config.yaml_files import lookup, override
+from mindformers_ext.config.run import Run
+from mindformers_ext.config.run_rules import refuse
+from mindformers_ext.config.strategy_rules import check_plan
 from mindformers_ext.cpu_parallel import job, launch
 from mindformers_ext.cpu_parallel.command import absolute, read_plan
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
@@ -68,7 +69,14 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
-SHORT = dict(zip(("dp", "cp", "mp", "pp", "ep", "micro"), DEGREES, strict=True))
+SHORT = {
+    "dp": "data_parallel",
+    "cp": "context_parallel",
+    "mp": "model_parallel",
+    "pp": "pipeline_stage",
+    "ep": "expert_parallel",
+    "micro": "micro_batch_num",
+}
 OWN = "own"  # the YAML's layout
 
 
@@ -83,7 +91,7 @@ class RunProblem:
     """
 
     command: tuple[str, ...]
-    plan: RunPlan
+    plan: Run
     folder: Path
     steps: int = 5
 
@@ -91,7 +99,8 @@ class RunProblem:
     def of(cls, command: list[str], folder: Path, steps: int) -> "RunProblem":
         """Read the YAML. Raises ConfigError."""
         plan = read_plan(command)
-        prefixes = (lookup(plan.config, "train_dataset.data_loader.config.data_path") or [])[1::2]
+        loader = plan.sections.train_dataset and plan.sections.train_dataset.megatron
+        prefixes = data_prefixes(loader.config.data_path) if loader else []
         data = []
         if not prefixes or not all(idx_path(prefix).exists() for prefix in prefixes):
             prefix = random_data(folder / "random", plan, steps)
@@ -111,7 +120,7 @@ class RunProblem:
         parts = degrees["dp"] * degrees["micro"] * degrees["accumulation"]
         if self.plan.model.num_layers < degrees["pp"]:  # every stage needs a layer
             model = model | {"model.model_config.num_layers": degrees["pp"]}
-        columns = lookup(self.plan.config, "train_dataset.input_columns") or ["input_ids"]
+        columns = self.plan.sections.train_dataset.input_columns or ["input_ids"]
         overrides = {
             "use_parallel": True,
             "parallel": {"parallel_mode": 1, "full_batch": False, "search_mode": "sharding_propagation"},
@@ -140,22 +149,18 @@ class RunProblem:
     def compile(self, layout: Layout, folder: Path) -> list[list[Call]]:
         """Compile and lower all ranks; raises ConfigError when the YAML does not allow the layout."""
         overrides = layout.arguments["overrides"] | layout.arguments["model"]
-        config = json.loads(json.dumps(self.plan.config))
-        for key, value in overrides.items():
-            override(config, key, value, self.plan.path)
-        plan = make_plan(config, self.plan.path, layout.world_size)
+        plan = self.plan.changed(overrides.items(), layout.world_size)
         if plan.global_batch != self.plan.global_batch:
             raise ConfigError(f"the YAML's global batch of {self.plan.global_batch} does not divide for {layout.name}")
-        refuse_illegal(plan)
+        refuse(plan, check_plan(plan))
         builder = launch.RunBuilder(tuple(self._command(overrides, folder)), (str(job.ROOT),))
         return launch.compile_ranks(builder, layout.world_size, folder, layout.stages)
 
     def run(self, layout: Layout, single: Path, folder: Path) -> list[dict]:
         """Train as ranks; what ParallelCheck wrote of each."""
         overrides = layout.arguments["overrides"] | layout.arguments["model"]
-        degrees = overrides.get("parallel_config") or self.plan.config["parallel_config"]
-        ranks_per_sample = degrees.get("context_parallel", 1) * degrees.get("model_parallel", 1)
-        ranks = RankJob(folder, job.new_name(), 0, layout.world_size, layout.stages, ranks_per_sample)
+        plan = self.plan.changed(overrides.items(), layout.world_size)
+        ranks = RankJob(folder, job.new_name(), 0, layout.world_size, layout.stages, plan.cp * plan.mp)
         job.train(self._command(overrides, folder), ranks, folder)
         results = [rank_folder(folder, rank) / "result.json" for rank in range(layout.world_size)]
         return [json.loads(path.read_text()) for path in results]
@@ -163,7 +168,7 @@ class RunProblem:
     def _command(self, overrides: dict[str, Any], folder: Path) -> list[str]:
         """run_mindformer.py's arguments for a check into `folder`."""
         check = [{"type": "ParallelCheck", "folder": str(folder)}]
-        if lookup(self.plan.config, "moe_config.balance_via_topk_bias"):
+        if self.plan.model.moe_config.balance_via_topk_bias:
             check.insert(0, {"type": "TopkBiasBalanceCallback"})
         settings = {
             "context.device_target": "CPU",
@@ -178,7 +183,7 @@ class RunProblem:
         return [*self.command, *(text for key, value in pairs for text in (f"--{key}", as_text(value)))]
 
 
-def random_data(prefix: Path, plan: RunPlan, steps: int) -> Path:
+def random_data(prefix: Path, plan: Run, steps: int) -> Path:
     """Documents of random tokens, enough for the check; returns the prefix of the .bin/.idx pair."""
     rng = np.random.default_rng(1)
     left = (steps * plan.global_batch + 2) * plan.model.seq_length * 2

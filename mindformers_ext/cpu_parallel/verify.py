@@ -28,8 +28,8 @@ class Layout:
 class Problem:
     """What is trained: a module with `LAYOUTS`, `build(**arguments)` and `build_single(steps=...)`.
 
-    `build` returns the training cell of a rank and its inputs (see rank_compiler/compile_rank.py), `build_single` that of
-    one process and the inputs of every step (see reference.py). A YAML is one too: run_problem.RunProblem.
+    `build` returns the training cell of a rank and its inputs (see rank_compiler/compile_rank.py), `build_single`
+    that of one process and the inputs of every step (see reference.py). A YAML is one too: run_problem.RunProblem.
     """
 
     module: str

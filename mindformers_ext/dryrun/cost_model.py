@@ -10,12 +10,12 @@ What is assumed:
 - routing is balanced: every expert rank gets the same number of tokens.
 """
 
-import importlib.util
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mindformers_ext.config.run_plan import DTYPE_BYTES, RunPlan, model_folder
+from mindformers_ext.config import flops
+from mindformers_ext.config.run import DTYPE_BYTES, Run
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.parameters import (
     Weight,
@@ -38,17 +38,6 @@ from mindformers_ext.dryrun.transfers import (
 
 FLOAT_BYTES = 4
 ADAM_STATES = 2  # first and second moment, float32
-
-
-def _model_flops():
-    """The model's own FLOP formula (facts 16), loaded from its file: the folder is no package."""
-    spec = importlib.util.spec_from_file_location("deepseek_flops", model_folder() / "flops.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-flops = _model_flops()
 
 
 @dataclass
@@ -110,7 +99,7 @@ class PlanCost:
         return data
 
 
-def estimate(plan: RunPlan, profile: DeviceProfile) -> PlanCost:
+def estimate(plan: Run, profile: DeviceProfile) -> PlanCost:
     """Cost of a legal plan on a device."""
     weights = list(model_weights(plan))
     stages = [_stage_cost(plan, profile, stage, weights) for stage in range(plan.pp)]
@@ -139,7 +128,7 @@ def estimate(plan: RunPlan, profile: DeviceProfile) -> PlanCost:
     )
 
 
-def _causes(plan: RunPlan, profile: DeviceProfile, stage: StageCost, pipeline: float) -> dict[str, float]:
+def _causes(plan: Run, profile: DeviceProfile, stage: StageCost, pipeline: float) -> dict[str, float]:
     """Seconds of one step on the slowest stage, by what they are spent on."""
     causes = {"compute": stage.compute_seconds * plan.micro_batches}
     for purpose, seconds in stage.collective_seconds.items():
@@ -150,7 +139,7 @@ def _causes(plan: RunPlan, profile: DeviceProfile, stage: StageCost, pipeline: f
     return causes
 
 
-def _stage_cost(plan: RunPlan, profile: DeviceProfile, stage: int, weights: list[Weight]) -> StageCost:
+def _stage_cost(plan: Run, profile: DeviceProfile, stage: int, weights: list[Weight]) -> StageCost:
     own = [w for w in weights if w.stage == stage]
     layers = plan.layers_of(stage)
     recomputed = recomputed_layers(plan, stage)
@@ -178,7 +167,7 @@ def _stage_cost(plan: RunPlan, profile: DeviceProfile, stage: int, weights: list
     )
 
 
-def _held_bytes(plan: RunPlan, own: list[Weight]) -> dict[str, float]:
+def _held_bytes(plan: Run, own: list[Weight]) -> dict[str, float]:
     """Bytes one rank keeps during the whole step."""
     held = dict.fromkeys(("weight_bytes", "gradient_bytes", "optimizer_bytes", "gathered_bytes"), 0.0)
     for weight in own:
@@ -195,7 +184,7 @@ def _held_bytes(plan: RunPlan, own: list[Weight]) -> dict[str, float]:
     return held
 
 
-def recomputed_layers(plan: RunPlan, stage: int) -> int:
+def recomputed_layers(plan: Run, stage: int) -> int:
     """How many layers of a stage run their forward pass again."""
     count = len(plan.layers_of(stage))
     if isinstance(plan.recompute, list):
@@ -203,21 +192,21 @@ def recomputed_layers(plan: RunPlan, stage: int) -> int:
     return count if plan.recompute else 0
 
 
-def _macs_per_token(plan: RunPlan, stage: int, layers: list[int]) -> float:
+def _macs_per_token(plan: Run, stage: int, layers: list[int]) -> float:
     """Multiply-adds of a token in one stage's forward pass, as the model's formula counts them."""
     model = plan.model
     macs = sum(flops.attention_macs(model, model.seq_length) + flops.ffn_macs(model, i) for i in layers)
     return macs + _head_macs(plan, stage)
 
 
-def _head_macs(plan: RunPlan, stage: int) -> float:
+def _head_macs(plan: Run, stage: int) -> float:
     """Multiply-adds of a token in the output heads and MTP's eh_proj: on the last stage."""
     model = plan.model
     head = model.vocab_size * model.hidden_size * (1 + model.mtp_depth)
     return head + 2 * model.hidden_size**2 * model.mtp_depth if stage == plan.pp - 1 else 0
 
 
-def _compute_seconds(plan: RunPlan, profile: DeviceProfile, stage: int, layers: list[int], recomputed: int) -> float:
+def _compute_seconds(plan: Run, profile: DeviceProfile, stage: int, layers: list[int], recomputed: int) -> float:
     """One micro-batch on one rank: forward, backward, and forward again where a layer is recomputed."""
     model, moe = plan.model, plan.model.moe_config
     products = model.num_heads * (model.qk_head_dim + model.v_head_dim) * model.seq_length // 2
@@ -235,7 +224,7 @@ def _compute_seconds(plan: RunPlan, profile: DeviceProfile, stage: int, layers: 
     return total * 2 * tokens / (profile.peak_tflops * 1e12)
 
 
-def _step_transfers(plan: RunPlan, stage: int, layers: list[int], recomputed: int, own: list[Weight]) -> list[Transfer]:
+def _step_transfers(plan: Run, stage: int, layers: list[int], recomputed: int, own: list[Weight]) -> list[Transfer]:
     """Every collective of one rank of a stage in one step, equal ones summed."""
     micro = plan.micro_batches
     totals: dict[tuple, float] = defaultdict(float)
@@ -258,7 +247,7 @@ def _step_transfers(plan: RunPlan, stage: int, layers: list[int], recomputed: in
     return [Transfer(*key, calls) for key, calls in totals.items() if calls]
 
 
-def _activations(plan: RunPlan, stage: int, layers: list[int], recomputed: int) -> tuple[float, float]:
+def _activations(plan: Run, stage: int, layers: list[int], recomputed: int) -> tuple[float, float]:
     """(bytes kept for the backward pass by the micro-batches in flight, bytes of the largest temporary set)."""
     model = plan.model
     in_flight = min(plan.micro_batches, plan.pp - stage)
@@ -275,7 +264,7 @@ def _activations(plan: RunPlan, stage: int, layers: list[int], recomputed: int) 
     return kept * in_flight, working
 
 
-def layer_activation_bytes(plan: RunPlan, layer: int) -> float:
+def layer_activation_bytes(plan: Run, layer: int) -> float:
     """Bytes that one layer keeps for its backward pass without recomputation, one micro-batch on one rank."""
     model, moe = plan.model, plan.model.moe_config
     unit = DTYPE_BYTES[model.compute_dtype]
@@ -297,7 +286,7 @@ def layer_activation_bytes(plan: RunPlan, layer: int) -> float:
     return size + mine * moe.expert_num * 4 * FLOAT_BYTES
 
 
-def dropless_rows(plan: RunPlan, tokens: float) -> float:
+def dropless_rows(plan: Run, tokens: float) -> float:
     """Rows of the grouped matmul's static buffer: as many as could choose this rank's experts."""
     moe = plan.model.moe_config
     return tokens * plan.ep * min(moe.num_experts_chosen, moe.expert_num // plan.ep)

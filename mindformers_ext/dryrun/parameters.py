@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from mindformers_ext.config.run_plan import DTYPE_BYTES, RunPlan
+from mindformers_ext.config.model import LoraConfig
+from mindformers_ext.config.run import DTYPE_BYTES, Run
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,16 @@ class Weight:
         return tuple(d // self.ways if i == self.axis else d for i, d in enumerate(self.shape))
 
 
-def model_weights(plan: RunPlan) -> Iterator[Weight]:
+def model_weights(plan: Run) -> Iterator[Weight]:
     """Every weight of the model once, in the order of the layers; with LoRA the adapters, and the rest frozen."""
-    lora = plan.model.pet_config
+    lora = plan.model.lora
     for weight in _base_weights(plan):
-        yield replace(weight, trainable=False) if lora else weight
-        if lora:
+        yield replace(weight, trainable=False) if lora.lora_rank else weight
+        if lora.lora_rank:
             yield from _adapters(weight, lora)
 
 
-def _base_weights(plan: RunPlan) -> Iterator[Weight]:
+def _base_weights(plan: Run) -> Iterator[Weight]:
     model, last = plan.model, plan.pp - 1
     table = (model.vocab_size, model.hidden_size)
     yield Weight("model.embed_tokens.weight", table, 0, 0, 1 if plan.vocab_emb_dp else plan.mp)
@@ -61,19 +62,19 @@ def _base_weights(plan: RunPlan) -> Iterator[Weight]:
         yield from _layer(plan, f"{prefix}layer.", model.num_layers + depth, last)
 
 
-def count_parameters(plan: RunPlan) -> tuple[int, int]:
+def count_parameters(plan: Run) -> tuple[int, int]:
     """(values of the main model, values of multi-token prediction); shared weights once, router biases included."""
     sizes = [(w.name.startswith("mtp."), w.size) for w in model_weights(plan)]
     return sum(n for mtp, n in sizes if not mtp), sum(n for mtp, n in sizes if mtp)
 
 
-def stored_shape(weight: Weight, plan: RunPlan) -> tuple[int, ...]:
+def stored_shape(weight: Weight, plan: Run) -> tuple[int, ...]:
     """Shape of `weight` on one rank after optimizer parallelism, which splits dimension 0 over the weight's copies."""
     first, *rest = weight.slice_shape
     return (first // optimizer_ways(weight, plan), *rest)
 
 
-def optimizer_ways(weight: Weight, plan: RunPlan) -> int:
+def optimizer_ways(weight: Weight, plan: Run) -> int:
     """Over how many ranks optimizer parallelism splits the slice of a weight (1: not at all)."""
     if not plan.shard_optimizer or not weight.trainable:
         return 1
@@ -83,12 +84,12 @@ def optimizer_ways(weight: Weight, plan: RunPlan) -> int:
     return 1 if too_small or copies % ways or weight.slice_shape[0] % ways else ways
 
 
-def parameter_bytes(weight: Weight, plan: RunPlan) -> int:
+def parameter_bytes(weight: Weight, plan: Run) -> int:
     """Bytes of one stored value of a weight."""
     return DTYPE_BYTES[weight.dtype or plan.model.param_init_type]
 
 
-def gathered_bytes(weight: Weight, plan: RunPlan) -> int:
+def gathered_bytes(weight: Weight, plan: Run) -> int:
     """Bytes of one value when a weight is gathered for use: matrices are cast before, the embedding's rows after."""
     return DTYPE_BYTES[plan.model.compute_dtype] if is_cast(weight) else parameter_bytes(weight, plan)
 
@@ -100,7 +101,7 @@ def is_cast(weight: Weight) -> bool:
     )
 
 
-def _layer(plan: RunPlan, prefix: str, layer: int, stage: int) -> Iterator[Weight]:
+def _layer(plan: Run, prefix: str, layer: int, stage: int) -> Iterator[Weight]:
     model = plan.model
 
     def weight(name: str, *shape: int, axis: int = 0, ways: int = 1, trainable: bool = True) -> Weight:
@@ -140,13 +141,13 @@ def _swiglu(weight, prefix: str, hidden: int, width: int, mp: int) -> Iterator[W
     yield weight(f"{prefix}down_proj.weight", hidden, width, axis=1, ways=mp)
 
 
-def _adapters(weight: Weight, lora: dict) -> Iterator[Weight]:
+def _adapters(weight: Weight, lora: LoraConfig) -> Iterator[Weight]:
     """lora_a (rank, in) and lora_b (out, rank) of each projection in a weight, split where the projection is."""
     module, _, leaf = weight.name.removesuffix(".weight").rpartition(".")
     place = module.rpartition(".")[2]
     parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
     for part in parts:
-        if not {part, f"{place}.{part}"} & set(lora["target_modules"]):
+        if not {part, f"{place}.{part}"} & set(lora.target_modules):
             continue
         if place == "experts":
             (experts, width, out), name = weight.shape, f"{module}.lora.{part}"
@@ -154,6 +155,6 @@ def _adapters(weight: Weight, lora: dict) -> Iterator[Weight]:
         else:
             (out, width), name = weight.shape, f"{module}.{part}.lora"
             lead, split = (), (1, weight.ways) if weight.axis == 0 else (weight.ways, 1)
-        halves = {"lora_a": (*lead, lora["lora_rank"], width), "lora_b": (*lead, out, lora["lora_rank"])}
+        halves = {"lora_a": (*lead, lora.lora_rank, width), "lora_b": (*lead, out, lora.lora_rank)}
         for (half, shape), ways in zip(halves.items(), split, strict=True):
             yield Weight(f"{name}.{half}", shape, weight.stage, weight.axis, ways, dtype="float32")

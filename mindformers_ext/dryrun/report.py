@@ -1,14 +1,12 @@
 """Join what was checked, estimated and compiled into one report: a dictionary for JSON and tables for a terminal."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from math import prod
 from typing import Any
 
-from mindformers_ext.config.run_plan import RunPlan
-from mindformers_ext.config.strategy_rules import Violation
-from mindformers_ext.config.yaml_files import lookup
+from mindformers_ext.config.run import Run
+from mindformers_ext.config.run_rules import Violation
 from mindformers_ext.dryrun.cost_model import PlanCost
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.parameters import Weight, model_weights, stored_shape
@@ -19,14 +17,14 @@ FITS, DOES_NOT_FIT, TOOL_FAILURE = 0, 1, 2  # exit codes
 GIB = 2**30
 
 
-def memory_limit(plan: RunPlan, profile: DeviceProfile) -> float:
+def memory_limit(plan: Run, profile: DeviceProfile) -> float:
     """Bytes a rank may plan: the YAML's context.max_device_memory, or the profile's share of the device."""
-    given = re.fullmatch(r"([\d.]+)\s*GB", str(lookup(plan.config, "context.max_device_memory", "")))
-    return float(given[1]) * GIB if given else profile.memory_limit_bytes
+    given = plan.sections.context.max_device_memory
+    return float(given.removesuffix("GB")) * GIB if given else profile.memory_limit_bytes
 
 
 def make_report(
-    plan: RunPlan,
+    plan: Run,
     profile: DeviceProfile,
     violations: list[Violation],
     cost: PlanCost | None,
@@ -76,7 +74,7 @@ def fullest(cost: PlanCost | None, results: list[RankResult]) -> tuple[float, st
     return max(found, default=None)
 
 
-def estimate_record(plan: RunPlan, cost: PlanCost) -> dict[str, Any]:
+def estimate_record(plan: Run, cost: PlanCost) -> dict[str, Any]:
     """The cost model's numbers, with a readable list of each stage's layers."""
     record = cost.to_json()
     for stage in record["stages"]:
@@ -94,7 +92,7 @@ def exit_code(violations: list, cost: PlanCost | None, results: list[RankResult]
     return DOES_NOT_FIT if violations or too_large or refused else FITS
 
 
-def rank_record(plan: RunPlan, profile: DeviceProfile, cost: PlanCost | None, result: RankResult) -> dict[str, Any]:
+def rank_record(plan: Run, profile: DeviceProfile, cost: PlanCost | None, result: RankResult) -> dict[str, Any]:
     """One compiled rank: its bytes by kind, its collectives, its parameter layouts.
 
     FLOPs are the model's formula. MindSpore's own count (`compiled.flops`) has no grouped matmul in it and the masked
@@ -172,7 +170,7 @@ def layout_table(compiled: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def check_parameters(plan: RunPlan, results: list[RankResult]) -> dict[str, Any]:
+def check_parameters(plan: Run, results: list[RankResult]) -> dict[str, Any]:
     """Compare the compiled ranks' weights, counted once, with the model's; the differences by name."""
     expected = {w.name: w for w in model_weights(plan) if w.trainable}
     seen: dict[str, int] = {}
@@ -188,7 +186,7 @@ def check_parameters(plan: RunPlan, results: list[RankResult]) -> dict[str, Any]
     return {"stages": sorted(stages), "values": sum(seen.values()), "expected": wanted, "differences": differences}
 
 
-def weight_differences(plan: RunPlan, result: RankResult, expected: dict[str, Weight]) -> list[str]:
+def weight_differences(plan: Run, result: RankResult, expected: dict[str, Weight]) -> list[str]:
     """Sentences about weights of one rank that are missing, unknown, or stored with another shape than planned."""
     held = set(result.compiled["weights"])
     planned = {name for name, weight in expected.items() if weight.stage == result.stage}
@@ -202,7 +200,7 @@ def weight_differences(plan: RunPlan, result: RankResult, expected: dict[str, We
     return found
 
 
-def layer_names(plan: RunPlan, stage: int) -> str:
+def layer_names(plan: Run, stage: int) -> str:
     """'58-60 + MTP'."""
     layers = [i for i in plan.layers_of(stage) if i < plan.model.num_layers]
     text = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])

@@ -5,11 +5,9 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from mindformers_ext.config.run_plan import DEGREES, KINDS, RunPlan, load_plan
+from mindformers_ext.config.run import Run, read_run
 from mindformers_ext.config.strategy_rules import check_plan
-from mindformers_ext.config.yaml_files import lookup
+from mindformers_ext.config.yaml_files import parse_value
 from mindformers_ext.dryrun.cost_model import PlanCost, estimate
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.report import memory_limit
@@ -21,18 +19,18 @@ class Candidate:
     """A legal combination and its estimate."""
 
     overrides: list[tuple[str, Any]]
-    plan: RunPlan
+    plan: Run
     cost: PlanCost
     fits: bool
 
 
-def parse_axes(arguments: list[str], plan: RunPlan) -> dict[str, list[Any]]:
+def parse_axes(arguments: list[str], plan: Run) -> dict[str, list[Any]]:
     """{'parallel_config.pipeline_stage': [8, 16]} from ['parallel_config.pipeline_stage=8,16'].
 
     Raises:
         ConfigError: an argument without '=' or without values, or a key that neither the YAML nor the check knows.
     """
-    known = {f"{section}.{key}" for section in SWEPT for key in lookup(plan.config, section, {})} | PLAN_KEYS
+    known = {key for key in plan.known_keys() if key.startswith(SWEPT)}
     axes = {}
     for argument in arguments:
         key, equals, values = argument.partition("=")
@@ -43,14 +41,13 @@ def parse_axes(arguments: list[str], plan: RunPlan) -> dict[str, list[Any]]:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"write it as section.key, for example {EXAMPLE}"
             raise ConfigError(f"--sweep {argument}: {plan.path} has no key {key}; {hint}")
-        axes[key] = [yaml.safe_load(value) for value in values.split(",")]
+        axes[key] = parse_value(f"[{values}]", f"--sweep {argument}")
     return axes
 
 
 EXAMPLE = "parallel_config.expert_parallel=8,16"
-# Sections whose keys may be swept, the YAML's own and those that it leaves out.
-SWEPT = ("parallel_config", "recompute_config", "runner_config", "moe_config", "model.model_config", "parallel")
-PLAN_KEYS = {key for _, keys in KINDS.values() for key in keys} | {f"parallel_config.{key}" for key in DEGREES}
+# Sections whose keys may be swept.
+SWEPT = ("parallel_config.", "recompute_config.", "runner_config.", "moe_config.", "model.model_config.", "parallel.")
 
 
 def sweep(
@@ -61,12 +58,12 @@ def sweep(
     The devices and the global batch stay what they are: data_parallel and the number of micro-batches follow the other
     degrees unless they are swept themselves, and per-stage lists that no longer fit pipeline_stage become even.
     """
-    base = load_plan(config, device_num, overrides)
+    base = read_run(config, device_num, overrides)
     legal, illegal = [], []
     for values in itertools.product(*axes.values()):
         chosen = overrides + list(zip(axes, values, strict=True))
-        chosen += followers(base, load_plan(config, device_num, chosen), axes)
-        plan = load_plan(config, device_num, chosen)
+        chosen += followers(base, read_run(config, device_num, chosen), axes)
+        plan = read_run(config, device_num, chosen)
         if violations := check_plan(plan):
             tried = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in zip(axes, values, strict=True))
             illegal.append(f"{tried}: {violations[0].sentence}")
@@ -79,7 +76,7 @@ def sweep(
     return legal, illegal
 
 
-def followers(base: RunPlan, plan: RunPlan, axes: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+def followers(base: Run, plan: Run, axes: dict[str, list[Any]]) -> list[tuple[str, Any]]:
     """Overrides that keep the device number and the global batch where the swept keys leave them open."""
     found = []
     dp = plan.dp
@@ -92,12 +89,12 @@ def followers(base: RunPlan, plan: RunPlan, axes: dict[str, list[Any]]) -> list[
     micro = "parallel_config.micro_batch_num" if plan.pp > 1 else "runner_config.gradient_accumulation_steps"
     if micro not in axes and base.global_batch % per_micro_batch == 0:
         found.append((micro, base.global_batch // per_micro_batch))
-    strategy = plan.dataset_strategy
+    strategy = plan.sections.parallel.dataset_strategy
     if isinstance(strategy, list):
         rows = [[dp if row[0] == base.dp else row[0], *row[1:]] for row in strategy]
         found.append(("parallel.dataset_strategy", rows))
     for key, even in (("model.model_config.offset", 0), ("recompute_config.recompute", True)):
-        value = lookup(plan.config, key)
+        value = plan.value(key)
         if key not in axes and isinstance(value, list) and len(value) != plan.pp:
             found.append((key, even))
     return found

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from mindformers_ext.config.run_plan import DTYPE_BYTES, RunPlan
+from mindformers_ext.config.run import DTYPE_BYTES, Run
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.parameters import Weight, gathered_bytes, optimizer_ways, parameter_bytes
 
@@ -56,12 +56,12 @@ def wire_factor(kind: str, group_size: int) -> float:
     return 2 * share if kind == "AllReduce" else share
 
 
-def layer_forward(plan: RunPlan, layer: int) -> list[Transfer]:
+def layer_forward(plan: Run, layer: int) -> list[Transfer]:
     """Collectives of one layer's forward pass for one micro-batch, in order within each purpose."""
     return [*_tensor_parallel(plan, layer), *_expert_parallel(plan, layer)]
 
 
-def layer_step(plan: RunPlan, layer: int, recomputed: bool) -> list[Transfer]:
+def layer_step(plan: Run, layer: int, recomputed: bool) -> list[Transfer]:
     """Collectives of one layer for one micro-batch: forward, backward, and forward again when it is recomputed.
 
     The backward pass mirrors the forward one; recomputation leaves out what only makes the layer's output. Capacity
@@ -75,7 +75,7 @@ def layer_step(plan: RunPlan, layer: int, recomputed: bool) -> list[Transfer]:
     return found
 
 
-def embedding_step(plan: RunPlan) -> list[Transfer]:
+def embedding_step(plan: Run) -> list[Transfer]:
     """Sums over the parts of a vocabulary split on mp, float32: forward and backward, for the model and MTP."""
     model = plan.model
     if plan.mp == 1 or plan.vocab_emb_dp:
@@ -84,7 +84,7 @@ def embedding_step(plan: RunPlan) -> list[Transfer]:
     return [Transfer("tensor parallel", "AllReduce", plan.mp, plan.mp, size, 2 * (1 + model.mtp_depth))]
 
 
-def head_step(plan: RunPlan) -> list[Transfer]:
+def head_step(plan: Run) -> list[Transfer]:
     """Hidden states for the output heads, whose rows lie on mp, and their gradient: for the model and MTP."""
     model = plan.model
     if plan.mp == 1:
@@ -94,7 +94,7 @@ def head_step(plan: RunPlan) -> list[Transfer]:
     return [Transfer("tensor parallel", kind, plan.mp, plan.mp, size, 1 + model.mtp_depth) for kind in kinds]
 
 
-def _tensor_parallel(plan: RunPlan, layer: int) -> Iterator[Transfer]:
+def _tensor_parallel(plan: Run, layer: int) -> Iterator[Transfer]:
     if plan.mp == 1:
         return
     model = plan.model
@@ -117,7 +117,7 @@ def _tensor_parallel(plan: RunPlan, layer: int) -> Iterator[Transfer]:
         yield transfer("AllReduce", model.hidden_size, 2 if dense else 1)
 
 
-def _expert_parallel(plan: RunPlan, layer: int) -> Iterator[Transfer]:
+def _expert_parallel(plan: Run, layer: int) -> Iterator[Transfer]:
     model, moe = plan.model, plan.model.moe_config
     if not model.is_moe_layer(layer) or plan.ep == 1:
         return
@@ -137,7 +137,7 @@ def _expert_parallel(plan: RunPlan, layer: int) -> Iterator[Transfer]:
         yield transfer("AlltoAll", capacity_rows(plan) * model.hidden_size * element, 2)
 
 
-def capacity_rows(plan: RunPlan) -> float:
+def capacity_rows(plan: Run) -> float:
     """Rows that a rank's tokens may fill over all experts, padding included (capacity dispatch)."""
     moe = plan.model.moe_config
     tokens = plan.batch_size * plan.model.seq_length / (plan.cp * plan.mp)
@@ -146,14 +146,14 @@ def capacity_rows(plan: RunPlan) -> float:
     return tokens / group * capacity * moe.expert_num
 
 
-def mtp_embedding(plan: RunPlan) -> Transfer:
+def mtp_embedding(plan: Run) -> Transfer:
     """What the first stage, which holds the embedding, sends to the last for multi-token prediction."""
     model = plan.model
     size = plan.batch_size * model.seq_length / plan.cp * model.hidden_size * DTYPE_BYTES[model.compute_dtype]
     return Transfer("pipeline parallel", "Send", 2, plan.device_num, size, model.mtp_depth)
 
 
-def stage_boundary(plan: RunPlan) -> Transfer:
+def stage_boundary(plan: Run) -> Transfer:
     """What a stage sends to the next for one micro-batch."""
     model = plan.model
     share = plan.cp * (plan.mp if plan.sequence_parallel else 1)
@@ -161,7 +161,7 @@ def stage_boundary(plan: RunPlan) -> Transfer:
     return Transfer("pipeline parallel", "Send", 2, plan.devices_per_stage + 1, size, 1)
 
 
-def gradient_exchange(plan: RunPlan, weights: list[Weight]) -> list[Transfer]:
+def gradient_exchange(plan: Run, weights: list[Weight]) -> list[Transfer]:
     """Once a step: gradients over the copies of every weight, and sharded weights gathered again."""
     stage = plan.devices_per_stage
     found = []
@@ -182,6 +182,6 @@ def gradient_exchange(plan: RunPlan, weights: list[Weight]) -> list[Transfer]:
     return found
 
 
-def _stride(plan: RunPlan, weight: Weight) -> int:
+def _stride(plan: Run, weight: Weight) -> int:
     """Distance between ranks that hold the same slice."""
     return {1: 1, plan.mp: plan.mp, plan.ep: plan.ep}[weight.ways]

@@ -32,7 +32,7 @@ class TopkRouterV2(nn.Cell):
         self.has_bias = moe.topk_method == "noaux_tc"
         self.limits_groups = moe.topk_method != "greedy" and moe.topk_group < moe.n_group
         self.bias_update_rate = moe.topk_bias_update_rate if moe.balance_via_topk_bias else 0.0
-        self.dense_type = getattr(mstype, moe.router_dense_type)
+        self.dense_type = getattr(mstype, config.router_dense_type)
         self.fused_select = topk_select(config)
 
         shape = (self.num_experts, config.hidden_size)

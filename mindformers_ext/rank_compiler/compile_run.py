@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from mindformers_ext.config.command_line import build_parser, find
-from mindformers_ext.config.yaml_files import load_yaml, lookup
+from mindformers_ext.config.run import read_run
 from mindformers_ext.rank_compiler.compile_rank import add_rewrite, compile_cell, guarded, launch
 from mindformers_ext.training.start import prepare_environment, run
 
@@ -111,7 +111,7 @@ def prepare(arguments: list[str], samples: int | None, out: Path) -> list[str]:
 def _absolute_paths(config: Path) -> list[str]:
     """Overrides for paths in the YAML that are relative to the project: this process has a folder of its own."""
     key = "context.ascend_config.parallel_speed_up_json_path"
-    given = lookup(load_yaml(config), key)
+    given = (read_run(config).sections.context.ascend_config or {}).get("parallel_speed_up_json_path")
     if given is None or Path(given).is_absolute():
         return []
     return [f"--{key}", str(Path(__file__).resolve().parents[2] / given)]

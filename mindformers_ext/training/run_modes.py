@@ -4,7 +4,9 @@ Training goes through MindFormers' Trainer (1.9.0). Evaluation and prediction bu
 their own short loops: upstream's need Ascend operators and metrics that know nothing of this model.
 """
 
+import copy
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,10 @@ from tqdm import tqdm
 
 import mindformers_ext.training.register  # noqa: F401 (registers our classes)
 from mindformers_ext.collectives.rank_job import is_cpu_rank
-from mindformers_ext.config.check import check_config
+from mindformers_ext.config.check import check_classes
 from mindformers_ext.config.data_check import check_data, check_tokenizer
 from mindformers_ext.config.one_process import as_rank
-from mindformers_ext.config.yaml_files import is_semi_auto, lookup
+from mindformers_ext.config.run import Run
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
 from mindformers_ext.training.checkpoint_monitor import load_weights
@@ -38,51 +40,61 @@ from mindformers_ext.training.text_generation import generate, pick_token
 CPU_CONTEXT = ("mode", "device_target", "max_call_depth", "save_graphs", "save_graphs_path", "deterministic")
 
 
-def run_mode(config: dict, path: str | Path, predict_data: list[str] | None = None) -> None:
-    """Check the configuration read from `path` and do what its run_mode says.
+def run_mode(run: Run, predict_data: list[str] | None = None) -> None:
+    """Check a run on this machine and do what its run_mode says.
 
     Raises:
-        ConfigError: the configuration or what it points to cannot work.
+        ConfigError: the run or what it points to cannot work.
         TrainingStopped: the loss is no longer finite.
     """
-    config.setdefault("run_mode", "train")
-    check_config(config, path)
-    mode, callbacks = config["run_mode"], config.get("callbacks") or []
-    if mode in ("train", "finetune"):
-        check_data(config, "train_dataset", path)
+    check_classes(run)
+    if run.trains:
+        check_data(run, "train_dataset")
     if is_cpu_rank():
-        as_rank(config, path)
-    fit_to_device(config)
-    ConfigTemplate.apply_template(config)
-    if mode in ("train", "finetune"):
-        drop_second_monitor(config, listed=[item["type"] for item in callbacks])
-    settings = MindFormerConfig(**config)
+        run = as_rank(run)
+    settings = mindformers_settings(run)
     set_output_path(settings.output_dir)
     build_context(settings)
-    if mode in ("train", "finetune"):
-        train(settings, path)
-    elif mode == "eval":
-        evaluate(settings, path)
+    if run.trains:
+        train(run, settings)
+    elif run.sections.run_mode == "eval":
+        evaluate(run, settings)
     else:
-        predict(settings, path, predict_data)
+        predict(run, settings, predict_data)
 
 
-def fit_to_device(config: dict) -> None:
+def mindformers_settings(run: Run) -> MindFormerConfig:
+    """The run as MindFormers reads it: its YAML, fitted to the device, over MindFormers' template."""
+    values = copy.deepcopy(run.values)
+    values["run_mode"] = run.sections.run_mode
+    if run.model is not None:
+        # MindFormers' own MoEConfig knows only its keys and has other defaults: ours travel inside model_config.
+        values["model"]["model_config"]["experts"] = asdict(run.model.moe_config)
+    fit_to_device(run, values)
+    ConfigTemplate.apply_template(values)
+    if run.trains:
+        listed = [item["type"] for item in run.values.get("callbacks", [])]
+        drop_second_monitor(values, listed)
+    return MindFormerConfig(**values)
+
+
+def fit_to_device(run: Run, values: dict[str, Any]) -> None:
     """Leave out what only an NPU has when the run is on CPU, and accumulate gradients in our own step."""
-    runner = config.setdefault("runner_config", {})
-    steps = runner.get("gradient_accumulation_steps", 1)
-    if steps > 1 and not is_semi_auto(config):
-        wrapper = config.setdefault("runner_wrapper", {"type": "MFTrainOneStepCell"})
-        wrapper["accumulation_steps"] = steps
-        runner["batch_size"] = runner.get("batch_size", 1) * steps
+    runner = values.setdefault("runner_config", {})
+    steps = run.sections.runner_config.gradient_accumulation_steps
+    if steps > 1 and not run.is_semi_auto:
+        values["runner_wrapper"]["accumulation_steps"] = steps
+        runner["batch_size"] = run.batch_size * steps
         runner["gradient_accumulation_steps"] = 1
-    if lookup(config, "context.device_target", "Ascend") != "CPU":
+    if not run.on_cpu:
         return
-    dropped = sorted(set(config["context"]) - set(CPU_CONTEXT))
+    context = values["context"]
+    dropped = sorted(set(context) - set(CPU_CONTEXT))
     if dropped:
         logger.info("on CPU these keys of the context section have no effect: %s", ", ".join(dropped))
-    config["context"] = {key: value for key, value in config["context"].items() if key in CPU_CONTEXT}
-    config["context"]["dataset_broadcast_opt_level"] = 0
+    values["context"] = {key: context[key] for key in context if key in CPU_CONTEXT} | {
+        "dataset_broadcast_opt_level": 0
+    }
     runner["sink_mode"] = False
 
 
@@ -92,21 +104,21 @@ def drop_second_monitor(config: dict, listed: list[str]) -> None:
         config["callbacks"] = [item for item in config["callbacks"] if item["type"] != "MFLossMonitor"]
 
 
-def train(settings: MindFormerConfig, path: str | Path) -> None:
+def train(run: Run, settings: MindFormerConfig) -> None:
     """Train or fine-tune through MindFormers' Trainer, which is told of no checkpoint: ours loads it itself."""
     if settings.load_checkpoint or settings.resume_training:
-        settings.start_from = {"source": find_checkpoint(settings, path), "resume": bool(settings.resume_training)}
+        settings.start_from = {"source": find_checkpoint(run), "resume": bool(settings.resume_training)}
     settings.load_checkpoint, settings.resume_training = "", False
     Trainer(settings).train()
 
 
-def find_checkpoint(settings: MindFormerConfig, path: str | Path) -> Source | HuggingFaceFolder:
+def find_checkpoint(run: Run) -> Source | HuggingFaceFolder:
     """Open the checkpoint that load_checkpoint and resume_training name.
 
     Raises:
         ConfigError: it does not exist, is damaged, or cannot be resumed.
     """
-    location, resume = settings.load_checkpoint, settings.resume_training
+    path, location, resume = run.path, run.sections.load_checkpoint, run.sections.resume_training
     if location and is_huggingface(location):
         source = HuggingFaceFolder(Path(location), path)
     else:
@@ -119,11 +131,12 @@ def find_checkpoint(settings: MindFormerConfig, path: str | Path) -> Source | Hu
     return source
 
 
-def build_model(settings: MindFormerConfig, path: str | Path) -> nn.Cell:
+def build_model(run: Run, settings: MindFormerConfig) -> nn.Cell:
     """Build the network for inference and load `load_checkpoint` into it."""
-    if settings.use_parallel:
-        raise ConfigError(f"{path}: use_parallel is True, but run_mode {settings.run_mode!r} runs on one device")
-    checkpoint = find_checkpoint(settings, path)
+    if run.sections.use_parallel:
+        mode = run.sections.run_mode
+        raise ConfigError(f"{run.path}: use_parallel is True, but run_mode {mode!r} runs on one device")
+    checkpoint = find_checkpoint(run)
     build_parallel_config(settings)
     network = build_network(
         settings.model,
@@ -150,13 +163,14 @@ def cross_entropy_sum(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray) 
     return float(((log_z - chosen) * mask).sum())
 
 
-def evaluate(settings: MindFormerConfig, path: str | Path) -> dict[str, float]:
+def evaluate(run: Run, settings: MindFormerConfig) -> dict[str, float]:
     """Print and return the loss (nats per token) and the perplexity of eval_dataset."""
-    if lookup(settings, "eval_dataset.data_loader") is None or lookup(settings, "eval_dataset_task") is None:
-        raise ConfigError(f"{path}: run_mode eval needs the sections eval_dataset and eval_dataset_task")
-    check_data(settings, "eval_dataset", path)
-    network = build_model(settings, path)
-    settings.eval_dataset.batch_size = settings.runner_config.batch_size
+    data = run.sections.eval_dataset
+    if data is None or data.data_loader is None or run.sections.eval_dataset_task is None:
+        raise ConfigError(f"{run.path}: run_mode eval needs the sections eval_dataset and eval_dataset_task")
+    check_data(run, "eval_dataset")
+    network = build_model(run, settings)
+    settings.eval_dataset.batch_size = run.batch_size
     settings.eval_dataset_task.dataset_config = settings.eval_dataset
     dataset = build_dataset(settings.eval_dataset_task)
     total, count = 0.0, 0.0
@@ -165,34 +179,35 @@ def evaluate(settings: MindFormerConfig, path: str | Path) -> dict[str, float]:
         total += cross_entropy_sum(forward_logits(network, batch["input_ids"]), batch["labels"], mask)
         count += float(mask.sum())
     if count == 0:
-        raise ConfigError(f"{path}: eval_dataset gives no full batch of {settings.runner_config.batch_size} samples")
+        raise ConfigError(f"{run.path}: eval_dataset gives no full batch of {run.batch_size} samples")
     result = {"loss": total / count, "perplexity": math.exp(total / count), "tokens": count}
     print(f"validation loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f} over {count:,.0f} tokens")
     return result
 
 
-def predict(settings: MindFormerConfig, path: str | Path, predict_data: list[str] | None) -> list[str]:
+def predict(run: Run, settings: MindFormerConfig, predict_data: list[str] | None) -> list[str]:
     """Print and return the continuation of every text of `predict_data`."""
-    texts = predict_data or ([settings.input_data] if isinstance(settings.input_data, str) else settings.input_data)
+    given = run.sections.input_data
+    texts = predict_data or ([given] if isinstance(given, str) else given)
     if not texts:
-        raise ConfigError(f"{path}: run_mode predict needs a text: give --predict_data 'some text' or input_data")
-    tokenizer = check_tokenizer(settings, path)
+        raise ConfigError(f"{run.path}: run_mode predict needs a text: give --predict_data 'some text' or input_data")
+    tokenizer = check_tokenizer(run)
     if tokenizer is None:
-        raise ConfigError(f"{path}: run_mode predict needs processor.tokenizer.tokenizer_file, a tokenizer.json")
-    network = build_model(settings, path)
-    return [continue_text(network, tokenizer, text, settings, path) for text in texts]
+        raise ConfigError(f"{run.path}: run_mode predict needs processor.tokenizer.tokenizer_file, a tokenizer.json")
+    network = build_model(run, settings)
+    return [continue_text(run, network, tokenizer, text) for text in texts]
 
 
-def continue_text(network: nn.Cell, tokenizer: Tokenizer, text: str, settings: Any, path: str | Path) -> str:
+def continue_text(run: Run, network: nn.Cell, tokenizer: Tokenizer, text: str) -> str:
     """Print and return one text with its continuation."""
     model = network.config
     prompt = tokenizer.encode(text).ids
     if not 0 < len(prompt) < model.seq_length:
         raise ConfigError(
-            f"{path}: --predict_data has {len(prompt)} tokens, but must have 1 to model_config.seq_length - 1 = "
+            f"{run.path}: --predict_data has {len(prompt)} tokens, but must have 1 to model_config.seq_length - 1 = "
             f"{model.seq_length - 1}"
         )
-    rng = np.random.default_rng(settings.seed or 0) if model.do_sample else None
+    rng = np.random.default_rng(run.sections.seed) if model.do_sample else None
     tokens = generate(
         lambda ids: forward_logits(network, ids),
         prompt,

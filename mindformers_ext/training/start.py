@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindformers_ext.config.command_line import all_overrides, build_parser, find
-from mindformers_ext.config.yaml_files import load_yaml, override
+from mindformers_ext.config.run import read_run
+from mindformers_ext.config.run_rules import refuse
+from mindformers_ext.config.strategy_rules import check_run
 
 
 def prepare_environment(register_path: str, output_dir: str) -> None:
@@ -28,11 +30,9 @@ def run(arguments: list[str], description: str = "", register: Sequence[str] = (
         register: modules whose classes the run names beside those of training/register.py.
     """
     options, rest = build_parser(description).parse_known_args(arguments)
-    path = find(options.config)
-    config = load_yaml(path)
-    for key, value in all_overrides(options, rest):
-        override(config, key, value, path)
-    prepare_environment(options.register_path, config.get("output_dir", "./output"))
+    asked = read_run(find(options.config), overrides=all_overrides(options, rest))
+    refuse(asked, check_run(asked))
+    prepare_environment(options.register_path, asked.sections.output_dir)
     logging.disable(logging.WARNING)  # MindFormers tells of optional packages that are missing
     # After the environment, which MindFormers reads while it is imported.
     from mindformers_ext.training.run_modes import run_mode
@@ -41,4 +41,4 @@ def run(arguments: list[str], description: str = "", register: Sequence[str] = (
         importlib.import_module(module)
 
     logging.disable(logging.NOTSET)
-    run_mode(config, path, options.predict_data)
+    run_mode(asked, options.predict_data)

@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 from deepseek2_config import DeepseekV2Config
-from flops import flops_per_token
 from hf_weights import HuggingFaceWeights
 from lora import ExpertAdapters, LoraAdapter, freeze_base, frozen_names, save_peft
 from mindformers.core.loss import CrossEntropyLoss
@@ -20,6 +19,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
 from sharding import expert_group, loss_axes, place, run_locally, shard, share_graph
 
+from mindformers_ext.config.flops import flops_per_token
 from mindformers_ext.layers.fused_ops import (
     activation_type,
     core_attention,

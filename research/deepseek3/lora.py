@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from deepseek2_config import FFN_TARGETS, LoraConfig
 from mindspore import Parameter, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Uniform, initializer
@@ -24,6 +23,7 @@ from safetensors.numpy import save_file
 from sharding import shard
 from weights import Entry, boxes, name_table, overlap
 
+from mindformers_ext.config.model import FFN_TARGETS, LoraConfig
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files.atomic import whole_file, write_json
 from mindformers_ext.files.safetensors_format import StoredTensor, read_header

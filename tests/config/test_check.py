@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter
-from mindformers_ext.config.check import check_config
+from mindformers_ext.config.check import check_classes
 from mindformers_ext.config.data_check import check_data, data_prefixes
+from mindformers_ext.config.run import Run
 from mindformers_ext.config.yaml_files import load_yaml, override
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.training import register  # noqa: F401 (registers what the YAMLs name)
@@ -34,12 +35,11 @@ def config_of(name: str) -> dict:
 
 
 def error_of(config: dict) -> str:
-    """The sentence that check_config answers with."""
+    """The sentences that the check answers with."""
     with pytest.raises(ConfigError) as caught:
-        check_config(config, "run.yaml")
-    sentence = str(caught.value)
-    assert sentence.startswith("run.yaml: ") and "\n" not in sentence
-    return sentence
+        check_classes(Run.of(config, "run.yaml"))
+    assert all(sentence.startswith("run.yaml: ") for sentence in caught.value.sentences)
+    return str(caught.value)
 
 
 def changed(name: str, key: str, value: Any) -> dict:
@@ -52,7 +52,7 @@ def changed(name: str, key: str, value: Any) -> dict:
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_every_yaml_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CPU_PARALLEL_FOLDER", ".")  # as scripts/msrun_launcher.sh starts the 8-rank one on CPU
-    check_config(load_yaml(path), path)
+    check_classes(Run.of(load_yaml(path), path))
 
 
 def test_the_promised_yamls_are_there() -> None:
@@ -133,7 +133,7 @@ BAD_VALUES = [
     ("model.model_config.compute_dtype", "float64", "'float32', 'float16', 'bfloat16'"),
     ("model.model_config.compute_dtype", "float16", "on CPU it must be 'float32', or 'bfloat16'"),
     ("model.model_config.softmax_compute_type", "bfloat16", "on CPU it must be 'float32'"),
-    ("model.model_config.type", "DeepseekV9Config", "cannot be found"),
+    ("model.model_config.type", "DeepseekV9Config", "the class of its type"),
     ("moe_config.topk_method", "best", "'greedy'"),
     ("moe_config.num_experts_chosen", 17, "expert_num = 16"),
     ("moe_config.n_group", 3, "must divide expert_num = 16"),
@@ -175,7 +175,7 @@ def test_degrees_that_do_not_fit(key: str, value: Any, rule: str) -> None:
 
 def test_the_number_of_processes_must_be_the_product_of_the_degrees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MS_WORKER_NUM", "8")
-    check_config(config_of("deepseek3_1b"), "run.yaml")
+    check_classes(Run.of(config_of("deepseek3_1b"), "run.yaml"))
     sentence = error_of(config_of("deepseek3_671b"))
     assert "= 1024 and there are 8" in sentence
 
@@ -195,12 +195,12 @@ def data_config(tmp_path: Path) -> dict:
 def data_error(config: dict) -> str:
     """The sentence that check_data answers with."""
     with pytest.raises(ConfigError) as caught:
-        check_data(config, "train_dataset", "run.yaml")
+        check_data(Run.of(config, "run.yaml"), "train_dataset")
     return str(caught.value)
 
 
 def test_good_data_is_accepted(data_config: dict) -> None:
-    check_data(data_config, "train_dataset", "run.yaml")
+    check_data(Run.of(data_config, "run.yaml"), "train_dataset")
 
 
 def test_a_missing_data_file(data_config: dict, tmp_path: Path) -> None:

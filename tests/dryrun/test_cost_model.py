@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mindformers_ext.config.run_plan import load_plan
+from mindformers_ext.config.run import read_run
 from mindformers_ext.dryrun.cost_model import estimate, layer_activation_bytes
 from mindformers_ext.dryrun.device_profile import DEFAULT_PROFILE, load_profile
 from mindformers_ext.dryrun.parameters import model_weights, optimizer_ways, stored_shape
@@ -20,7 +20,7 @@ GIB = 2**30
 
 
 def cluster(*overrides: tuple):
-    return load_plan(CLUSTER, None, list(overrides))
+    return read_run(CLUSTER, None, list(overrides))
 
 
 def test_layer_collectives_by_hand():
@@ -94,7 +94,7 @@ def test_dense_stage_moves_what_the_compiler_moves():
 def test_last_stage_moves_what_the_compiler_moves():
     """The same for rank 960 of the project's 671B YAML (two MoE layers, MTP, both heads; 32 micro-batches)."""
     found = Counter()
-    for t in estimate(load_plan(PRETRAIN), load_profile()).stages[15].transfers:
+    for t in estimate(read_run(PRETRAIN), load_profile()).stages[15].transfers:
         found[t.kind, t.group_size] += t.wire_bytes / 1e6
     compiled = {
         ("AllGather", 8): 19774.0 + 7398.8,  # expert parallel in a node, and weights of experts across nodes
@@ -114,7 +114,7 @@ CAPACITY = [("moe_config.use_gmm", False)]
 
 def test_capacity_dispatch_recomputes_both_of_its_exchanges():
     """MB that rank 64 of the 671B YAML with capacity dispatch sends, as compiled."""
-    transfers = estimate(load_plan(PRETRAIN, None, CAPACITY), load_profile()).stages[1].transfers
+    transfers = estimate(read_run(PRETRAIN, None, CAPACITY), load_profile()).stages[1].transfers
     assert sum(t.sent_bytes for t in transfers if t.kind == "AlltoAll") / 1e6 == pytest.approx(118380, rel=1e-3)
 
 
@@ -129,7 +129,7 @@ def test_capacity_dispatch_recomputes_both_of_its_exchanges():
 )
 def test_memory_agrees_with_the_compilers_plan(config, overrides, planned):
     """MiB without fragments that `scripts/dryrun.py --level memory` reported for the first rank of these stages."""
-    stages = estimate(load_plan(config, None, overrides), load_profile()).stages
+    stages = estimate(read_run(config, None, overrides), load_profile()).stages
     assert {s: stages[s].memory_bytes / 2**20 for s in planned} == pytest.approx(planned, rel=0.1)
 
 
@@ -172,6 +172,8 @@ def test_bubble_of_equal_stages_is_the_textbook_one():
     plan = cluster(
         ("moe_config.expert_num", 1),
         ("moe_config.num_experts_chosen", 1),
+        ("moe_config.n_group", 1),
+        ("moe_config.topk_group", 1),
         ("parallel_config.expert_parallel", 1),
         ("model.model_config.num_layers", 64),
         ("model.model_config.mtp_depth", 0),

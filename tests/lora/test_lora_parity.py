@@ -12,7 +12,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from deepseek2_config import LoraConfig
 from deepseek3_model import DeepseekV3ForCausalLM
 from helpers.hf_reference import hf_model, load_from_hf
 from helpers.small_models import v3_config
@@ -23,6 +22,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from mindformers_ext.config.model import LoraConfig
 from mindformers_ext.errors import ConfigError
 
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
@@ -173,7 +173,7 @@ BAD = {
         dict(lora_rank=4, lora_dropout=0.1, target_modules=["experts.up_proj"]),
         "must be 0 with routed experts",
     ),
-    "alpha": (dict(lora_rank=4, lora_alpha=0, target_modules=["q_a_proj"]), "must be above 0"),
+    "alpha": (dict(lora_rank=4, lora_alpha=0, target_modules=["q_a_proj"]), "must be a number above 0"),
 }
 
 
@@ -208,7 +208,7 @@ def test_adapters_are_split_like_their_projections(monkeypatch, use_seq_parallel
 
 
 def test_adapters_and_mtp_are_refused_together():
-    with pytest.raises(ConfigError, match="mtp_depth = 1: must be 0 with pet_config"):
+    with pytest.raises(ConfigError, match="mtp_depth is 1, but must be 0 with pet_config"):
         v3_config(mtp_depth=1, pet_config=dict(lora_rank=4, target_modules=["q_a_proj"]))
 
 

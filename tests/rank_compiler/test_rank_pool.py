@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mindformers_ext.config.run_plan import load_plan
+from mindformers_ext.config.run import read_run
 from mindformers_ext.dryrun.cost_model import estimate
 from mindformers_ext.dryrun.device_profile import load_profile
 from mindformers_ext.dryrun.report import DOES_NOT_FIT, FITS, TOOL_FAILURE, exit_code, make_report
@@ -60,7 +60,7 @@ def test_every_failure_is_named_and_the_others_go_on(tmp_path):
 
 def test_the_report_names_rank_stage_line_and_log(tmp_path):
     results = run_children(tmp_path, [64, 128])
-    report = make_report(load_plan(CLUSTER, 1024), load_profile(), [], None, results)
+    report = make_report(read_run(CLUSTER, 1024), load_profile(), [], None, results)
     text = render(report)
     assert report["exit_code"] == TOOL_FAILURE
     assert "rank 64 (stage 1, layers 3-6) killed" in text
@@ -72,7 +72,7 @@ def test_exit_codes(tmp_path):
     fitting, refused = run_children(tmp_path, [0, 128])
     assert exit_code([], None, [fitting], limit=2**31) == FITS
     assert exit_code([], None, [fitting], limit=2**29) == DOES_NOT_FIT
-    cost = estimate(load_plan(CLUSTER, 1024), load_profile())
+    cost = estimate(read_run(CLUSTER, 1024), load_profile())
     assert exit_code([], cost, [fitting], limit=2**31) == DOES_NOT_FIT, "the estimate speaks for the other stages"
     assert exit_code([], None, [refused], limit=2**31) == DOES_NOT_FIT
     assert exit_code(["a violation"], None, [], limit=2**31) == DOES_NOT_FIT

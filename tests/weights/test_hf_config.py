@@ -84,7 +84,7 @@ BAD = {
     "bias": ({"attention_bias": True}, "attention_bias is True"),
     "scores": ({"scoring_func": "tanh"}, "scoring_func is 'tanh'"),
     "rope": ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.type is 'linear'"),
-    "group": ({"topk_group": 9}, "topk_group = 9: must lie between 1 and n_group"),
+    "group": ({"topk_group": 9}, "topk_group is 9, but a token can use at most n_group"),
 }
 
 

@@ -1,0 +1,316 @@
+"""One run, read once: a YAML with its overrides as typed sections, the model, and the numbers that follow from them.
+
+Imports neither MindSpore nor MindFormers, so that a YAML is checked in a fraction of a second. Everything that works on
+a run takes this object; strings with dots and mappings of the YAML stay in this folder.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from mindformers_ext.config.model import FAMILIES, ModelConfig, MoeConfig
+from mindformers_ext.config.sections import (
+    Arch,
+    Callback,
+    Context,
+    Dataset,
+    DatasetTask,
+    MonitorConfig,
+    Optimizer,
+    ParallelConfig,
+    ParallelContext,
+    Processor,
+    RecomputeConfig,
+    RunnerConfig,
+    Schedule,
+    SwapConfig,
+    Text,
+    Trainer,
+    Wrapper,
+)
+from mindformers_ext.config.typed import Fraction, NotNegative, Only, Positive, Reader, dotted_keys, says
+from mindformers_ext.config.yaml_files import load_yaml, lookup, override
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+SEMI_AUTO = (1, 2, "semi_auto_parallel", "auto_parallel")
+NO_EVALUATION = "a training run evaluates nothing; use --run_mode eval on its checkpoints"
+TWICE = "MindFormers 1.9 adds the interleaved parts' gradients without dividing, which doubles them"
+BY_BATCH = "the loss is the mean over each micro-batch's tokens"
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The `model` section; what model_config may hold depends on its type (model.py)."""
+
+    model_config: dict[str, Any]
+    arch: Arch | None = None
+    passed_on = {str | None: "pretrained_model_dir", dict[str, Any] | None: "generation_config"}
+
+
+@dataclass(kw_only=True)
+class Sections:
+    """The top level of a YAML. Sections that may be missing, but not empty, have the default None all the same."""
+
+    seed: NotNegative = 0
+    output_dir: Text = "./output"
+    run_mode: Literal["train", "finetune", "eval", "predict"] = "train"
+    use_parallel: bool = False
+    load_checkpoint: str | None = ""
+    resume_training: bool | str = False
+    input_data: str | list[str] | None = None
+    trainer: Trainer = None
+    runner_config: RunnerConfig = field(default_factory=RunnerConfig)
+    model: Model
+    moe_config: dict[str, Any] = field(default_factory=dict)  # model.py's MoeConfig, over what the family assumes
+    optimizer: Optimizer = None
+    lr_schedule: Schedule = None
+    runner_wrapper: Wrapper = None
+    callbacks: list[Callback] = field(default_factory=list)
+    eval_callbacks: list[Callback] = field(default_factory=list)
+    train_dataset: Dataset = None
+    train_dataset_task: DatasetTask = None
+    eval_dataset: Dataset | None = None
+    eval_dataset_task: DatasetTask | None = None
+    processor: Processor | None = None
+    context: Context = field(default_factory=Context)
+    parallel: ParallelContext = field(default_factory=ParallelContext)
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute_config: RecomputeConfig = field(default_factory=RecomputeConfig)
+    swap_config: SwapConfig | None = None
+    monitor_config: MonitorConfig | None = None
+    passed_on = {
+        Annotated[int, Only(1, TWICE)]: "micro_batch_interleave_num",
+        Annotated[bool, Only(False, BY_BATCH)]: "calculate_per_token_loss",
+        Annotated[bool, Only(False, NO_EVALUATION)]: "do_eval",
+        Literal["safetensors", "ckpt"]: "load_ckpt_format",
+        bool: "auto_trans_ckpt only_save_strategy ignore_data_skip transform_by_rank remove_redundancy load_ckpt_async "
+        "use_legacy use_legacy_format balanced_load layer_scale lr_scale exclude_cann_cpu postprocess_use_numpy "
+        "print_separate_loss check_for_nan_in_loss_and_grad use_skip_data_by_global_norm use_checkpoint_health_monitor "
+        "use_graceful_exit resume_by_last_timestamp_ckpt profile profile_communication profile_memory profile_pipeline "
+        "init_start_profile mstx auto_tune trust_remote_code push_to_hub",
+        bool | None: "train_precision_sync infer_precision_sync",
+        str: "src_strategy_path_or_dir pretrained_model_dir filepath_prefix",
+        str | None: "adapter_id remote_save_url save_file",
+        Positive: "transform_process_num reshard_worker_num eval_step_interval lr_scale_factor npu_num_per_node "
+        "profile_start_step profile_stop_step autotune_per_step",
+        Positive | None: "predict_batch_size",
+        NotNegative: "profile_level profiler_level",
+        NotNegative | None: "data_skip_steps",
+        Annotated[int, Meta(ge=-1)]: "eval_epoch_interval",
+        Fraction: "layer_decay",
+        list[NotNegative] | None: "profile_rank_ids",
+        list[Positive] | None: "top_k",
+        dict[str, Any] | None: "grouped_lr_schedule checkpoint tensorboard generation_config",
+        dict[str, Any] | list[dict[str, Any]] | None: "metric",
+    }
+
+
+@dataclass
+class Run:
+    """What one YAML asks for.
+
+    Args:
+        path: of the YAML, for messages.
+        sections: the YAML, typed.
+        model: the model with its experts; None when `model_config.type` is another model's class.
+        device_num: devices of the cluster.
+        values: the YAML as it was read, with its overrides; MindFormers is given a copy.
+    """
+
+    path: str
+    sections: Sections
+    model: ModelConfig | None
+    device_num: int
+    values: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def of(cls, values: dict[str, Any], path: str | Path, device_num: int | None = None) -> "Run":
+        """The run of a YAML that is in memory; `device_num` None means the product of the degrees.
+
+        Raises:
+            ConfigError: every unknown key, and every value of the wrong kind.
+        """
+        reader = Reader(str(path))
+        sections = reader.build(Sections, values, "")
+        given = lookup(values, "model.model_config")
+        model = read_model(reader, given, values.get("moe_config")) if isinstance(given, dict) else None
+        reader.raise_faults()
+        degrees = sections.parallel_config
+        product = degrees.data_parallel * degrees.context_parallel * degrees.model_parallel * degrees.pipeline_stage
+        return cls(str(path), sections, model, product if device_num is None else device_num, values)
+
+    def changed(self, overrides: Iterable[tuple[str, Any]], device_num: int | None = None) -> "Run":
+        """This run with other values of `section.key`s. Raises ConfigError as `of` does."""
+        values = copy.deepcopy(self.values)
+        for key, value in overrides:
+            override(values, key, value, self.path)
+        return Run.of(values, self.path, device_num)
+
+    def value(self, dotted_key: str) -> Any:
+        """What the YAML says at `section.key`, None where it says nothing."""
+        return lookup(self.values, dotted_key)
+
+    def known_keys(self) -> set[str]:
+        """Every `section.key` that the YAML may hold."""
+        parts = {"model.model_config": type(self.model), "moe_config": MoeConfig} if self.model else {}
+        found = set(dotted_keys(Sections))
+        for section, cls in parts.items():
+            found |= {f"{section}.{key}" for key in dotted_keys(cls)}
+        return found
+
+    @property
+    def is_semi_auto(self) -> bool:
+        """True when MindSpore splits one graph over the devices."""
+        return self.sections.use_parallel and self.sections.parallel.parallel_mode in SEMI_AUTO
+
+    @property
+    def on_cpu(self) -> bool:
+        """True when the run itself is on CPU."""
+        return self.sections.context.device_target == "CPU"
+
+    @property
+    def trains(self) -> bool:
+        """True for run modes that change weights."""
+        return self.sections.run_mode in ("train", "finetune")
+
+    @property
+    def dp(self) -> int:
+        """Data parallel ranks."""
+        return self.sections.parallel_config.data_parallel
+
+    @property
+    def cp(self) -> int:
+        """Context parallel ranks."""
+        return self.sections.parallel_config.context_parallel
+
+    @property
+    def mp(self) -> int:
+        """Model (tensor) parallel ranks."""
+        return self.sections.parallel_config.model_parallel
+
+    @property
+    def pp(self) -> int:
+        """Pipeline stages."""
+        return self.sections.parallel_config.pipeline_stage
+
+    @property
+    def ep(self) -> int:
+        """Expert parallel ranks."""
+        return self.sections.parallel_config.expert_parallel
+
+    @property
+    def devices_per_stage(self) -> int:
+        """dp * cp * mp."""
+        return self.dp * self.cp * self.mp
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step: MindFormers reads another key without a pipeline."""
+        if self.pp > 1:
+            return self.sections.parallel_config.micro_batch_num
+        return self.sections.runner_config.gradient_accumulation_steps
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a data-parallel rank and micro-batch."""
+        return self.sections.runner_config.batch_size
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per optimizer step."""
+        return self.batch_size * self.dp * self.micro_batches
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step."""
+        return self.global_batch * self.model.seq_length
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Tokens lie on model_parallel between its operators."""
+        return self.sections.parallel_config.use_seq_parallel
+
+    @property
+    def vocab_emb_dp(self) -> bool:
+        """Every rank holds the whole embedding; MindFormers resets it with a pipeline."""
+        return self.sections.parallel_config.vocab_emb_dp and self.pp == 1
+
+    @property
+    def recompute(self) -> bool | list[int]:
+        """Layers that are computed again in the backward."""
+        return self.sections.recompute_config.recompute
+
+    @property
+    def select_recompute(self) -> bool | list[int]:
+        """Layers of which only some operators are."""
+        return self.sections.recompute_config.select_recompute
+
+    @property
+    def shard_optimizer(self) -> bool:
+        """Weights and optimizer states are split over their copies."""
+        return self.sections.parallel.enable_parallel_optimizer
+
+    @property
+    def optimizer_shard_size(self) -> int:
+        """Over how many; -1: all."""
+        return self.sections.parallel.parallel_optimizer_config.optimizer_weight_shard_size
+
+    @property
+    def shard_gradients(self) -> bool:
+        """Gradient accumulation buffers are split like the optimizer states."""
+        return self.sections.parallel.parallel_optimizer_config.gradient_accumulation_shard
+
+    @property
+    def optimizer_threshold_bytes(self) -> int:
+        """Smaller parameters are not split."""
+        return self.sections.parallel.parallel_optimizer_config.parallel_optimizer_threshold * 1024
+
+    @property
+    def layers_per_stage(self) -> list[int]:
+        """Decoder layers of each stage, without MTP's, which lie on the last."""
+        return self.model.layers_per_stage(self.pp)
+
+    def layers_of(self, stage: int) -> list[int]:
+        """Decoder layers of `stage`; layer num_layers and above are MTP's."""
+        counts = self.layers_per_stage
+        first = sum(counts[:stage])
+        layers = list(range(first, first + counts[stage]))
+        if stage == self.pp - 1:
+            layers += range(self.model.num_layers, self.model.layers_in_all)
+        return layers
+
+    def stage_of(self, rank: int) -> int:
+        """Pipeline stage of a global rank: stages are blocks of consecutive ranks."""
+        return rank // self.devices_per_stage
+
+
+def read_run(path: str | Path, device_num: int | None = None, overrides: Iterable[tuple[str, Any]] = ()) -> Run:
+    """Read a YAML with `--section.key value` overrides.
+
+    Raises:
+        ConfigError: unreadable YAML, unknown keys, or values of the wrong kind.
+    """
+    values = load_yaml(path)
+    for key, value in overrides:
+        override(values, key, value, path)
+    return Run.of(values, path, device_num)
+
+
+def read_model(reader: Reader, given: dict[str, Any], moe: Any) -> ModelConfig | None:
+    """The model of `model_config` and `moe_config`; None for a class of another model, and when something is wrong."""
+    kind, reference = given.get("type"), given.get("auto_register")
+    if not isinstance(kind, str):
+        reader.refuse("model.model_config.type", kind, says(Literal[tuple(FAMILIES)]))
+    elif reference is not None and (not isinstance(reference, str) or reference.rpartition(".")[2] != kind):
+        must_be = f"a module and the class of its type {kind!r}, for example deepseek3_config.DeepseekV3Config"
+        reader.refuse("model.model_config.auto_register", reference, must_be)
+    if kind not in FAMILIES:
+        return None
+    cls = FAMILIES[kind]
+    experts = reader.build(MoeConfig, {**cls.assumed_moe, **moe} if isinstance(moe, dict) else {}, "moe_config")
+    values = {key: value for key, value in given.items() if key not in ("type", "auto_register")}
+    return reader.build(cls, values, "model.model_config", moe_config=experts or MoeConfig())

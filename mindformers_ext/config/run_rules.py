@@ -1,0 +1,128 @@
+"""What the sections of a run must agree on, whatever it is split over; checked in a moment, before anything is built.
+
+Each rule yields a Violation whose sentence completes "KEY is VALUE, but …".
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from mindformers_ext.config.run import Run
+from mindformers_ext.config.sections import AdapterMonitor, CheckpointMonitor, TopkBiasBalance
+from mindformers_ext.config.yaml_files import short
+from mindformers_ext.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A rule that a run breaks; `key` is the YAML key to change."""
+
+    key: str
+    sentence: str
+
+
+def refuse(run: Run, violations: Iterable[Violation]) -> None:
+    """Raise ConfigError with a sentence for each of `violations`, if there is one."""
+    sentences = [f"{run.path}: {v.key} is {short(run.value(v.key))}, but {v.sentence}" for v in violations]
+    if sentences:
+        raise ConfigError(*sentences)
+
+
+def what_training_needs(run: Run) -> Iterator[Violation]:
+    s = run.sections
+    if not run.trains:
+        return
+    for key in ("trainer", "optimizer", "train_dataset", "train_dataset_task", "runner_wrapper"):
+        if getattr(s, key) is None:
+            yield Violation(key, f"run_mode {s.run_mode!r} needs this section")
+    if s.lr_schedule is None and getattr(s.optimizer, "learning_rate", 1) is None:
+        yield Violation("lr_schedule", "training needs this section, or optimizer.learning_rate")
+    if s.train_dataset is not None and s.train_dataset.data_loader is None:
+        yield Violation("train_dataset.data_loader", "training needs this section")
+
+
+def one_sequence_length(run: Run) -> Iterator[Violation]:
+    length = run.value("model.model_config.seq_length")
+    for name in ("train_dataset", "eval_dataset"):
+        dataset = getattr(run.sections, name)
+        loader = dataset and dataset.megatron
+        if loader is not None and length is not None and loader.config.seq_length != length:
+            yield Violation(
+                f"{name}.data_loader.config.seq_length", f"must equal model.model_config.seq_length {length}"
+            )
+
+
+def one_word_for_each(run: Run) -> Iterator[Violation]:
+    words = {"seed": ("random_seed", 1234), "compressed_eod_mask_length": ("eod_pad_length", None)}
+    for name in ("train_dataset", "eval_dataset"):
+        section = f"{name}.data_loader.config"
+        for key, (other, _) in words.items():
+            given, same = run.value(f"{section}.{key}"), run.value(f"{section}.{other}")
+            if None not in (given, same) and given != same:
+                yield Violation(f"{section}.{key}", f"{other} means the same and is {same}; leave one of them out")
+
+
+def balancing_needs_its_callback(run: Run) -> Iterator[Violation]:
+    model, callbacks = run.model, run.sections.callbacks
+    if not run.trains or model is None or not model.moe_config.balance_via_topk_bias:
+        return
+    if not any(isinstance(item, TopkBiasBalance) and item.balance_via_topk_bias for item in callbacks):
+        yield Violation(
+            "moe_config.balance_via_topk_bias",
+            "the bias moves only with the callback TopkBiasBalanceCallback; add `- type: TopkBiasBalanceCallback` "
+            "to callbacks",
+        )
+
+
+def adapters_need_a_rank(run: Run) -> Iterator[Violation]:
+    adapters = any(isinstance(item, AdapterMonitor) for item in run.sections.callbacks)
+    if adapters and run.model is not None and not run.model.lora.lora_rank:
+        yield Violation("callbacks", "AdapterMonitor saves adapters, and model_config.pet_config asks for none")
+
+
+def one_saver(run: Run) -> Iterator[Violation]:
+    savers = [item for item in run.sections.callbacks if isinstance(item, CheckpointMonitor)]
+    if len(savers) > 1 and len({item.directory for item in savers}) < len(savers):
+        yield Violation("callbacks", f"{len(savers)} callbacks save checkpoints into one folder; give them a directory")
+
+
+def schedule_that_falls(run: Run) -> Iterator[Violation]:
+    rate = run.sections.lr_schedule
+    peak, end = getattr(rate, "learning_rate", None), getattr(rate, "lr_end", None)
+    if run.value("lr_schedule.type") == "WarmupStableCosineStepsLR" and peak is not None and end > peak:
+        yield Violation("lr_schedule.lr_end", f"must lie between 0 and learning_rate {peak}")
+
+
+def numbers_of_a_cpu(run: Run) -> Iterator[Violation]:
+    """MindSpore multiplies float32 only on CPU, our kernels also bfloat16."""
+    model = run.model
+    if not run.on_cpu or model is None:
+        return
+    for key in ("softmax_compute_type", "layernorm_compute_type", "router_dense_type"):
+        if getattr(model, key) != "float32":
+            yield Violation(f"model.model_config.{key}", "on CPU it must be 'float32'")
+    moe = model.moe_config
+    in_kernels = moe.expert_num == 1 or (moe.use_gmm and moe.use_fused_ops_permute)
+    if model.compute_dtype != "float32" and not (model.compute_dtype == "bfloat16" and in_kernels):
+        yield Violation(
+            "model.model_config.compute_dtype",
+            "on CPU it must be 'float32', or 'bfloat16' with moe_config.use_gmm and moe_config.use_fused_ops_permute "
+            "True",
+        )
+
+
+def watched_on_a_card(run: Run) -> Iterator[Violation]:
+    monitor = run.sections.monitor_config
+    if run.on_cpu and monitor is not None and monitor.monitor_on:
+        yield Violation("monitor_config.monitor_on", "MindFormers' monitor needs operators that only Ascend has")
+
+
+RUN_RULES = (
+    what_training_needs,
+    one_sequence_length,
+    one_word_for_each,
+    balancing_needs_its_callback,
+    adapters_need_a_rank,
+    one_saver,
+    schedule_that_falls,
+)
+CPU_RULES = (numbers_of_a_cpu, watched_on_a_card)
