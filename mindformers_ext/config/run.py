@@ -37,6 +37,9 @@ from mindformers_ext.config.yaml_files import load_yaml, lookup, override
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 SEMI_AUTO = (1, 2, "semi_auto_parallel", "auto_parallel")
+Resume = Annotated[
+    bool | Annotated[str, Meta(pattern=r"^step_[0-9]+$")], Meta(description="True, False or a step as step_000100")
+]
 NO_EVALUATION = "a training run evaluates nothing; use --run_mode eval on its checkpoints"
 TWICE = "MindFormers 1.9 adds the interleaved parts' gradients without dividing, which doubles them"
 BY_BATCH = "the loss is the mean over each micro-batch's tokens"
@@ -60,7 +63,7 @@ class Sections:
     run_mode: Literal["train", "finetune", "eval", "predict"] = "train"
     use_parallel: bool = False
     load_checkpoint: str | None = ""
-    resume_training: bool | str = False
+    resume_training: Resume = False
     input_data: str | list[str] | None = None
     trainer: Trainer = None
     runner_config: RunnerConfig = field(default_factory=RunnerConfig)
@@ -304,8 +307,8 @@ def read_model(reader: Reader, given: dict[str, Any], moe: Any) -> ModelConfig |
     """The model of `model_config` and `moe_config`; None for a class of another model, and when something is wrong."""
     kind, reference = given.get("type"), given.get("auto_register")
     if not isinstance(kind, str):
-        reader.refuse("model.model_config.type", kind, says(Literal[tuple(FAMILIES)]))
-    elif reference is not None and (not isinstance(reference, str) or reference.rpartition(".")[2] != kind):
+        return reader.refuse("model.model_config.type", kind, says(Literal[tuple(FAMILIES)]))
+    if not isinstance(reference, str) or reference.rpartition(".")[2] != kind:
         must_be = f"a module and the class of its type {kind!r}, for example deepseek3_config.DeepseekV3Config"
         reader.refuse("model.model_config.auto_register", reference, must_be)
     if kind not in FAMILIES:

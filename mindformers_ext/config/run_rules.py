@@ -38,6 +38,8 @@ def what_training_needs(run: Run) -> Iterator[Violation]:
         yield Violation("lr_schedule", "training needs this section, or optimizer.learning_rate")
     if s.train_dataset is not None and s.train_dataset.data_loader is None:
         yield Violation("train_dataset.data_loader", "training needs this section")
+    if s.model.arch is None:
+        yield Violation("model.arch", "training needs this section")
 
 
 def one_sequence_length(run: Run) -> Iterator[Violation]:
@@ -49,6 +51,35 @@ def one_sequence_length(run: Run) -> Iterator[Violation]:
             yield Violation(
                 f"{name}.data_loader.config.seq_length", f"must equal model.model_config.seq_length {length}"
             )
+
+
+def data_of_a_run(run: Run) -> Iterator[Violation]:
+    mode = "eval" if run.sections.run_mode == "eval" else "train" if run.trains else None
+    dataset = mode and getattr(run.sections, f"{mode}_dataset")
+    if not dataset or dataset.megatron is None:
+        return
+    section = f"{mode}_dataset.data_loader.config"
+    if not dataset.megatron.config.paths:
+        yield Violation(f"{section}.data_path", "must name the data: the prefix of a .bin/.idx pair")
+    ends = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_compressed_eod_mask")
+    asked = [key for key in ends if run.value(f"{section}.{key}")]
+    if asked and run.value(f"{section}.eod") in (None, -1):
+        yield Violation(f"{section}.eod", f"{asked[0]} needs the id of the token that ends a document")
+    if run.model is not None and run.model.input_sliced_sig and "labels" not in (dataset.input_columns or ()):
+        yield Violation(
+            f"{mode}_dataset.input_columns", "with model_config.input_sliced_sig True the columns must hold 'labels'"
+        )
+
+
+def the_models_own_network(run: Run) -> Iterator[Violation]:
+    arch = run.sections.model.arch
+    if run.model is None or arch is None:
+        return
+    network = run.value("model.model_config.type").replace("Config", "ForCausalLM")
+    if arch.type != network:
+        yield Violation("model.arch.type", f"the network of its model_config is {network!r}")
+    elif (arch.auto_register or "").rpartition(".")[2] != network:
+        yield Violation("model.arch.auto_register", f"it must name a module and the class {network!r}")
 
 
 def one_word_for_each(run: Run) -> Iterator[Violation]:
@@ -118,6 +149,8 @@ def watched_on_a_card(run: Run) -> Iterator[Violation]:
 
 RUN_RULES = (
     what_training_needs,
+    data_of_a_run,
+    the_models_own_network,
     one_sequence_length,
     one_word_for_each,
     balancing_needs_its_callback,

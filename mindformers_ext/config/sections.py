@@ -24,13 +24,19 @@ MEGATRON = "BlendedMegatronDatasetDataLoader"
 Text = Annotated[str, Meta(min_length=1)]
 AllOr = Annotated[int, Meta(ge=-1, description="a whole number of at least 1, or -1 for all")]
 Layers = Annotated[
-    bool | list[int], Meta(description="True, False, or a list with a number of layers per pipeline stage")
+    bool | Annotated[list[int], Meta(min_length=1)],
+    Meta(description="True, False, or a list with a number of layers per pipeline stage"),
 ]
 Shares = Annotated[
-    str | list[str | int | float], Meta(description="a text, or a list of texts and weights of at least 0")
+    Text | Annotated[list[Text | int | float], Meta(min_length=1)],
+    Meta(description="a text, or a list of texts and weights of at least 0"),
+]
+Split = Annotated[
+    str, Meta(pattern=r"^\s*[0-9.]+\s*(,\s*[0-9.]+\s*)*$", description="shares of the data as '95, 5, 0'")
 ]
 Strategy = Annotated[
-    str | list[Annotated[list[Positive], Meta(min_length=1)]],
+    Literal["full_batch", "data_parallel"]
+    | Annotated[list[Annotated[list[Positive], Meta(min_length=1)]], Meta(min_length=1)],
     Meta(description="a name, or a list of a list of whole numbers per input"),
 ]
 SearchMode = Literal["sharding_propagation", "dynamic_programming", "recursive_programming"]
@@ -54,7 +60,7 @@ class RunnerConfig:
 class Trainer:
     """The trainer's class and the model's name."""
 
-    type: Text
+    type: Literal["CausalLanguageModelingTrainer"]
     passed_on = {Text: "model_name auto_register"}
 
 
@@ -63,7 +69,7 @@ class Arch:
     """The model's class."""
 
     type: Text
-    passed_on = {Text: "auto_register"}
+    auto_register: Text | None = None
 
 
 @dataclass(kw_only=True)
@@ -173,13 +179,26 @@ class JitConfig:
 
 
 @dataclass(kw_only=True)
+class AscendConfig:
+    """ascend_config of the context."""
+
+    parallel_speed_up_json_path: Text | None = None
+    passed_on = {
+        str: "precision_mode atomic_clean_policy exception_dump op_precision_mode op_debug_option topo_order",
+        bool: "jit_compile matmul_allow_hf32 conv_allow_hf32 hccl_watchdog",
+        dict[str, Any]: "ge_options",
+        Positive: "host_scheduling_max_threshold",
+    }
+
+
+@dataclass(kw_only=True)
 class Context:
     """The `context` section: MindSpore's device and compiler. Only some keys mean something on CPU (run_modes)."""
 
     device_target: Literal["CPU", "Ascend"] = "Ascend"
     max_device_memory: GigaBytes | None = None
     jit_config: JitConfig | None = None
-    ascend_config: dict[str, Any] | None = None
+    ascend_config: AscendConfig | None = None
     passed_on = {
         Literal[0, 1, "GRAPH_MODE", "PYNATIVE_MODE"]: "mode",
         GigaBytes: "mempool_block_size variable_memory_max_size",
@@ -228,7 +247,7 @@ class MegatronConfig:
     test_data_path: Shares | None = None
     passed_on = {
         Annotated[int, Meta(ge=0, lt=2**32)]: "random_seed seed",
-        str | None: "split",
+        Split | None: "split",
         Annotated[int, Meta(ge=-1)]: "eod pad",
         bool: "reset_position_ids reset_attention_mask eod_mask_loss create_attention_mask create_compressed_eod_mask "
         "drop_last_partial_validation_sequence add_extra_token_to_sequence",
@@ -267,6 +286,10 @@ class Loader(Choice):
     """data_loader: a class of MindSpore's, MindFormers' or ours."""
 
     kinds = {MEGATRON: MegatronLoader}
+    others = (
+        "CommonDataLoader HFDataLoader TrainingDataLoader MultiSourceDataLoader SFTDataLoader ADGenDataLoader "
+        "ToolAlpacaDataLoader MindDataset TFRecordDataset"
+    )
 
 
 @dataclass(kw_only=True)
@@ -296,7 +319,7 @@ class Dataset:
 class DatasetTask:
     """train_dataset_task and eval_dataset_task."""
 
-    type: Text
+    type: Literal["CausalLanguageModelDataset", "GeneralDataset", "KeyWordGenDataset", "MultiTurnDataset"]
     passed_on = {dict[str, Any]: "dataset_config", Text: "auto_register"}
 
 
@@ -335,6 +358,10 @@ class Optimizer(Choice):
     """The `optimizer` section."""
 
     kinds = {"AdamW": AdamW}
+    others = (
+        "PmaAdamW Muon Came Adam AdamWeightDecay AdamOffload Lamb LARS SGD Momentum RMSProp Adagrad AdaFactor AdaMax "
+        "Adadelta ASGD Rprop FTRL LazyAdam ProximalAdagrad adam adafactor adagrad sgd"
+    )
 
 
 @dataclass(kw_only=True)
@@ -376,6 +403,13 @@ class WarmupStableCosineSteps(WarmUp):
 class Schedule(Choice):
     """The `lr_schedule` section."""
 
+    others = (
+        "ConstantWithCoolDownLR CosineAnnealingLR CosineAnnealingWarmRestarts CosineDecayLR WarmUpLR polynomial linear "
+        "LearningRateWiseLayer CosineWithRestartsAndWarmUpLR ExponentialDecayLR InverseDecayLR NaturalExpDecayLR "
+        "PolynomialDecayLR PolynomialWithWarmUpLR WarmUpStableDecayLR cosine_annealing cosine_annealing_warm_restarts "
+        "cosine_with_restarts"
+    )
+
     kinds = {
         "ConstantWarmUpLR": WarmUp,
         "constant_with_warmup": WarmUp,
@@ -398,6 +432,7 @@ class ScaleSense(Choice):
     """runner_wrapper.scale_sense."""
 
     kinds = {"FixedLossScaleUpdateCell": LossScale}
+    others = "DynamicLossScaleUpdateCell AdaptiveLossScaleUpdateCell"
 
 
 @dataclass(kw_only=True)
@@ -412,7 +447,8 @@ class TrainOneStep:
 class Wrapper(Choice):
     """The `runner_wrapper` section."""
 
-    kinds = {"MFTrainOneStepCell": TrainOneStep, "mf_wrapper": TrainOneStep}
+    kinds = {"MFTrainOneStepCell": TrainOneStep, "mf_wrapper": TrainOneStep, "LoweredTrainStep": TrainOneStep}
+    others = "MFPipelineWithLossScaleCell TrainOneStepCell TrainOneStepWithLossScaleCell loss_scale_wrapper wrapper"
 
 
 @dataclass(kw_only=True)
@@ -480,3 +516,9 @@ class Callback(Choice):
         "MFLossMonitor": LossMonitor,
         "ParallelCheck": ParallelCheck,
     }
+    others = (
+        "ColdHotExpertMonitor EarlyStopping EvalCallBack ExpertMigrateCallback FlopsUtilizationCollector History "
+        "LearningRateScheduler LossMonitor MaxLogitsMonitor MoEDropRateCallback ModelCheckpoint OnRequestExit "
+        "ProfileMonitor ReduceLROnPlateau SDCMonitor StressDetectCallBack StressTestModelMonitor SummaryCollector "
+        "SummaryMonitor TimeMonitor TrainCallBack TrainFaultTolerance TrainingStateMonitor"
+    )

@@ -40,10 +40,12 @@ class Only:
 class Choice:
     """A section whose `type` names its class; `kinds` are the classes whose keys are known without importing them.
 
-    A section of another class is kept as `Other`: config/check.py compares it with the class's constructor.
+    A section of another class, one of `others` or the user's own with `auto_register`, is kept as `Other`:
+    config/check.py compares it with the class's constructor.
     """
 
     kinds: ClassVar[dict[str, type]]
+    others: ClassVar[str]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -122,6 +124,10 @@ class Reader:
             return self.refuse(f"{name}.type", kind, "the name of a class")
         if kind in cls.kinds:
             return self.build(cls.kinds[kind], value, name)
+        names = [*cls.kinds, *cls.others.split()]
+        if kind not in names and "auto_register" not in value:
+            words = f"{name}.type is {kind!r}, which is not registered; {nearest(kind, names)}"
+            self.faults.append(f"{self.where}{words} A class of your own needs auto_register: module.Class")
         return Other(type=kind, settings=value)
 
     def refuse(self, name: str, value: Any, must_be: str) -> None:

@@ -111,7 +111,8 @@ def prepare(arguments: list[str], samples: int | None, out: Path) -> list[str]:
 def _absolute_paths(config: Path) -> list[str]:
     """Overrides for paths in the YAML that are relative to the project: this process has a folder of its own."""
     key = "context.ascend_config.parallel_speed_up_json_path"
-    given = (read_run(config).sections.context.ascend_config or {}).get("parallel_speed_up_json_path")
+    ascend = read_run(config).sections.context.ascend_config
+    given = ascend and ascend.parallel_speed_up_json_path
     if given is None or Path(given).is_absolute():
         return []
     return [f"--{key}", str(Path(__file__).resolve().parents[2] / given)]
