@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mindformers_ext.config.run import Run
-from mindformers_ext.config.sections import AdapterMonitor, CheckpointMonitor, TopkBiasBalance
+from mindformers_ext.config.sections import AdapterMonitor, CheckpointMonitor, Dataset, TopkBiasBalance
 from mindformers_ext.config.yaml_files import short
 from mindformers_ext.errors import ConfigError
 
@@ -42,23 +42,26 @@ def what_training_needs(run: Run) -> Iterator[Violation]:
         yield Violation("model.arch", "training needs this section")
 
 
-def one_sequence_length(run: Run) -> Iterator[Violation]:
-    length = run.value("model.model_config.seq_length")
-    for name in ("train_dataset", "eval_dataset"):
-        dataset = getattr(run.sections, name)
-        loader = dataset and dataset.megatron
-        if loader is not None and length is not None and loader.config.seq_length != length:
-            yield Violation(
-                f"{name}.data_loader.config.seq_length", f"must equal model.model_config.seq_length {length}"
-            )
+def dataset_in_use(run: Run) -> tuple[str, Dataset | None]:
+    """Name and section of the Megatron data that the run reads: training is not refused for its eval section."""
+    name = "eval_dataset" if run.sections.run_mode == "eval" else "train_dataset"
+    dataset = getattr(run.sections, name)
+    reads = run.sections.run_mode != "predict" and dataset is not None and dataset.megatron is not None
+    return name, dataset if reads else None
 
 
 def data_of_a_run(run: Run) -> Iterator[Violation]:
-    mode = "eval" if run.sections.run_mode == "eval" else "train" if run.trains else None
-    dataset = mode and getattr(run.sections, f"{mode}_dataset")
-    if not dataset or dataset.megatron is None:
+    name, dataset = dataset_in_use(run)
+    if dataset is None:
         return
-    section = f"{mode}_dataset.data_loader.config"
+    section, length = f"{name}.data_loader.config", run.value("model.model_config.seq_length")
+    if length is not None and dataset.megatron.config.seq_length != length:
+        yield Violation(f"{section}.seq_length", f"must equal model.model_config.seq_length {length}")
+    words = {"seed": "random_seed", "compressed_eod_mask_length": "eod_pad_length"}
+    for key, other in words.items():
+        given, same = run.value(f"{section}.{key}"), run.value(f"{section}.{other}")
+        if None not in (given, same) and given != same:
+            yield Violation(f"{section}.{key}", f"{other} means the same and is {same}; leave one of them out")
     if not dataset.megatron.config.paths:
         yield Violation(f"{section}.data_path", "must name the data: the prefix of a .bin/.idx pair")
     ends = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_compressed_eod_mask")
@@ -67,7 +70,7 @@ def data_of_a_run(run: Run) -> Iterator[Violation]:
         yield Violation(f"{section}.eod", f"{asked[0]} needs the id of the token that ends a document")
     if run.model is not None and run.model.input_sliced_sig and "labels" not in (dataset.input_columns or ()):
         yield Violation(
-            f"{mode}_dataset.input_columns", "with model_config.input_sliced_sig True the columns must hold 'labels'"
+            f"{name}.input_columns", "with model_config.input_sliced_sig True the columns must hold 'labels'"
         )
 
 
@@ -80,16 +83,6 @@ def the_models_own_network(run: Run) -> Iterator[Violation]:
         yield Violation("model.arch.type", f"the network of its model_config is {network!r}")
     elif (arch.auto_register or "").rpartition(".")[2] != network:
         yield Violation("model.arch.auto_register", f"it must name a module and the class {network!r}")
-
-
-def one_word_for_each(run: Run) -> Iterator[Violation]:
-    words = {"seed": ("random_seed", 1234), "compressed_eod_mask_length": ("eod_pad_length", None)}
-    for name in ("train_dataset", "eval_dataset"):
-        section = f"{name}.data_loader.config"
-        for key, (other, _) in words.items():
-            given, same = run.value(f"{section}.{key}"), run.value(f"{section}.{other}")
-            if None not in (given, same) and given != same:
-                yield Violation(f"{section}.{key}", f"{other} means the same and is {same}; leave one of them out")
 
 
 def balancing_needs_its_callback(run: Run) -> Iterator[Violation]:
@@ -151,8 +144,6 @@ RUN_RULES = (
     what_training_needs,
     data_of_a_run,
     the_models_own_network,
-    one_sequence_length,
-    one_word_for_each,
     balancing_needs_its_callback,
     adapters_need_a_rank,
     one_saver,

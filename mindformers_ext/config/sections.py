@@ -456,7 +456,12 @@ class TrainingMetrics:
     """training/metrics.py."""
 
     type: str
-    passed_on = {Text: "output_dir", Positive: "per_print_times", PositiveNumber: "device_peak_tflops"}
+    passed_on = {
+        Text: "output_dir",
+        Positive: "per_print_times",
+        PositiveNumber: "device_peak_tflops",
+        NotNegative: "max_skipped_steps",
+    }
 
 
 @dataclass(kw_only=True)

@@ -54,7 +54,7 @@ class WarmupStableCosineStepsLR(LearningRateSchedule):
             )
         self.learning_rate = learning_rate
         self.lr_end = lr_end
-        self.warmup_steps = max(warmup_steps, 1)
+        self.warmup_steps = warmup_steps
         self.decay_start = warmup_steps + stable_steps
         self.decay_steps = decay_steps
         self.final_lr = lr_end if final_lr is None else final_lr
@@ -64,7 +64,7 @@ class WarmupStableCosineStepsLR(LearningRateSchedule):
     def construct(self, global_step):
         """The rate of step `global_step` (from 0), a float32 scalar."""
         step = ops.cast(global_step, mstype.float32)
-        warmup = self.learning_rate * step / self.warmup_steps
+        warmup = self.learning_rate * step / max(self.warmup_steps, 1)
         progress = ops.clamp((step - self.decay_start) / self.decay_steps, 0.0, 1.0)
         cosine = self.lr_end + 0.5 * (self.learning_rate - self.lr_end) * (1.0 + ops.cos(progress * math.pi))
         rate = ops.select(step < self.warmup_steps, warmup, cosine)

@@ -89,7 +89,7 @@ def step_of(line: str) -> float:
 
 @MindFormerRegister.register(MindFormerModuleType.CALLBACK)
 class TrainingMetrics(Callback):
-    """Log, record and plot the training; stop it when the loss is no longer finite.
+    """Log, record and plot the training; stop it when the loss or step after step of gradients is not finite.
 
     Writes metrics.jsonl, tensorboard/, training.png and summary.txt to `output_dir`, from one rank.
 
@@ -97,13 +97,19 @@ class TrainingMetrics(Callback):
         output_dir: folder of the files; default the run's output_dir.
         per_print_times: steps between log lines; metrics.jsonl has every step.
         device_peak_tflops: peak of one device in TFLOP/s; default 353.9 on Ascend, measured on CPU.
+        max_skipped_steps: steps in a row that may be left out because their gradients are not finite. A dynamic loss
+            scale of 2^16 needs 16 to find itself.
 
     Raises:
-        TrainingStopped: the loss is NaN or infinite.
+        TrainingStopped: the loss is NaN or infinite, or more steps in a row were left out.
     """
 
     def __init__(
-        self, output_dir: str | None = None, per_print_times: int = 1, device_peak_tflops: float | None = None
+        self,
+        output_dir: str | None = None,
+        per_print_times: int = 1,
+        device_peak_tflops: float | None = None,
+        max_skipped_steps: int = 20,
     ):
         super().__init__()
         self.folder = Path(output_dir or get_output_root_path())
@@ -111,7 +117,7 @@ class TrainingMetrics(Callback):
         self.device_peak_tflops = device_peak_tflops
         self.records: list[dict[str, Any]] = []
         self.loads: dict[str, np.ndarray] = {}
-        self.overflows = 0
+        self.overflows, self.skipped_in_a_row, self.max_skipped_steps = 0, 0, max_skipped_steps
 
     def on_train_begin(self, run_context: RunContext) -> None:
         """Open the files and find out what a step costs."""
@@ -160,11 +166,19 @@ class TrainingMetrics(Callback):
         self.records.append(record)
         if self.writes:
             self.write(record)
+        if self.skipped_in_a_row > self.max_skipped_steps:
+            raise TrainingStopped(
+                f"the gradients of {self.skipped_in_a_row} steps in a row were not finite, the last of step "
+                f"{record['step']}, and the parameters stayed as they were: lower lr_schedule.learning_rate, look at "
+                "the data, or allow more with TrainingMetrics' max_skipped_steps"
+            )
 
     def losses(self, outputs: Any) -> dict[str, float | None]:
         """The step's losses, gradient norm and learning rate, from the wrapper's output and the model."""
         _, overflow, _, lr, grad_norm = outputs[:5]  # a pipeline's loss is a sum, of one stage: the parts tell more
-        self.overflows += int(bool(as_float(overflow)))
+        skipped = bool(as_float(overflow))
+        self.overflows += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         main, mtp, balance = take_loss_parts(self.model)
         return {
             "loss": None if main is None else main + self.model.mtp_factor() * mtp + balance,
@@ -200,7 +214,7 @@ class TrainingMetrics(Callback):
     def write(self, record: dict[str, Any]) -> None:
         """Append the record to metrics.jsonl and TensorBoard, and log it."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(strict(record), allow_nan=False) + "\n")
         for key, value in record.items():
             if key not in ("step", "expert_load") and value is not None:
                 self.tensorboard.add_scalar(f"training/{key}", value, record["step"])
@@ -240,6 +254,13 @@ class TrainingMetrics(Callback):
             f"plot          {self.folder / 'training.png'}",
         ]
         return "\n".join(["Training summary", *rows]) + "\n"
+
+
+def strict(value: Any) -> Any:
+    """A record for strict JSON, which has no NaN and no infinity: null in their place."""
+    if isinstance(value, dict):
+        return {key: strict(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number(value: float | None) -> str:

@@ -107,6 +107,21 @@ def test_a_loss_that_is_not_finite_stops_with_one_sentence(toy_folder: Path) -> 
     assert "lr_schedule.learning_rate (now 1e+38)" in last or "lr_schedule.learning_rate (now 9.9" in last
 
 
+def test_steps_that_are_skipped_for_ever_stop_the_run(toy_folder: Path) -> None:
+    """A loss scale of 3e38 overflows every gradient while the loss is finite; the record is strict JSON."""
+    options = ["--runner_wrapper.scale_sense", "3.0e+38", "--callbacks.1.max_skipped_steps", "2"]
+    result = run_mindformer(toy_folder, "--output_dir", "skipped", *options)
+    assert result.returncode == 3, result.stderr[-2000:]
+    assert "error: the gradients of 3 steps in a row were not finite, the last of step 3" in result.stderr
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    lines = (toy_folder / "skipped" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [r["step"] for r in records] == [1, 2, 3] and records[-1]["grad_norm"] is None
+
+
 def test_eval_prints_loss_and_perplexity(trained: Path, toy_folder: Path) -> None:
     result = run_mindformer(
         toy_folder, "--config", str(TOY / "eval_toy.yaml"), "--run_mode", "eval",

@@ -125,6 +125,11 @@ def test_deepseek_v3_schedule() -> None:
         assert float(schedule(Tensor(step, ms.int32)).asnumpy()) == pytest.approx(rate, rel=1e-4, abs=1e-12)
 
 
+def test_a_schedule_without_warmup_starts_at_its_rate() -> None:
+    schedule = WarmupStableCosineStepsLR(1e-3, 1e-4, warmup_steps=0, stable_steps=1, decay_steps=1)
+    assert float(schedule(Tensor(0, ms.int32)).asnumpy()) == pytest.approx(1e-3)
+
+
 @pytest.mark.parametrize("change", [{"lr_end": 1.0}, {"decay_steps": 0}, {"warmup_steps": -1}])
 def test_schedule_refuses_what_is_out_of_order(change: dict) -> None:
     values = {"learning_rate": 1e-3, "lr_end": 1e-4, "warmup_steps": 1, "stable_steps": 1, "decay_steps": 1}
