@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from mindformers_ext.config.command_line import parse_overrides  # noqa: E402
 from mindformers_ext.config.run import Run, read_run  # noqa: E402
 from mindformers_ext.config.strategy_rules import check_plan  # noqa: E402
+from mindformers_ext.config.yaml_files import short  # noqa: E402
 from mindformers_ext.dryrun.cost_model import estimate  # noqa: E402 (after the project is on the path)
 from mindformers_ext.dryrun.device_profile import DEFAULT_PROFILE, DeviceProfile, load_profile  # noqa: E402
 from mindformers_ext.dryrun.html_report import render_html  # noqa: E402
@@ -132,7 +133,7 @@ def compile_plan(options, plan: Run, overrides: list[tuple[str, Any]], ranks: li
 
 def compare(options, plan: Run, profile: DeviceProfile) -> int:
     """Print the estimates of two YAMLs side by side; 0 when both are legal and fit."""
-    plans = [plan, read_run(options.compare, options.device_num)]
+    plans = [plan, read_run(options.compare)]  # each on its own number of devices
     bad = False
     for other in plans:
         for violation in check_plan(other):
@@ -142,7 +143,9 @@ def compare(options, plan: Run, profile: DeviceProfile) -> int:
         return 1
     costs = [estimate(p, profile) for p in plans]
     degrees = [f"dp{p.dp} cp{p.cp} mp{p.mp} pp{p.pp} ep{p.ep} m{p.micro_batches}" for p in plans]
-    rows = [["layout", *degrees]] + [[name, *map(show, costs)] for name, show in COMPARED.items()]
+    rows = [["devices", *(p.device_num for p in plans)], ["layout", *degrees]] + [
+        [name, *map(show, costs)] for name, show in COMPARED.items()
+    ]
     names = [Path(p.path).name for p in plans]
     if names[0] == names[1]:
         names[0] += " + overrides"
@@ -152,13 +155,16 @@ def compare(options, plan: Run, profile: DeviceProfile) -> int:
 
 def run_sweep(options, plan: Run, overrides: list[tuple[str, Any]], profile: DeviceProfile, out: Path) -> int:
     """Print the legal combinations, the best first, and compile the best --verify of them."""
-    legal, illegal = sweep(options.config, plan.device_num, overrides, parse_axes(options.sweep, plan), profile)
+    axes = parse_axes(options.sweep, plan)
+    legal, illegal = sweep(options.config, plan.device_num, overrides, axes, profile)
     print(
         f"{len(legal) + len(illegal)} combinations, {len(legal)} legal, {sum(c.fits for c in legal)} within memory; "
         "those first, and the fastest first"
     )
     if legal:
-        print(table(SWEEP_HEADERS, [sweep_row(i, c) for i, c in enumerate(legal, 1)]))
+        hidden = [key for key in axes if key not in SHOWN_KEYS]
+        rows = [sweep_row(i, c) + [short(c.plan.value(key)) for key in hidden] for i, c in enumerate(legal, 1)]
+        print(table(SWEEP_HEADERS + [key.rpartition(".")[2] for key in hidden], rows))
     for sentence in illegal[:ILLEGAL_SHOWN]:
         print(f"illegal: {sentence}")
     if len(illegal) > ILLEGAL_SHOWN:
@@ -173,6 +179,11 @@ def run_sweep(options, plan: Run, overrides: list[tuple[str, Any]], profile: Dev
 
 
 ILLEGAL_SHOWN = 5
+# Keys that have a column of their own in every table.
+SHOWN_KEYS = {
+    f"parallel_config.{key}"
+    for key in ("data_parallel", "context_parallel", "model_parallel", "pipeline_stage", "expert_parallel")
+} | {"parallel_config.micro_batch_num", "runner_config.gradient_accumulation_steps"}
 SWEEP_HEADERS = [
     "",
     "dp",

@@ -162,8 +162,12 @@ def stage_boundary(plan: Run) -> Transfer:
 
 
 def gradient_exchange(plan: Run, weights: list[Weight]) -> list[Transfer]:
-    """Once a step: gradients over the copies of every weight, and sharded weights gathered again."""
+    """Once a step: gradients over the copies of every weight, and sharded weights gathered again.
+
+    Sharded accumulation buffers take each micro-batch's gradients, so these are scattered as often.
+    """
     stage = plan.devices_per_stage
+    scattered = plan.micro_batches if plan.shard_gradients else 1
     found = []
     for weight in weights:
         copies = stage // weight.ways
@@ -176,7 +180,7 @@ def gradient_exchange(plan: Run, weights: list[Weight]) -> list[Transfer]:
             # Shards are neighbours among the copies: consecutive ranks when the weight is whole on every rank.
             span = (ways - 1) * _stride(plan, weight) + 1
             found.append(Transfer("data parallel", "AllGather", ways, span, values * gathered_bytes(weight, plan), 1))
-            found.append(Transfer("data parallel", "ReduceScatter", ways, span, size, 1))
+            found.append(Transfer("data parallel", "ReduceScatter", ways, span, size, scattered))
         if copies // ways > 1:
             found.append(Transfer("data parallel", "AllReduce", copies // ways, stage, size / ways, 1))
     return found

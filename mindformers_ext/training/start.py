@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindformers_ext.config.command_line import all_overrides, build_parser, find
-from mindformers_ext.config.run import read_run
-from mindformers_ext.config.run_rules import refuse
-from mindformers_ext.config.strategy_rules import check_run
 
 
 def prepare_environment(register_path: str, output_dir: str) -> None:
@@ -30,6 +27,10 @@ def run(arguments: list[str], description: str = "", register: Sequence[str] = (
         register: modules whose classes the run names beside those of training/register.py.
     """
     options, rest = build_parser(description).parse_known_args(arguments)
+    from mindformers_ext.config.run import read_run
+    from mindformers_ext.config.run_rules import refuse
+    from mindformers_ext.config.strategy_rules import check_run
+
     asked = read_run(find(options.config), overrides=all_overrides(options, rest))
     refuse(asked, check_run(asked))
     prepare_environment(options.register_path, asked.sections.output_dir)

@@ -193,3 +193,26 @@ def test_profile_is_checked(tmp_path):
     (tmp_path / "p.yaml").write_text(text.replace("64.0", "-1"))
     with pytest.raises(ConfigError, match="memory_gib is -1"):
         load_profile(tmp_path / "p.yaml")
+
+
+def test_sharded_gradient_buffers_are_scattered_every_micro_batch():
+    """The compiled 671B rank sends 256 ReduceScatters a step with it: as many a micro-batch as without it a step."""
+    shard = ("parallel.parallel_optimizer_config.gradient_accumulation_shard", True)
+
+    def scatters(plan) -> float:
+        found = estimate(plan, load_profile()).stages[8].transfers
+        return sum(t.calls for t in found if t.purpose == "data parallel" and t.kind == "ReduceScatter")
+
+    once = scatters(read_run(PRETRAIN))
+    assert scatters(read_run(PRETRAIN, None, [shard])) == 32 * once
+    seconds = [estimate(read_run(PRETRAIN, None, o), load_profile()).step_seconds for o in ([], [shard])]
+    assert seconds[1] > 2 * seconds[0]
+
+
+def test_a_step_ends_with_the_last_stage_to_exchange_its_gradients():
+    """The first stage holds the embedding: its exchange counts although another stage sets the pace."""
+    cost = estimate(read_run(PRETRAIN), load_profile())
+    longest = max(s.collective_seconds.get("data parallel", 0.0) for s in cost.stages)
+    slowest = max(cost.stages, key=lambda s: s.micro_batch_seconds)
+    assert cost.seconds_by_cause["data parallel"] >= slowest.collective_seconds.get("data parallel", 0.0)
+    assert cost.seconds_by_cause["data parallel"] <= longest

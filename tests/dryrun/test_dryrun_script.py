@@ -11,6 +11,7 @@ from mindformers_ext.dryrun.sweep import sweep
 from mindformers_ext.rank_compiler import stand_in_cann
 
 CLUSTER = Path(__file__).parents[1] / "helpers" / "runs" / "cluster_671b.yaml"
+RESEARCH = Path(__file__).parents[2] / "research" / "deepseek3"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dryrun.py"
 
 
@@ -109,3 +110,38 @@ def test_a_machine_that_cannot_compile_still_gets_the_estimate_and_ends_with_2(d
     shown = capsys.readouterr()
     assert "tokens/s, MFU" in shown.out
     assert "MindSpore 2.7.1 is not supported by the dry run: install one of 2.9.0" in shown.err
+
+
+REFUSED_BY_A_RUN = {
+    "parallel.parallel_mode": "3",
+    "parallel.full_batch": "True",
+    "moe_config.expert_model_parallel": "2",
+    "micro_batch_interleave_num": "2",
+    "runner_config.gradient_accumulation_steps": "4",
+    "model.model_config.n_kv_heads": "64",
+    "model.model_config.theta": "-1",
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [*REFUSED_BY_A_RUN.items(), ("parallel.parallel_mode", "0")])
+def test_what_a_run_refuses_does_not_fit(dryrun, tmp_path, capsys, key, value):
+    arguments = ["--config", str(CLUSTER), "--device_num", "1024", "--ranks", "none", "--out", str(tmp_path)]
+    assert dryrun([*arguments, f"--{key}", value]) == 1
+    printed = capsys.readouterr()
+    assert key.rpartition(".")[2] in printed.out + printed.err
+
+
+def test_lists_are_swept_and_swept_keys_are_shown(dryrun, tmp_path, capsys):
+    lists = ",".join(str([count] * 16) for count in (0, 2))
+    axes = ["--sweep", f"recompute_config.recompute={lists},True"]
+    assert dryrun(["--config", str(CLUSTER), "--device_num", "1024", "--out", str(tmp_path), *axes]) == 0
+    table = capsys.readouterr().out
+    assert "3 combinations, 3 legal" in table and "recompute" in table and "[2, 2, 2" in table
+    assert dryrun(["--config", str(CLUSTER), "--parallel_config.data_parallel", "{"]) == 1
+    assert "--parallel_config.data_parallel: '{' is not valid YAML" in capsys.readouterr().err
+
+
+def test_each_side_of_a_comparison_has_its_own_devices(dryrun, capsys):
+    eight = str(RESEARCH / "deepseek3_1b" / "pretrain_deepseek3_1b.yaml")
+    assert dryrun(["--config", str(CLUSTER), "--device_num", "1024", "--compare", eight]) == 0
+    assert "1024" in capsys.readouterr().out
