@@ -93,16 +93,26 @@ void Run(const Settings& s, const void* in, const std::vector<int64_t>& shape, v
 }
 
 // Several tensors as one: what each of `parts` ranks takes or gives, of every tensor its part, lies together.
-// Copies between the tensors (parts x counts[i] elements each) and `packed`; into `packed` when `pack`.
-void Copy(bool pack, int parts, const std::vector<int64_t>& counts, size_t element, void** tensors, char* packed) {
+// Calls copy(a tensor's part, its place among all, bytes).
+template <class Copy>
+void EachPart(int parts, const std::vector<int64_t>& counts, size_t element, void** tensors, char* packed, Copy copy) {
   for (int part = 0; part < parts; ++part) {
     for (size_t i = 0; i < counts.size(); ++i) {
       const size_t bytes = counts[i] * element;
-      char* tensor = static_cast<char*>(tensors[i]) + part * bytes;
-      std::memcpy(pack ? packed : tensor, pack ? tensor : packed, bytes);
+      copy(static_cast<char*>(tensors[i]) + part * bytes, packed, bytes);
       packed += bytes;
     }
   }
+}
+
+void Pack(int parts, const std::vector<int64_t>& counts, size_t element, void** tensors, char* packed) {
+  EachPart(parts, counts, element, tensors, packed,
+           [](char* tensor, char* place, size_t bytes) { std::memcpy(place, tensor, bytes); });
+}
+
+void Unpack(int parts, const std::vector<int64_t>& counts, size_t element, char* packed, void** tensors) {
+  EachPart(parts, counts, element, tensors, packed,
+           [](char* tensor, char* place, size_t bytes) { std::memcpy(tensor, place, bytes); });
 }
 
 // `counts`: elements of the inputs.
@@ -117,9 +127,9 @@ void RunTogether(const Settings& s, const std::vector<int64_t>& counts, void** i
   static std::vector<char> packed_in, packed_out;  // kept for the next step; one operator runs at a time
   packed_in.resize(std::max(packed_in.size(), parts_in * total * element));
   packed_out.resize(std::max(packed_out.size(), parts_out * total * element));
-  Copy(true, parts_in, each, element, in, packed_in.data());
+  Pack(parts_in, each, element, in, packed_in.data());
   Run(s, packed_in.data(), {parts_in * total}, packed_out.data(), parts_out * total);
-  Copy(false, parts_out, each, element, out, packed_out.data());
+  Unpack(parts_out, each, element, packed_out.data(), out);
 }
 
 }  // namespace

@@ -6,11 +6,12 @@ A part that is not as written here stays as it is.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import mindspore.train.mind_ir_pb2 as pb
 
-from mindformers_ext.lowering.fused_operators import Operator, replace
-from mindformers_ext.lowering.patterns import Is, Nodes, NoMatch, op
+from mindformers_ext.lowering.graph import Graph
+from mindformers_ext.lowering.patterns import Is, NoMatch, op
 
 SHIFTED = op("Sub", "logits", "highest")
 LOG_PROBABILITY = op("Sub", SHIFTED, "log_sum")
@@ -23,69 +24,66 @@ SCALED_GRADIENT = op("Muls", GRADIENT, "factor")
 ADDED_ZERO = op("Add", "logits", "zero")
 
 
-def fuse_losses(graph) -> None:
+def fuse_losses(graph: Graph) -> None:
     """Replace the parts of cross entropy in the main graph."""
-    nodes = Nodes(graph, graph.model.graph.node)
     for pattern, kernel in KERNELS:
-        for node in graph.model.graph.node:
+        for node in graph.nodes:
             found: dict[str, str] = {}
-            try:
-                nodes.match(node.output[0], pattern, found)
-                kernel(nodes, node, found)
-            except NoMatch:
-                continue
+            with suppress(NoMatch):
+                graph.match(node.output[0], pattern, found)
+                kernel(graph, node, found)
 
 
-def _logits(nodes: Nodes, found: dict[str, str]) -> str:
+def _logits(graph: Graph, found: dict[str, str]) -> str:
     """The logits (T, V'), without the zero that MindFormers adds. Raises NoMatch for another shape."""
     name = found["logits"]
-    if len(nodes.dims(name)) != 2 or not nodes.is_float(name):
+    if len(graph.dims(name)) != 2 or not graph.is_float(name):
         raise NoMatch("not (T, V')")
     try:
         added: dict[str, str] = {}
-        nodes.match(name, ADDED_ZERO, added)
-        same = nodes.dims(added["logits"]) == nodes.dims(name) and nodes.number(added["zero"]) == 0
+        graph.match(name, ADDED_ZERO, added)
+        same = graph.dims(added["logits"]) == graph.dims(name) and graph.number(added["zero"]) == 0
         return added["logits"] if same else name
     except NoMatch:
         return name
 
 
-def _check_last_axis(nodes: Nodes, found: dict[str, str]) -> None:
-    if nodes.integers(found["axis"]) not in ([1], [-1]):
+def _check_last_axis(graph: Graph, found: dict[str, str]) -> None:
+    if graph.integers(found["axis"]) not in ([1], [-1]):
         raise NoMatch("not over the vocabulary")
 
 
-def _check_label(nodes: Nodes, found: dict[str, str]) -> None:
-    values = [nodes.number(found[name]) for name in ("one", "zero")]
-    if values != [1, 0] or nodes.integers(found["last"]) not in ([1], [-1]):
+def _check_label(graph: Graph, found: dict[str, str]) -> None:
+    values = [graph.number(found[name]) for name in ("one", "zero")]
+    if values != [1, 0] or graph.integers(found["last"]) not in ([1], [-1]):
         raise NoMatch("no one-hot label")
 
 
-def _row_max(nodes: Nodes, node: pb.NodeProto, found: dict[str, str]) -> None:
-    _check_last_axis(nodes, found)
-    replace(Operator(nodes.graph, node), "RowMax", [_logits(nodes, found)])
+def _row_max(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
+    _check_last_axis(graph, found)
+    graph.kernel(node, "RowMax", [_logits(graph, found)])
 
 
-def _row_exp_sum(nodes: Nodes, node: pb.NodeProto, found: dict[str, str]) -> None:
-    _check_last_axis(nodes, found)
-    replace(Operator(nodes.graph, node), "RowExpSum", [_logits(nodes, found), found["highest"]])
+def _row_exp_sum(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
+    _check_last_axis(graph, found)
+    graph.kernel(node, "RowExpSum", [_logits(graph, found), found["highest"]])
 
 
-def _loss(nodes: Nodes, node: pb.NodeProto, found: dict[str, str]) -> None:
-    _check_last_axis(nodes, found)
-    _check_label(nodes, found)
-    inputs = [_logits(nodes, found), *(found[name] for name in ("highest", "log_sum", "label"))]
-    replace(Operator(nodes.graph, node), "SplitCrossEntropy", inputs)
+def _loss(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
+    _check_last_axis(graph, found)
+    _check_label(graph, found)
+    inputs = [_logits(graph, found), *(found[name] for name in ("highest", "log_sum", "label"))]
+    graph.kernel(node, "SplitCrossEntropy", inputs)
 
 
-def _gradient(nodes: Nodes, node: pb.NodeProto, found: dict[str, str]) -> None:
-    _check_label(nodes, found)
-    logits = _logits(nodes, found)
-    if nodes.dims(found["gradient"]) != [nodes.dims(logits)[0], 1]:
+def _gradient(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
+    _check_label(graph, found)
+    logits = _logits(graph, found)
+    if graph.dims(found["gradient"]) != [graph.dims(logits)[0], 1]:
         raise NoMatch("not a gradient per token")
     inputs = [logits, *(found[name] for name in ("highest", "log_sum", "label", "gradient"))]
-    factor = nodes.number(found["factor"]) if "factor" in found else 1.0
-    replace(Operator(nodes.graph, node), "SplitCrossEntropyGrad", inputs, factor=factor)
+    factor = graph.number(found["factor"]) if "factor" in found else 1.0
+    graph.kernel(node, "SplitCrossEntropyGrad", inputs, factor=factor)
 
 
 # A scaled gradient comes before the gradient itself, whose node then has no user left.

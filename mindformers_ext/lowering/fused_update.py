@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import mindspore.train.mind_ir_pb2 as pb
 
 from mindformers_ext.cpu_kernels.library import library_path
-from mindformers_ext.lowering.patterns import Nodes, NoMatch, constant, op, product
+from mindformers_ext.lowering.graph import Graph, constant, made, number_made
+from mindformers_ext.lowering.patterns import Nodes, NoMatch, op
 
 PASS_ON = ("Depend", "Load", "TensorMove")  # their first input is their value
 MONADS = ("UMonadType", "IOMonadType")  # inputs that only order what happens: to memory, and to the outside
@@ -48,8 +49,8 @@ NEW_PARAMETER = (op("Sub", DECAYED, STEP), op("Sub", "parameter", STEP))
 class UpdateFunction(Nodes):
     """A function of the model that may be AdamW's update."""
 
-    def __init__(self, graph, function: pb.GraphProto):
-        super().__init__(graph, function.node, PASS_ON)
+    def __init__(self, graph: Graph, function: pb.GraphProto):
+        super().__init__(graph.primitives, graph.constants, function.node, PASS_ON)
         self.function = function
 
     def updates(self) -> list[Update]:
@@ -63,7 +64,7 @@ class UpdateFunction(Nodes):
                     raise NoMatch(f"{node.input[0]} is assigned twice")
             elif operator == "AssignAdd":
                 counters.append(node.input[0])
-            elif operator not in HARMLESS and any("side_effect" in a.name for a in self._attributes(node)):
+            elif operator not in HARMLESS and self._has_effect(node):
                 raise NoMatch(f"{operator} has an effect")
         found = [self._update(name, assigned) for name in assigned if not self._is_state(name, assigned)]
         whole = {name for update in found for name in (update.parameter, update.first, update.second)}
@@ -73,12 +74,12 @@ class UpdateFunction(Nodes):
             raise NoMatch("parameters are updated with different rules")
         return found
 
-    def _attributes(self, node: pb.NodeProto):
-        primitive = self.graph.primitive(node)
-        return primitive.attribute if primitive is not None else ()
+    def _has_effect(self, node: pb.NodeProto) -> bool:
+        primitive = self.primitive(node)
+        return primitive is not None and any("side_effect" in attribute.name for attribute in primitive.attribute)
 
     def _is_state(self, name: str, assigned: dict[str, str]) -> bool:
-        return self.operator(self.nodes.get(self.origin(assigned[name]))) != "Sub"
+        return self.maker(self.origin(assigned[name]))[0] != "Sub"
 
     def _update(self, parameter: str, assigned: dict[str, str]) -> Update:
         for pattern in NEW_PARAMETER:
@@ -103,7 +104,7 @@ class UpdateFunction(Nodes):
         return Update(**places, decay=decay, **rule)
 
 
-def fuse_updates(graph) -> None:
+def fuse_updates(graph: Graph) -> None:
     """Replace every function of the model that is AdamW's update by one operator."""
     for function in graph.model.functions:
         candidate = UpdateFunction(graph, function)
@@ -114,32 +115,30 @@ def fuse_updates(graph) -> None:
         _replace(graph, candidate, updates)
 
 
-def _replace(graph, old: UpdateFunction, updates: list[Update]) -> None:
+def _replace(graph: Graph, old: UpdateFunction, updates: list[Update]) -> None:
     """Let the function compute the learning rate and then the one operator; its value stays."""
     function, one = old.function, updates[0]
     states = [given.name for given in function.input if given.denotation in MONADS]
     value = function.output[0].name
-    while old.operator(old.nodes.get(value)) == "Depend":
-        value = old.nodes[value].input[0]
-    if value in old.nodes or not states:
+    while old.maker(value)[0] == "Depend":
+        value = old.made_by[value].input[0]
+    if value in old.made_by or not states:
         raise ValueError(f"'{function.name}' updates all weights, but returns something that it computes")
     prefix = f"{function.name}:adamw"
-    made = [constant(f"{prefix}/decay", [update.decay for update in updates])]
+    numbers = [constant(f"{prefix}/decay", [update.decay for update in updates])]
     factor = _absorb_factor(graph, function, [update.gradient for update in updates])
     if factor is None:
-        made.append(constant(f"{prefix}/factor", [1.0]))
-        factor = made[-1].output[0]
+        numbers.append(constant(f"{prefix}/factor", [1.0]))
+        factor = numbers[-1].output[0]
     columns = ("parameter", "first", "second", "gradient")
     tensors = [getattr(update, column) for column in columns for update in updates]
-    inputs = [one.step, one.rate, factor, made[0].output[0], *tensors, states[0]]
-    update = pb.NodeProto(name=prefix, input=inputs, output=[prefix])
-    shape = pb.TensorProto(dims=[1], data_type=pb.TensorProto.FLOAT)
-    update.attribute.add(name="shape", type=pb.AttributeProto.TENSORS, tensors=[shape])
+    inputs = [one.step, one.rate, factor, numbers[0].output[0], *tensors, states[0]]
+    update = number_made(prefix, inputs)
     rule = {name: repr(getattr(one, name)) for name in ("beta1", "beta2", "eps")}
     graph.custom(update, f"{library_path()}:AdamW", side_effect_mem=True, **rule)
     result, nodes = value, []
     for i, after in enumerate((prefix, *states[1:])):
-        node = pb.NodeProto(name=f"{prefix}/result{i}", input=[result, after], output=[f"{prefix}/result{i}"])
+        node = made(f"{prefix}/result{i}", [result, after])
         graph.use(node, "Depend")
         nodes.append(node)
         result = node.output[0]
@@ -147,27 +146,25 @@ def _replace(graph, old: UpdateFunction, updates: list[Update]) -> None:
     kept = [node for node in function.node if node.output[0] in needed or node.op_type == "Constant"]
     kept = [pb.NodeProto.FromString(node.SerializeToString()) for node in kept]
     del function.node[:]
-    function.node.extend([*kept, *made, update, *nodes])
+    function.node.extend([*kept, *numbers, update, *nodes])
     function.output[0].name = result
 
 
-def _absorb_factor(graph, function: pb.GraphProto, gradients: list[str]) -> str | None:
+def _absorb_factor(graph: Graph, function: pb.GraphProto, gradients: list[str]) -> str | None:
     """Give the function the gradients before they are multiplied with numbers; returns its new input, the product.
 
     None where the function is not called once from the main graph or makes its gradients itself, or where no number
     multiplies them all.
     """
-    main = graph.model.graph
-    nodes = Nodes(graph, main.node)
-    calls = [node for node in main.node if function.name in node.input]
-    if len(calls) != 1 or nodes.operator(calls[0]) != "Partial":
+    calls = [node for node in graph.nodes if function.name in node.input]
+    if len(calls) != 1 or graph.operator(calls[0]) != "Partial":
         return None
     given = calls[0].input  # the function, and what it gets
     place_of = {entry.name: place for place, entry in enumerate(function.input, 1)}
     if not place_of.keys() >= set(gradients):
         return None
     places = [place_of[name] for name in gradients]
-    plain, numbers = nodes.unscaled([given[place] for place in places])
+    plain, numbers = graph.unscaled([given[place] for place in places])
     if not numbers:
         return None
     for place, name in zip(places, plain, strict=True):
@@ -177,7 +174,7 @@ def _absorb_factor(graph, function: pb.GraphProto, gradients: list[str]) -> str 
     entry = pb.ValueInfoProto(name=name)
     entry.tensor.add(dims=[1], data_type=pb.TensorProto.FLOAT)
     function.input.insert(first_monad, entry)
-    given.insert(first_monad + 1, product(graph, f"{name}/given", numbers))
+    given.insert(first_monad + 1, graph.product(f"{name}/given", numbers))
     return name
 
 
@@ -185,7 +182,7 @@ def _needed(old: UpdateFunction, name: str) -> set[str]:
     """Everything in the function that `name` is computed from."""
     needed, waiting = set(), [name]
     while waiting:
-        node = old.nodes.get(waiting.pop())
+        node = old.made_by.get(waiting.pop())
         if node is not None and node.output[0] not in needed:
             needed.add(node.output[0])
             waiting.extend(node.input)

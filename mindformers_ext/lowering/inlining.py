@@ -8,12 +8,7 @@ that is chosen at run time (the optimizer behind `if not overflow`) stays a func
 
 import mindspore.train.mind_ir_pb2 as pb
 
-from mindformers_ext.rank_compiler.mindir import Bundle, Closure
-
-
-def reference(node: pb.NodeProto) -> str:
-    """What a node applies: a primitive, a function or another node's output; "" for built-in kinds."""
-    return node.op_type.removeprefix("REF::") if node.op_type.startswith("REF::") else ""
+from mindformers_ext.rank_compiler.mindir import Bundle, Closure, constant, constants, reference
 
 
 def inline_functions(model: pb.ModelProto) -> None:
@@ -35,17 +30,13 @@ class _Inliner:
         self.model = model
         self.functions = {function.name: function for function in model.functions}
         self.operators = {primitive.name: primitive.op_type for primitive in model.primitives}
-        self.constants: dict[str, pb.NodeProto] = {}
+        self.constants = constants(model)
         self.out: list[pb.NodeProto] = []
         self.kept: set[str] = set()  # functions that stay
         self.calls = 0
         self.added = 0
 
     def run(self) -> list[pb.NodeProto]:
-        for graph in [self.model.graph, *self.model.functions]:
-            for node in graph.node:
-                if node.op_type == "Constant":
-                    self.constants.setdefault(node.output[0], node)
         result = self._emit(self.model.graph, {}, "")
         if result != self.model.graph.output[0].name:
             self.model.graph.output[0].name = self._tensor(result)
@@ -80,7 +71,7 @@ class _Inliner:
         if operator == "MakeTuple" and symbolic:
             return Bundle(inputs)
         if operator == "TupleGetItem" and isinstance(inputs[0], Bundle):
-            return inputs[0].elements[self._integer(node.input[1])]
+            return inputs[0].elements[constant(self.constants[node.input[1]])]
         if operator == "Depend" and not isinstance(inputs[0], str):
             return inputs[0]  # a closure computes nothing itself; what it waits for is ordered by its own inputs
         if operator == "Switch":
@@ -145,9 +136,3 @@ class _Inliner:
         name = f"{operator}:inlined{self.added}"
         self.out.append(pb.NodeProto(name=name, input=inputs, output=[name], op_type=f"REF::{primitive}"))
         return name
-
-    def _integer(self, name: str) -> int:
-        for attribute in self.constants[name].attribute:
-            if attribute.name == "value":
-                return attribute.ints[0] if attribute.ints else attribute.i
-        raise ValueError(f"constant '{name}' has no value")

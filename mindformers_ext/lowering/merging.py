@@ -7,13 +7,14 @@ AllReduce, AllGather and ReduceScatter of one group and type that wait together 
 the same collectives in the same order, so all decide alike; deadlock.check proves it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import mindspore.train.mind_ir_pb2 as pb
 
 from mindformers_ext.collectives.collectives import library_path
 from mindformers_ext.lowering.calls import Call
+from mindformers_ext.rank_compiler import mindir
 
 MERGED = ("AllReduce", "AllGather", "ReduceScatter")
 
@@ -27,29 +28,29 @@ class Placed:
     attributes: dict
 
 
-def merge(graph, placed: list[Placed]) -> list[Call]:
-    """Merge and chain the collectives of the flat main graph, in place; returns the calls in their new order."""
-    _sort(graph.model.graph)  # what was lowered before may have put new nodes at the end
-    nodes = {node.output[0]: node for node in graph.model.graph.node}
-    before = _dependencies(graph.model.graph, placed)
+def merge(graph) -> list[Call]:
+    """Merge and chain the collectives of a Graph, in place; returns the calls in their new order."""
+    graph.sort()
+    placed = graph.collectives
+    before = _dependencies(graph.nodes, placed)
     order = sorted(range(len(placed)), key=lambda i: before[i] != 0)  # stable: those that need no other come first
     calls, previous = [], None
     for members in _groups(placed, before, order):
-        node = nodes[members[0].output] if len(members) == 1 else _one_operator(graph, members, nodes)
+        node = graph.made_by[members[0].output] if len(members) == 1 else _one_operator(graph, members)
         if previous is not None:
             node.input.append(previous)
         previous = node.output[0]
         calls.append(_merged_call(members))
-    _sort(graph.model.graph)
+    graph.sort()
     return calls
 
 
-def _dependencies(graph: pb.GraphProto, placed: list[Placed]) -> list[int]:
+def _dependencies(nodes: Iterable[pb.NodeProto], placed: list[Placed]) -> list[int]:
     """For each collective the set of collectives that it depends on, as bits."""
     number = {entry.output: i for i, entry in enumerate(placed)}
     reached: dict[str, int] = {}
     before = [0] * len(placed)
-    for node in graph.node:
+    for node in nodes:
         bits = 0
         for name in node.input:
             bits |= reached.get(name, 0)
@@ -90,44 +91,16 @@ def _merged_call(members: list[Placed]) -> Call:
     )
 
 
-def _one_operator(graph, members: list[Placed], nodes: dict[str, pb.NodeProto]) -> pb.NodeProto:
+def _one_operator(graph, members: list[Placed]) -> pb.NodeProto:
     """A new node that does the work of all members; they take their results from its tuple."""
     name = f"{members[0].output}/together"
-    together = pb.NodeProto(name=name, output=[name], domain=nodes[members[0].output].domain)
+    together = pb.NodeProto(name=name, output=[name], domain=graph.made_by[members[0].output].domain)
     shape = together.attribute.add(name="shape", type=pb.AttributeProto.TUPLE)
     for index, member in enumerate(members):
-        node = nodes[member.output]
+        node = graph.made_by[member.output]
         together.input.append(node.input[0])
-        own = next(attribute for attribute in node.attribute if attribute.name == "shape")
-        shape.values.add(type=pb.AttributeProto.TENSORS, tensors=own.tensors)
+        shape.values.add(type=pb.AttributeProto.TENSORS, tensors=mindir.attribute(node, "shape").tensors)
         graph.use(node, "TupleGetItem")
-        del node.input[:]
-        node.input.extend([name, graph.integer(index)])
+        node.input[:] = [name, graph.integer(index)]
     graph.custom(together, f"{library_path()}:Collective", **members[0].attributes, tensors=len(members))
-    graph.model.graph.node.append(together)
-    return graph.model.graph.node[-1]
-
-
-def _sort(graph: pb.GraphProto) -> None:
-    """Put every node behind those that it takes its inputs from, else as they were."""
-    nodes = {node.output[0]: node for node in graph.node}
-    done: dict[str, None] = {}
-    for node in graph.node:
-        stack = [node.output[0]]
-        while stack:
-            name = stack[-1]
-            missing = [given for given in _sources(nodes[name]) if given in nodes and given not in done]
-            if missing and name not in done:
-                stack.extend(reversed(missing))
-            else:
-                done.setdefault(name)
-                stack.pop()
-    ordered = [nodes[name] for name in done]
-    copies = [pb.NodeProto.FromString(node.SerializeToString()) for node in ordered]
-    del graph.node[:]
-    graph.node.extend(copies)
-
-
-def _sources(node: pb.NodeProto) -> list[str]:
-    """Everything a node needs: its inputs, and the value that it calls."""
-    return [*node.input, node.op_type.removeprefix("REF::")]
+    return graph.add(together)

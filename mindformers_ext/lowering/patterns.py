@@ -1,10 +1,12 @@
-"""Finding groups of operators in a lowered graph: nodes, constants, and patterns of operators that end in a value."""
+"""Reading a function of a lowered graph: what makes each value, constants, and patterns of operators."""
 
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import mindspore.train.mind_ir_pb2 as pb
+
+from mindformers_ext.rank_compiler import mindir
 
 
 class NoMatch(Exception):
@@ -24,30 +26,40 @@ def op(operator: str, *inputs) -> Is:
 
 
 class Nodes:
-    """The nodes of one function of a model, by the value that they make.
+    """The nodes of one function of a model.
 
     Args:
+        primitives: of the model, by name.
+        constants: of the model (mindir.constants): a function's may be written in another one.
         pass_on: operators whose first input is their value, so that patterns look through them.
     """
 
-    def __init__(self, graph, nodes: Iterable[pb.NodeProto], pass_on: tuple[str, ...] = ()):
-        self.graph, self.pass_on = graph, pass_on
-        self.nodes = {node.output[0]: node for node in nodes}
-        self.constants = {
-            node.output[0]: node
-            for part in (graph.model.graph, *graph.model.functions)
-            for node in part.node
-            if node.op_type == "Constant"
-        }
+    def __init__(
+        self,
+        primitives: dict[str, pb.PrimitiveProto],
+        constants: dict[str, pb.NodeProto],
+        nodes: Iterable[pb.NodeProto],
+        pass_on: tuple[str, ...] = (),
+    ):
+        self.primitives, self.constants, self.pass_on = primitives, constants, pass_on
+        self.made_by = {node.output[0]: node for node in nodes}
+
+    def primitive(self, node: pb.NodeProto) -> pb.PrimitiveProto | None:
+        return self.primitives.get(mindir.reference(node))
 
     def operator(self, node: pb.NodeProto | None) -> str:
-        primitive = self.graph.primitive(node) if node is not None else None
+        primitive = self.primitive(node) if node is not None else None
         return primitive.op_type if primitive is not None else ""
+
+    def maker(self, name: str) -> tuple[str, pb.NodeProto | None]:
+        """Operator that makes value `name`, and its node."""
+        node = self.made_by.get(name)
+        return self.operator(node), node
 
     def origin(self, name: str) -> str:
         """What `name` is a copy of."""
-        while self.operator(self.nodes.get(name)) in self.pass_on:
-            name = self.nodes[name].input[0]
+        while self.maker(name)[0] in self.pass_on:
+            name = self.made_by[name].input[0]
         return name
 
     def match(self, name: str, pattern: Is | str, found: dict[str, str]) -> None:
@@ -57,8 +69,8 @@ class Nodes:
             if found.setdefault(pattern, name) != name:
                 raise NoMatch(f"{pattern} is {found[pattern]} and {name}")
             return
-        node = self.nodes.get(name)
-        if self.operator(node) != pattern.operator or len(node.input) != len(pattern.inputs):
+        operator, node = self.maker(name)
+        if operator != pattern.operator or len(node.input) != len(pattern.inputs):
             raise NoMatch(f"{name} is no {pattern.operator}")
         for given, inner in zip(node.input, pattern.inputs, strict=True):
             self.match(given, inner, found)
@@ -81,72 +93,45 @@ class Nodes:
         """The value and the number whose product `name` is. Raises NoMatch."""
         found: dict[str, str] = {}
         self.match(name, op("Mul", "value", "number"), found)
-        same = self._tensor(name).data_type == self._tensor(found["value"]).data_type
+        same = self.tensor(name).data_type == self.tensor(found["value"]).data_type
         if not same or self.dims(found["number"]) != [1]:
             raise NoMatch("not multiplied with a number (1,)")
         return found["value"], found["number"]
 
+    def constant(self, name: str) -> Any:
+        """Plain value of a constant. Raises NoMatch when it is computed."""
+        if name not in self.constants:
+            raise NoMatch(f"{name} is not a constant")
+        return mindir.constant(self.constants[name])
+
     def number(self, name: str) -> float:
-        """Value of a constant number: a float32 tensor of one element, or an integer. Raises NoMatch."""
-        value = self._constant(name)
-        if value.type in (pb.AttributeProto.INT64, pb.AttributeProto.INT32, pb.AttributeProto.BOOL):
-            return float(value.i)
-        if len(value.tensors) != 1 or len(value.tensors[0].raw_data) != 4:
+        """Value of a constant number, or of a tensor of one. Raises NoMatch."""
+        value = self.constant(name)
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if not isinstance(value, int | float):
             raise NoMatch(f"{name} is not a number")
-        return struct.unpack("<f", value.tensors[0].raw_data)[0]
+        return value
 
     def integers(self, name: str) -> list[int]:
-        """Value of a constant integer or tuple of integers. Raises NoMatch."""
-        value = self._constant(name)
-        if value.type in (pb.AttributeProto.INT64, pb.AttributeProto.INT32):
-            return [value.i]
-        if value.type not in (pb.AttributeProto.TUPLE, pb.AttributeProto.LIST):
+        """Value of a constant integer, or of a tuple or tensor of integers. Raises NoMatch."""
+        value = self.constant(name)
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) for item in values):
             raise NoMatch(f"{name} are no integers")
-        return [item.ints[0] if item.ints else item.i for item in value.values]
+        return values
+
+    def tensor(self, name: str) -> pb.TensorProto:
+        """Shape and type of a value that a node makes. Raises NoMatch where they are not known."""
+        node = self.made_by.get(name)
+        shape = mindir.attribute(node, "shape") if node is not None else None
+        if shape is None or len(shape.tensors) != 1:
+            raise NoMatch(f"the shape of {name} is not known")
+        return shape.tensors[0]
 
     def dims(self, name: str) -> list[int]:
         """Shape of a value that a node makes. Raises NoMatch where it is not known."""
-        return list(self._tensor(name).dims)
+        return list(self.tensor(name).dims)
 
     def is_float(self, name: str) -> bool:
         """True for float32 and bfloat16, which our kernels take."""
-        return self._tensor(name).data_type in (pb.TensorProto.FLOAT, pb.TensorProto.BFLOAT16)
-
-    def _tensor(self, name: str) -> pb.TensorProto:
-        node = self.nodes.get(name)
-        for attribute in node.attribute if node is not None else ():
-            if attribute.name == "shape" and len(attribute.tensors) == 1:
-                return attribute.tensors[0]
-        raise NoMatch(f"the shape of {name} is not known")
-
-    def _constant(self, name: str) -> pb.AttributeProto:
-        values = [a for a in self.constants[name].attribute if a.name == "value"] if name in self.constants else []
-        if not values:
-            raise NoMatch(f"{name} is not a constant")
-        return values[0]
-
-
-def product(graph, output: str, numbers: list[str]) -> str:
-    """Let the main graph multiply computed float32 numbers (1,); returns the product, `output` if there are several."""
-    value = numbers[0]
-    for i, number in enumerate(numbers[1:], 1):
-        name = output if i == len(numbers) - 1 else f"{output}/{i}"
-        node = graph.model.graph.node.add(name=name, input=[value, number], output=[name])
-        shape = pb.TensorProto(dims=[1], data_type=pb.TensorProto.FLOAT)
-        node.attribute.add(name="shape", type=pb.AttributeProto.TENSORS, tensors=[shape])
-        graph.use(node, "Mul")
-        value = name
-    return value
-
-
-def constant(name: str, numbers: list[float]) -> pb.NodeProto:
-    """A node that makes a float32 tensor (n,) of these numbers."""
-    node = pb.NodeProto(name=name, output=[name], op_type="Constant")
-    value = node.attribute.add(name="value", type=pb.AttributeProto.TENSORS)
-    value.tensors.add(
-        name="value0",
-        dims=[len(numbers)],
-        data_type=pb.TensorProto.FLOAT,
-        raw_data=struct.pack(f"<{len(numbers)}f", *numbers),
-    )
-    return node
+        return self.tensor(name).data_type in (pb.TensorProto.FLOAT, pb.TensorProto.BFLOAT16)

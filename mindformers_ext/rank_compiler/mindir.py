@@ -7,18 +7,18 @@ collective inside a function counts as often as the function runs.
 """
 
 import re
+import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import reduce
 from math import prod
-from operator import add
 from typing import Any
 
 import mindspore.train.mind_ir_pb2 as pb
 
 COLLECTIVES = {"AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AlltoAllV", "Broadcast", "Send", "Receive"}
 GENERATED_SUFFIX = re.compile(r"_\d{6,}$")
+NUMBER_FORMATS = {pb.TensorProto.FLOAT: "<f", pb.TensorProto.INT32: "<i", pb.TensorProto.INT64: "<q"}
 PASS_THROUGH = {"Depend", "Load", "UpdateState"}  # their first input is their value
 DTYPE_BYTES = {
     name: size
@@ -73,6 +73,54 @@ def load_model(graph: bytes) -> pb.ModelProto:
     return model
 
 
+def functions(model: pb.ModelProto) -> dict[str, pb.GraphProto]:
+    """The main graph and all others, by name."""
+    return {graph.name: graph for graph in [model.graph, *model.functions]}
+
+
+def reference(node: pb.NodeProto) -> str:
+    """What a node applies: a primitive, a function or another node's output; "" for built-in kinds."""
+    return node.op_type.removeprefix("REF::") if node.op_type.startswith("REF::") else ""
+
+
+def plain(attribute: pb.AttributeProto) -> Any:
+    """A number or text, or a list of what a tuple or tensor holds; None also for what is none of these."""
+    kinds = pb.AttributeProto
+    if attribute.type == kinds.STRING:
+        return attribute.s.decode()
+    if attribute.type in (kinds.TUPLE, kinds.LIST):
+        return [plain(value) for value in attribute.values]
+    if attribute.type == kinds.FLOAT:
+        return attribute.f
+    if attribute.tensors:
+        form = NUMBER_FORMATS.get(attribute.tensors[0].data_type)
+        return [number for (number,) in struct.iter_unpack(form, attribute.tensors[0].raw_data)] if form else None
+    if attribute.type == kinds.NONE:
+        return None
+    return attribute.ints[0] if attribute.ints else attribute.i
+
+
+def attributes_of(primitive: pb.PrimitiveProto) -> dict[str, Any]:
+    """The attributes of a primitive as plain values."""
+    return {attribute.name: plain(attribute) for attribute in primitive.attribute}
+
+
+def attribute(node: pb.NodeProto, name: str) -> pb.AttributeProto | None:
+    """A node's attribute: "shape", "value"."""
+    return next((found for found in node.attribute if found.name == name), None)
+
+
+def constants(model: pb.ModelProto) -> dict[str, pb.NodeProto]:
+    """The nodes of all constants, by their value's name: each is written once, in the first function that uses it."""
+    parts = functions(model).values()
+    return {node.output[0]: node for part in parts for node in part.node if node.op_type == "Constant"}
+
+
+def constant(node: pb.NodeProto) -> Any:
+    """The plain value of a constant's node."""
+    return plain(attribute(node, "value"))
+
+
 def stored_parameters(model: pb.ModelProto) -> dict[str, dict[str, Any]]:
     """{name: {shape, dtype, bytes}} of every parameter, as this rank stores it after all kinds of sharding."""
     found = {}
@@ -110,8 +158,8 @@ def collectives(model: pb.ModelProto, rank: int, world_size: int) -> list[Collec
     primitives = {p.name: p for p in model.primitives}
     totals: Counter[Collective] = Counter()
     for function, times in call_counts(model).items():
-        for node in _functions(model)[function].node:
-            primitive = primitives.get(_reference(node))
+        for node in functions(model)[function].node:
+            primitive = primitives.get(reference(node))
             if primitive is not None and primitive.op_type in COLLECTIVES:
                 totals[_describe(node, primitive, rank, world_size)] += times
     return [Collective(**(asdict(key) | {"ranks": key.ranks, "count": count})) for key, count in totals.items()]
@@ -127,9 +175,9 @@ class _Counting:
 
     def __init__(self, model: pb.ModelProto):
         self.main = model.graph.name
-        self.functions = _functions(model)
+        self.functions = functions(model)
         self.operators = {p.name: p.op_type for p in model.primitives}
-        self.integers = dict(_integer_constants(self.functions.values()))
+        self.constants = constants(model)
         self.seen: dict[Closure, tuple[Any, Counter[str]]] = {}
 
     def run(self) -> Counter[str]:
@@ -153,19 +201,19 @@ class _Counting:
 
     def _node(self, node: pb.NodeProto, values: dict[str, Any], counts: Counter[str]) -> Any:
         inputs = tuple(self._value(name, values) for name in node.input)
-        reference = _reference(node)
-        operator = self.operators.get(reference, node.op_type)
+        applied = reference(node)
+        operator = self.operators.get(applied, node.op_type)
         if operator == "Partial":
             return Closure(inputs[0].function, inputs[0].bound + inputs[1:])
         if operator == "MakeTuple":
             return Bundle(inputs) if any(i is not None for i in inputs) else None
         if operator == "TupleGetItem" and isinstance(inputs[0], Bundle):
-            return inputs[0].elements[self.integers[node.input[1]]]
+            return inputs[0].elements[constant(self.constants[node.input[1]])]
         if operator == "Switch":
             return Choice(tuple(i for i in inputs[1:] if i is not None)) or None
         if operator in PASS_THROUGH:
             return inputs[0]
-        called = self._value(reference, values) if reference else None
+        called = self._value(applied, values) if applied else None
         branches = called.branches if isinstance(called, Choice) else (called,)
         results = [self._call(Closure(b.function, b.bound + inputs)) for b in branches if isinstance(b, Closure)]
         for _, inner in results:
@@ -174,45 +222,23 @@ class _Counting:
 
 
 def _describe(node: pb.NodeProto, primitive: pb.PrimitiveProto, rank: int, world_size: int) -> Collective:
-    attributes = {a.name: a for a in primitive.attribute}
-    ranks = tuple(_integers(attributes["group_rank_ids"])) if "group_rank_ids" in attributes else range(world_size)
+    attributes = attributes_of(primitive)
+    ranks = tuple(attributes.get("group_rank_ids", range(world_size)))
     kind = primitive.op_type
     if kind in ("Send", "Receive"):
-        peer = ranks[attributes["dest_rank" if kind == "Send" else "src_rank"].i]
+        peer = ranks[attributes["dest_rank" if kind == "Send" else "src_rank"]]
         ranks = tuple(sorted((rank, peer)))
-    (shape,) = (a for a in node.attribute if a.name == "shape")
-    sizes = [_tensor_bytes(t) for t in shape.tensors]
-    total = None if None in sizes else reduce(add, sizes, 0)
+    tensors = attribute(node, "shape").tensors
+    sizes = [_tensor_bytes(t) for t in tensors]
+    total = None if None in sizes else sum(sizes)
     if kind == "ReduceScatter" and total is not None:
         total *= len(ranks)  # the node's shape is the scattered part
-    dtype = pb.TensorProto.DataType.Name(shape.tensors[0].data_type).lower() if shape.tensors else "unknown"
+    dtype = pb.TensorProto.DataType.Name(tensors[0].data_type).lower() if tensors else "unknown"
     purpose = GENERATED_SUFFIX.sub("", primitive.instance_name)
-    return Collective(kind, tuple(ranks), purpose, dtype, total, 1)
+    return Collective(kind, ranks, purpose, dtype, total, 1)
 
 
 def _tensor_bytes(tensor: pb.TensorProto) -> int | None:
     if any(d < 0 for d in tensor.dims):
         return None
     return prod(tensor.dims) * DTYPE_BYTES[pb.TensorProto.DataType.Name(tensor.data_type)]
-
-
-def _functions(model: pb.ModelProto) -> dict[str, pb.GraphProto]:
-    return {graph.name: graph for graph in [model.graph, *model.functions]}
-
-
-def _reference(node: pb.NodeProto) -> str:
-    """What a node applies: a primitive, a function or another node's output; "" for built-in kinds."""
-    return node.op_type.removeprefix("REF::") if node.op_type.startswith("REF::") else ""
-
-
-def _integers(attribute: pb.AttributeProto) -> list[int]:
-    return [value.ints[0] if value.ints else value.i for value in attribute.values]
-
-
-def _integer_constants(graphs) -> Iterator[tuple[str, int]]:
-    for graph in graphs:
-        for node in graph.node:
-            if node.op_type == "Constant":
-                for attribute in node.attribute:
-                    if attribute.name == "value" and attribute.type == pb.AttributeProto.INT64:
-                        yield node.output[0], attribute.ints[0] if attribute.ints else attribute.i

@@ -4,8 +4,8 @@ import struct
 
 import mindspore.train.mind_ir_pb2 as pb
 
-from mindformers_ext.lowering.inlining import reference
-from mindformers_ext.lowering.lower import attributes_of, lower
+from mindformers_ext.lowering.lower import lower
+from mindformers_ext.rank_compiler.mindir import attributes_of, reference
 
 
 class Model:

@@ -6,7 +6,8 @@ import mindspore.train.mind_ir_pb2 as pb
 import pytest
 
 from mindformers_ext.lowering.fused_update import fuse_updates
-from mindformers_ext.lowering.lower import Graph, attributes_of, set_attribute
+from mindformers_ext.lowering.graph import Graph, set_attribute
+from mindformers_ext.rank_compiler.mindir import attributes_of
 
 
 class Function:
@@ -62,8 +63,7 @@ class Function:
         make("Assign", w, make("Sub", kept, change), "u")
 
     def fused(self) -> list[pb.NodeProto]:
-        primitives = {primitive.name: primitive for primitive in self.model.primitives}
-        graph = Graph(self.model, 0, 1, primitives)
+        graph = Graph(self.model, 0, 1)
         fuse_updates(graph)
         return [n for n in self.proto.node if "func_name" in attributes_of(graph.primitive(n) or pb.PrimitiveProto())]
 

@@ -3,8 +3,10 @@
 import mindspore.train.mind_ir_pb2 as pb
 import pytest
 
+from mindformers_ext.lowering.graph import set_attribute
 from mindformers_ext.lowering.inlining import inline_functions
-from mindformers_ext.lowering.lower import attributes_of, lower, set_attribute
+from mindformers_ext.lowering.lower import lower
+from mindformers_ext.rank_compiler.mindir import attributes_of
 
 
 def primitive(model: pb.ModelProto, name: str, operator: str, **attributes) -> None:

@@ -3,7 +3,8 @@
 import mindspore.train.mind_ir_pb2 as pb
 from lowering.test_lowering import graph_with, node, operators, primitive
 
-from mindformers_ext.lowering.lower import attributes_of, lower
+from mindformers_ext.lowering.lower import lower
+from mindformers_ext.rank_compiler.mindir import attributes_of
 
 
 def test_collectives_that_need_each_other_not_become_one():
