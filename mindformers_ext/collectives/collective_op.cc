@@ -86,7 +86,7 @@ void Run(const Settings& s, const void* in, const std::vector<int64_t>& shape, v
   if (s.collective == "Receive") return Receive(job, s.peer, s.tag, s.type, out, out_count);
   if (s.collective == "Send") {
     Send(job, s.peer, s.tag, s.type, in, count);
-    std::memset(out, 0, out_count * SizeOf(s.type));  // only orders the graph
+    std::memset(out, 0xFF, out_count * SizeOf(s.type));  // NaN: it only orders the graph, Ascend writes nothing
     return;
   }
   throw JobError("'" + s.collective + "' is not a collective of this library");

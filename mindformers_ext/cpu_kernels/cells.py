@@ -239,7 +239,7 @@ class Permute(nn.Cell):
 class GroupedMatmul(nn.Cell):
     """Rows of group e times weight e: (R, N) <- x (R, K), weight (L, K, N), ends of the groups (L,) int.
 
-    Rows after the last group give zero; a group may be empty.
+    Rows after the last group are NaN, as are their gradients; a group may be empty.
     """
 
     def __init__(self):

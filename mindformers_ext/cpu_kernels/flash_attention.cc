@@ -1,5 +1,7 @@
 // Attention of queries, keys and values that lie by heads; the mathematics stand in attention.h. FlashAttentionScore
 // has the tensors of Ascend's operator, for the graphs of ranks.
+#include <limits>
+
 #include "attention.h"
 
 namespace cpu_kernels {
@@ -66,9 +68,15 @@ void flash_attention_grad(const Call& call) {
 }
 
 // Inputs query, key, value and perhaps a mask; outputs softmax_max (B, N, Sq, 8), softmax_sum, softmax_out, context.
-// softmax_max carries L in its first B*N*Sq values; the other two are not used.
+// softmax_max carries L in its first B*N*Sq values. The rest of these three is not used and NaN: Ascend's operator
+// writes no softmax_out either.
 void flash_attention_score(const Call& call) {
   const int inputs = call.size() - 4;
+  for (int i = inputs; i < inputs + 3; ++i) {
+    Output unused(call[i]);
+    std::fill_n(static_cast<float*>(unused), call[i].count(), std::numeric_limits<float>::quiet_NaN());
+    unused.store();
+  }
   std::vector<int> order = {0, 1, 2, inputs + 3, inputs};
   if (inputs == 4) order.insert(order.begin() + 3, 3);
   flash_attention(call.pick(order));

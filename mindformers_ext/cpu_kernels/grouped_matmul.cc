@@ -1,5 +1,9 @@
-// Grouped matrix product: rows of group e meet weight e,  y_e = x_e W_e.  Rows after the last group give zero.
+// Grouped matrix product: rows of group e meet weight e,  y_e = x_e W_e.
 // Backward:  dx_e = dy_e W_e^T,  dW_e = x_e^T dy_e  (zero for a group without rows).
+// Rows after the last group belong to nobody: Ascend's operator leaves them in y and dx as the memory was (CANN's
+// grouped_matmul.h walks the groups only), so here they are NaN, and whoever reads them shows at once.
+#include <limits>
+
 #include "expert_rows.h"
 #include "matrix.h"
 
@@ -32,7 +36,7 @@ void product(const Call& call, bool transposed) {
     multiply(block.end - block.begin, width, inner, {x + block.begin * inner, inner},
              {w + block.expert * inner * width, stride, transposed}, y + block.begin * width, width);
   });
-  std::fill(y + first.back() * width, y + rows * width, 0.0f);
+  std::fill(y + first.back() * width, y + rows * width, std::numeric_limits<float>::quiet_NaN());
   y.store();
 }
 

@@ -236,21 +236,36 @@ class BlockedSwiGlu(nn.Cell):
         return ops.gather(ops.concat((y, zero_row), 0), place, 0)
 
 
+class MaskedGradient(nn.Cell):
+    """x (R, H) itself; its gradient is zero in the rows that are spare (R, 1)."""
+
+    def construct(self, x, spare):
+        return x
+
+    def bprop(self, x, spare, out, dout):
+        return ops.masked_fill(dout, spare, 0.0), ops.zeros_like(spare)
+
+
 class GroupedSwiGlu(nn.Cell):
-    """SwiGLU of each row's own expert with Ascend's grouped matmul."""
+    """SwiGLU of each row's own expert with Ascend's grouped matmul.
+
+    The operator leaves rows after the last group untouched, in its result and in the gradient of its input. What the
+    memory held there must reach nobody: the result and the gradient that leave this cell are zero in these rows.
+    """
 
     def __init__(self):
         super().__init__()
+        self.mask_gradient = MaskedGradient()
         self.gate_up_mul, self.down_mul = GroupedMatmul(3, 0), GroupedMatmul(3, 0)
         self.swiglu = Swiglu()
 
     def construct(self, x, counts, gate_up, down):
         end = ends(counts)
         group_list = ops.cast(end, mstype.int64)
+        spare = ops.cast(ops.arange(x.shape[0]), mstype.int32).expand_dims(-1) >= end[-1]
+        x = self.mask_gradient(x, spare)
         y = self.gate_up_mul([x], [gate_up], None, None, None, None, None, group_list)[0]
         y = self.down_mul([self.swiglu(y, -1)], [down], None, None, None, None, None, group_list)[0]
-        # the operator leaves rows after the last group untouched: make them zero, whatever the memory held
-        spare = ops.cast(ops.arange(x.shape[0]), mstype.int32).expand_dims(-1) >= end[-1]
         return ops.masked_fill(y, spare, 0.0)
 
 

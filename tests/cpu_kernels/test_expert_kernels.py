@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.against_torch import compare, random, run_ours, swiglu_experts
+from helpers.against_torch import close, compare, random, run_ours, run_torch, swiglu_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor
@@ -53,7 +53,14 @@ def test_grouped_matmul(counts, spare, inner, width):
         return torch.cat([*parts, x[first:] @ torch.zeros_like(weight[0])])
 
     arrays = [random(rows, inner), random(len(counts), inner, width), ends.astype(np.int64)]
-    compare(cells.GroupedMatmul(), theirs, arrays, [0, 1])
+    (y, (dx, dweight)) = run_ours(cells.GroupedMatmul(), arrays, [0, 1])
+    (expected, (expected_dx, expected_dweight)) = run_torch(theirs, arrays, [0, 1])
+    close(y[: ends[-1]], expected[: ends[-1]], "result")
+    close(dx[: ends[-1]], expected_dx[: ends[-1]], "gradient of x")
+    close(dweight, expected_dweight, "gradient of the weights")
+    # As Ascend's operator leaves them: rows of no group hold what the memory held.
+    assert np.isnan(y[ends[-1] :]).all()
+    assert np.isnan(dx[ends[-1] :]).all()
 
 
 def test_grouped_matmul_refuses_ends_beyond_the_rows(capfd):
