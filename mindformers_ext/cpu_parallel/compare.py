@@ -13,9 +13,6 @@ from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS, gather, sto
 
 LOSS_LIMIT = 1e-5
 PARAMETER_LIMIT = 1e-4
-# Below this part of its tensor's largest, a gradient is what rounding left of a sum of some thousand float32 terms
-# that cancel. AdamW makes a step of any such number, in either direction, so these elements say nothing.
-ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,7 @@ def compare(single: Path, folder: Path, world_size: int, stages: int = 1, micro_
     """Compare the ranks' results in `folder` with the single process's in `single`.
 
     The loss is the first scalar output of a step; MindSpore's pipeline returns its sum over the micro-batches.
+    Elements that some step of the single process moved by rounding only (certain_elements.py) are not compared.
     Raises ValueError when a parameter of the single process is on no rank, or ranks of the last stage disagree about
     the loss.
     """
@@ -66,11 +64,11 @@ def compare(single: Path, folder: Path, world_size: int, stages: int = 1, micro_
     losses = [loss / micro_batches for loss in last_stage_losses(folder, world_size, stages)]
     per_step = [relative(np.array(a), np.array(b)) for a, b in zip(losses, reference, strict=True)]
     worst_step = int(np.argmax(per_step))
-    with np.load(single / "final.npz") as trained:
+    with np.load(single / "certain.npz") as certain:
 
         def difference(name: str, value: np.ndarray, reference: np.ndarray) -> float:
-            moments = [trained[f"{kind}{name}"] for kind in FIRST_MOMENTS if f"{kind}{name}" in trained.files]
-            return relative(value, reference, is_certain(moments[0]) if moments else True)
+            where = [certain[f"{kind}{name}"] for kind in FIRST_MOMENTS if f"{kind}{name}" in certain.files]
+            return relative(value, reference, where[0] if where else True)
 
         found = _differences(single, folder, "final.npz", world_size, stages, difference)
         parameters, replicas = zip(*found, strict=True)
@@ -83,12 +81,6 @@ def compare(single: Path, folder: Path, world_size: int, stages: int = 1, micro_
         parameter=max(parameters, key=attrgetter("value")),
         replica=max(replicas, key=attrgetter("value")),
     )
-
-
-def is_certain(moment: np.ndarray) -> np.ndarray:
-    """Where a gradient, by its running mean, is zero or more than rounding."""
-    size = np.abs(moment)
-    return (size == 0) | (size >= ROUNDING * size.max(initial=0.0))
 
 
 def last_stage_losses(folder: Path, world_size: int, stages: int) -> list[float]:

@@ -3,14 +3,16 @@
     python -m mindformers_ext.cpu_parallel.reference --builder package.module:function --arguments JSON --out DIR
 
 `function(**arguments)` returns `(cell, batches)`: the training cell as one process runs it, and the numpy inputs of
-every step. Into DIR go `initial.npz` and `final.npz` (all parameters before and after), `moments.npz` (see
-run_rank.train), `batches.npz`, and `result.json` with the outputs and seconds of every step.
+every step. Into DIR go `initial.npz` and `final.npz` (all parameters before and after), `moments.npz` and
+`certain.npz` (see run_rank.train), `batches.npz`, and `result.json` with the outputs and seconds of every step.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from mindformers_ext.cpu_parallel import run_rank
 from mindformers_ext.rank_compiler.compile_rank import named
@@ -28,10 +30,10 @@ def main() -> int:
     ms.set_device("CPU")
     cell, batches = named(args.builder)(**args.arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    run_rank.save_parameters(args.out / "initial.npz", cell)
+    np.savez(args.out / "initial.npz", **run_rank.values(cell))
     run_rank.write_batches(args.out, batches)
-    outputs, seconds = run_rank.train(cell, batches, args.out / "moments.npz")
-    run_rank.save_parameters(args.out / "final.npz", cell)
+    outputs, seconds = run_rank.train(cell, batches, args.out)
+    np.savez(args.out / "final.npz", **run_rank.values(cell))
     (args.out / "result.json").write_text(json.dumps({"outputs": outputs, "seconds": seconds}))
     return 0
 

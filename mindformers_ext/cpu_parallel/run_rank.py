@@ -2,8 +2,8 @@
 
 Reads from the run folder: `initial.npz` (full parameters and optimizer states), `batches.npz` (the global batch of
 every step) and, per rank, `cpu.mindir` and `compiled.json`. Writes per rank `final.npz` (stored parameters after the
-last step), `moments.npz` (see `train`) and `result.json`; when it fails, it stops the other ranks and writes
-`failure.json` with one sentence.
+last step), `moments.npz` and `certain.npz` (see `train`) and `result.json`; when it fails, it stops the other ranks and
+writes `failure.json` with one sentence.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import numpy as np
 from mindformers_ext.collectives import collectives
 from mindformers_ext.files.atomic import write_json
 from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS, GRADIENT_BUFFERS, stored_part
+from mindformers_ext.training.certain_elements import CertainElements
 
 UNSUPPORTED = re.compile(r"(?:Unsupported op|kernel) \[?'?(\w+)\]?'? (?:on|is not)", re.IGNORECASE)
 
@@ -67,29 +68,33 @@ def set_parameters(cell, initial, compiled: dict, index: int) -> None:
         parameter.set_data(Tensor(value, parameter.dtype))
 
 
-def save_parameters(path: Path, cell, prefixes: tuple[str, ...] = ("",)) -> None:
-    """Write the parameters whose names start with one of `prefixes`."""
-    np.savez(path, **{p.name: p.asnumpy() for p in cell.get_parameters() if p.name.startswith(prefixes)})
+def values(cell, prefixes: tuple[str, ...] = ("",)) -> dict[str, np.ndarray]:
+    """The parameters whose names start with one of `prefixes`."""
+    return {p.name: p.asnumpy() for p in cell.get_parameters() if p.name.startswith(prefixes)}
 
 
-def train(cell, batches: list, first_moments: Path) -> tuple[list[list[float]], list[float]]:
+def train(cell, batches: list, folder: Path) -> tuple[list[list[float]], list[float]]:
     """Run all steps; returns the scalar outputs and the seconds of every step.
 
-    After the first step the optimizer's first moments, which then are the gradients times (1 - beta1), are written
-    to `first_moments`.
+    Writes `moments.npz`, the optimizer's first moments after the first step, which then are the gradients times
+    (1 - beta1), and `certain.npz` (CertainElements).
     """
     from mindspore import Tensor
 
+    certain = CertainElements()
     types = [Tensor(x).dtype for x in batches[0]]
     outputs, seconds = [], []
     for batch in batches:
         start = time.perf_counter()
         result = cell(*(Tensor(x, dtype) for x, dtype in zip(batch, types, strict=True)))
-        values = result if isinstance(result, tuple) else (result,)
-        outputs.append([float(v.asnumpy()) for v in values if v.size == 1])
+        made = result if isinstance(result, tuple) else (result,)
+        outputs.append([float(v.asnumpy()) for v in made if v.size == 1])
         seconds.append(time.perf_counter() - start)
+        moments = values(cell, FIRST_MOMENTS)
+        certain.note(moments)
         if len(seconds) == 1:
-            save_parameters(first_moments, cell, FIRST_MOMENTS)
+            np.savez(folder / "moments.npz", **moments)
+    certain.save(folder / "certain.npz")
     return outputs, seconds
 
 
@@ -105,8 +110,8 @@ def run(folder: Path, rank: int, world_size: int, stages: int) -> None:
     compiled = json.loads((own / "compiled.json").read_text())
     with np.load(folder / "initial.npz") as initial:
         set_parameters(cell, initial, compiled, rank % (world_size // stages))
-    outputs, seconds = train(cell, read_batches(folder), own / "moments.npz")
-    save_parameters(own / "final.npz", cell)
+    outputs, seconds = train(cell, read_batches(folder), own)
+    np.savez(own / "final.npz", **values(cell))
     total = time.perf_counter() - start
     result = {"rank": rank, "outputs": outputs, "seconds": seconds, "total_seconds": total}
     (own / "result.json").write_text(json.dumps(result))

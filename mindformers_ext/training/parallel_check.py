@@ -9,13 +9,14 @@ from mindspore.train import Callback, RunContext
 
 from mindformers_ext.files.atomic import write_json
 from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS
+from mindformers_ext.training.certain_elements import CertainElements
 from mindformers_ext.training.metrics import take_loss_parts
 from mindformers_ext.training.wrapper import real_model
 
 
 @MindFormerRegister.register(MindFormerModuleType.CALLBACK)
 class ParallelCheck(Callback):
-    """Write moments.npz after the first step, final.npz and result.json after the last (see run_rank.py).
+    """Write moments.npz after the first step, certain.npz, final.npz and result.json after the last (see run_rank.py).
 
     Args:
         folder: where to; on a rank of a lowered run its own folder rank_R inside.
@@ -26,6 +27,7 @@ class ParallelCheck(Callback):
         self.folder = Path(folder)
         self.outputs: list[list[float | None]] = []
         self.seconds: list[float] = []
+        self.certain = CertainElements()
 
     def on_train_begin(self, run_context: RunContext) -> None:
         """Find out what this process holds."""
@@ -41,17 +43,20 @@ class ParallelCheck(Callback):
         main, mtp, balance = take_loss_parts(model)
         self.outputs.append([None if main is None else main + model.mtp_factor() * mtp + balance])
         self.seconds.append(time.perf_counter() - self.start)
+        moments = self._values(FIRST_MOMENTS)
+        self.certain.note(moments)
         if len(self.seconds) == 1:
-            self._save("moments.npz", FIRST_MOMENTS)
+            np.savez(self.folder / "moments.npz", **moments)
         self.start = time.perf_counter()
 
     def on_train_end(self, run_context: RunContext) -> None:
         """Write the parameters and the losses."""
-        self._save("final.npz", ("",))
+        self.certain.save(self.folder / "certain.npz")
+        np.savez(self.folder / "final.npz", **self._values())
         write_json(self.folder / "result.json", {"outputs": self.outputs, "seconds": self.seconds})
 
-    def _save(self, name: str, prefixes: tuple[str, ...]) -> None:
+    def _values(self, prefixes: tuple[str, ...] = ("",)) -> dict[str, np.ndarray]:
         """The parameters that this process stores; a rank's are parts."""
         lowered = hasattr(self.network, "stored")
         stored = {n: p.value for n, p in self.network.stored()} if lowered else self.network.parameters_dict()
-        np.savez(self.folder / name, **{n: p.asnumpy() for n, p in stored.items() if n.startswith(prefixes)})
+        return {n: p.asnumpy() for n, p in stored.items() if n.startswith(prefixes)}
