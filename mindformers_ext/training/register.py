@@ -7,5 +7,6 @@ import mindformers_ext.training.lr_schedule
 import mindformers_ext.training.metrics
 import mindformers_ext.training.parallel_check
 import mindformers_ext.training.resuming_trainer
+import mindformers_ext.training.speed_up_files
 import mindformers_ext.training.topk_bias_callback
 import mindformers_ext.training.wrapper  # noqa: F401 (imported to register)

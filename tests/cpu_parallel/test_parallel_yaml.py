@@ -41,8 +41,10 @@ def check(problem: RunProblem, name: str) -> None:
     assert row.collectives > 0
 
 
-def test_experts_over_two_ranks_equal_one_process(problem):
+def test_experts_over_two_ranks_equal_one_process(problem, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     check(problem, "ep2")
+    assert list(tmp_path.glob("parallel_speed_up_*")) == []  # of one process, the compiler and two ranks
 
 
 @pytest.mark.slow

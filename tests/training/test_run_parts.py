@@ -2,10 +2,12 @@
 
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mindformers.core.context.build_context import _MSContextApplier
 
 from dataset_tools.make_sample_corpus import reference_articles, to_wikitext
 from dataset_tools.train_tokenizer import train
@@ -90,3 +92,17 @@ def test_unigram_entropy() -> None:
     assert unigram_entropy(np.array([5, 5])) == 0
     shares = np.array([0.5, 0.25, 0.25])
     assert unigram_entropy(np.array([0, 0, 1, 2])) == pytest.approx(-(shares * np.log(shares)).sum())
+
+
+def test_the_context_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mindformers_ext.training.register  # noqa: F401
+
+    def set_context(ascend_config: dict) -> None:
+        read.append(json.loads(Path(ascend_config["parallel_speed_up_json_path"]).read_text()))
+
+    read = []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("mindspore.context.set_context", set_context)
+    _MSContextApplier()._apply_set_context_remaining({"dataset_broadcast_opt_level": 3})
+    assert read == [{"dataset_broadcast_opt_level": 3}]
+    assert list(tmp_path.iterdir()) == []
