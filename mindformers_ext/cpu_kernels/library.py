@@ -1,7 +1,8 @@
 """The compiled kernels as MindSpore operators.
 
 Extends MindSpore 2.9.0, whose CPU backend lacks the fused operators of Ascend and refuses bfloat16 in matrix products;
-it can go when MindSpore has them. Each .cc file of this folder holds one kernel with its mathematics.
+it can go when MindSpore has them. Each .cc file of this folder holds one kernel with its mathematics. Imports nothing
+heavy: the launcher of ranks asks for the library's path.
 """
 
 import ctypes
@@ -10,9 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
-from mindspore import ops
 
 from mindformers_ext.built_library import built_library
 
@@ -62,12 +61,14 @@ def threads() -> int:
 @functools.cache
 def _fit_threads() -> None:
     """Use OMP_NUM_THREADS or all cores, at most MindSpore's runtime_num_threads."""
+    import mindspore as ms
+
     asked = os.environ.get("OMP_NUM_THREADS", "")
     count = int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
     set_threads(min(count, ms.get_context("runtime_num_threads")))
 
 
-def custom(name: str, shapes: Callable, types: Callable, bprop: Callable | None = None, **attributes) -> ops.Custom:
+def custom(name: str, shapes: Callable, types: Callable, bprop: Callable | None = None, **attributes):
     """The operator `name` of the library.
 
     Args:
@@ -76,6 +77,8 @@ def custom(name: str, shapes: Callable, types: Callable, bprop: Callable | None 
         bprop: function (*inputs, outputs, gradients of the outputs) -> gradients of the inputs.
         attributes: numbers that the kernel reads.
     """
+    from mindspore import ops
+
     _fit_threads()
     operator = ops.Custom(f"{library_path()}:{name}", shapes, types, "aot", bprop)
     for key, value in attributes.items():

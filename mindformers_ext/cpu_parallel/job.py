@@ -4,14 +4,11 @@
         [--] run_mindformer.py --config Y [...]
 
 scripts/msrun_launcher.sh starts it in place of msrun. Compiled ranks are kept in OUTPUT_DIR/compiled_ranks and used
-again while the YAML, the project's sources and MindSpore are the same. Logs: scheduler.log says what was done and
-which rank failed first; worker_R.log is what rank R printed. Exit code 0, or that of the rank that failed first.
+again while all that decides them is the same (compiled_ranks.py). Logs: scheduler.log says what was done and which rank
+failed first; worker_R.log is what rank R printed. Exit code 0, or that of the rank that failed first.
 """
 
 import argparse
-import hashlib
-import importlib.metadata
-import json
 import os
 import re
 import subprocess
@@ -22,31 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from mindformers_ext.collectives.rank_job import RankJob
-from mindformers_ext.config.run import Run
 from mindformers_ext.config.run_rules import refuse
 from mindformers_ext.config.strategy_rules import check_plan
-from mindformers_ext.cpu_parallel import launch
+from mindformers_ext.cpu_parallel import compiled_ranks, launch
 from mindformers_ext.cpu_parallel.command import absolute, read_plan
 from mindformers_ext.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-# What a compiled graph does not depend on.
-OUTSIDE_THE_GRAPH = ("output_dir", "load_checkpoint", "resume_training", "callbacks", "processor", "eval_dataset")
-GRAPH_ROOMS = ("config", "layers", "cpu_kernels", "training", "rank_compiler", "lowering")  # what it does depend on
-GRAPH_SOURCES = ("research/deepseek3/*.py", *(f"mindformers_ext/{room}/*.py" for room in GRAPH_ROOMS))
 REPORT = re.compile(r"- (step \d+, loss .*)")  # TrainingMetrics' line of a step
 MAX_RANKS = 64  # processes of one machine; more is a mistake
-
-
-def graph_key(plan: Run) -> str:
-    """Names everything that a compiled rank depends on."""
-    config = {key: value for key, value in plan.values.items() if key not in OUTSIDE_THE_GRAPH}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    digest.update(importlib.metadata.version("mindspore").encode())
-    for pattern in GRAPH_SOURCES:
-        for source in sorted(ROOT.glob(pattern)):
-            digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def run(command: list[str], worker_num: int, log_dir: Path, say: Callable[[str], None]) -> None:
@@ -59,14 +40,15 @@ def run(command: list[str], worker_num: int, log_dir: Path, say: Callable[[str],
     refuse(plan, check_plan(plan))
     if worker_num > MAX_RANKS:
         raise ConfigError(f"WORKER_NUM is {worker_num}, but one machine without cards runs at most {MAX_RANKS} ranks")
-    folder = Path(plan.sections.output_dir).resolve() / "compiled_ranks" / graph_key(plan)
-    if (folder / "whole").exists():
+    folder = compiled_ranks.private_folder(Path(plan.sections.output_dir), compiled_ranks.graph_key(plan))
+    if compiled_ranks.is_sound(folder, plan.device_num):
         say(f"the graphs of all {worker_num} ranks are in {folder} already")
     else:
         say(f"compiling the graphs of {worker_num} ranks for Ascend, and lowering them to CPU, in {folder}")
         builder = launch.RunBuilder(absolute(command), (str(ROOT),))
-        launch.compile_ranks(builder, plan.device_num, folder, plan.pp)
-        (folder / "whole").touch()
+        with compiled_ranks.only_mine():
+            launch.compile_ranks(builder, plan.device_num, folder, plan.pp)
+            compiled_ranks.seal(folder, plan.device_num)
     say(f"starting {worker_num} ranks; their logs are {log_dir}/worker_*.log")
     job = RankJob(folder, new_name(), 0, plan.device_num, plan.pp, plan.cp * plan.mp)
     train(command, job, log_dir, say)

@@ -5,6 +5,8 @@ import time
 
 import numpy as np
 
+from mindformers_ext.cpu_kernels import library
+
 # Dense bfloat16 TFLOP/s of one Ascend 910B, as in dryrun/atlas_800t_a2.yaml, which names the sources (376 is the figure
 # for float16). The vendor sells several bins: set device_peak_tflops in the YAML
 # to the figure of your card.
@@ -24,8 +26,6 @@ def measure_cpu_tflops(threads: int, size: int = 512, repeats: int = 400) -> flo
     Many short products of the library that our kernels call, some of which have the cores for themselves on a busy
     machine too. No operator of ours may run meanwhile.
     """
-    from mindformers_ext.cpu_kernels import library  # loads MindSpore
-
     left = np.random.default_rng(0).random((size, size), dtype=np.float32)
     out, best, before = np.empty_like(left), float("inf"), library.threads()
     library.set_threads(threads)
