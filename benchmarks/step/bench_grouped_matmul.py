@@ -33,15 +33,17 @@ def our_calls(x: np.ndarray, weight: np.ndarray, gradient: np.ndarray, ends: np.
     import mindspore as ms
     from mindspore import nn
 
-    from mindformers_ext.cpu_kernels import cells
+    from mindformers_ext.cpu_kernels.library import custom
 
     # In graph mode, as training runs: in PyNative mode Python's thread waits on a core of its own.
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU", memory_optimize_level="O1")
-    product = cells.GroupedMatmul()
+    product = custom("GroupedMatmul", lambda x, w, e: (x[0], w[2]), lambda x, w, e: x)
+    input_grad = custom("GroupedMatmulInputGrad", lambda d, w, e: (d[0], w[1]), lambda d, w, e: d)
+    weight_grad = custom("GroupedMatmulWeightGrad", lambda x, d, e: (e[0], x[1], d[1]), lambda x, d, e: x)
 
     class Backward(nn.Cell):
         def construct(self, x, weight, gradient, ends):
-            return product.input_grad(gradient, weight, ends), product.weight_grad(x, gradient, ends)
+            return input_grad(gradient, weight, ends), weight_grad(x, gradient, ends)
 
     x, weight, gradient, ends = (ms.Tensor(array) for array in (x, weight, gradient, ends))
     gradients = Backward()

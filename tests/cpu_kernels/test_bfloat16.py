@@ -4,6 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
+from helpers import rank_cells
 from helpers.against_torch import attention, latent_attention, random, run_ours, swiglu_experts
 from mindspore import Tensor
 
@@ -57,7 +58,7 @@ CASES = {
         [0, 1, 3, 4],
     ),
     "grouped_matmul": (
-        cells.GroupedMatmul,
+        rank_cells.GroupedMatmul,
         lambda x, w, _: torch.cat([x[:5] @ w[0], x[5:5] @ w[1], x[5:] @ w[2]]),
         [random(37, 21), random(3, 21, 17), np.array([5, 5, 37])],
         [0, 1],

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import rank_cells
 from helpers.against_torch import attention, compare, latent_attention, random, run_ours
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +32,7 @@ def test_swiglu(rows, width):
     arrays = [random(rows, width, scale=5.0), random(rows, width, seed=1)]
     compare(cells.SwiGlu(), theirs, arrays, [0, 1])
     halves = np.concatenate(arrays, 1)
-    compare(cells.SwiGluHalves(), lambda x: theirs(*x.chunk(2, -1)), [halves], [0])
+    compare(rank_cells.SwiGluHalves(), lambda x: theirs(*x.chunk(2, -1)), [halves], [0])
 
 
 def test_swiglu_of_extreme_gates():

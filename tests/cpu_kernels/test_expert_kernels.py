@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import rank_cells
 from helpers.against_torch import close, compare, random, run_ours, run_torch, swiglu_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,7 +54,7 @@ def test_grouped_matmul(counts, spare, inner, width):
         return torch.cat([*parts, x[first:] @ torch.zeros_like(weight[0])])
 
     arrays = [random(rows, inner), random(len(counts), inner, width), ends.astype(np.int64)]
-    (y, (dx, dweight)) = run_ours(cells.GroupedMatmul(), arrays, [0, 1])
+    (y, (dx, dweight)) = run_ours(rank_cells.GroupedMatmul(), arrays, [0, 1])
     (expected, (expected_dx, expected_dweight)) = run_torch(theirs, arrays, [0, 1])
     close(y[: ends[-1]], expected[: ends[-1]], "result")
     close(dx[: ends[-1]], expected_dx[: ends[-1]], "gradient of x")
@@ -65,7 +66,7 @@ def test_grouped_matmul(counts, spare, inner, width):
 
 def test_grouped_matmul_refuses_ends_beyond_the_rows(capfd):
     with pytest.raises(RuntimeError):
-        cells.GroupedMatmul()(Tensor(random(4, 2)), Tensor(random(1, 2, 3)), Tensor(np.array([5]))).asnumpy()
+        rank_cells.GroupedMatmul()(Tensor(random(4, 2)), Tensor(random(1, 2, 3)), Tensor(np.array([5]))).asnumpy()
     assert "group_list must ascend and end within the rows" in capfd.readouterr().err
 
 
@@ -74,7 +75,7 @@ def test_grouped_matmul_refuses_ends_beyond_the_rows(capfd):
 def test_permute_and_unpermute(tokens, topk, experts, hidden, load):
     ids = choose(tokens, topk, experts, load)
     order = torch.from_numpy(ids.reshape(-1)).argsort(stable=True)
-    permute = cells.Permute()
+    permute = rank_cells.Permute()
     rows, place = permute.permute(Tensor(random(tokens, hidden)), Tensor(ids), ids.size)
     assert np.array_equal(rows.asnumpy(), random(tokens, hidden)[order.numpy() // topk])
     assert np.array_equal(place.asnumpy(), order.argsort().numpy())
