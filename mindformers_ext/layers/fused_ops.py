@@ -246,16 +246,26 @@ class MaskedGradient(nn.Cell):
         return ops.masked_fill(dout, spare, 0.0), ops.zeros_like(spare)
 
 
+class MaskedResult(nn.Cell):
+    """x (R, H) with zeros in the rows that are spare (R, 1). Their gradient is as it comes: nothing reads it."""
+
+    def construct(self, x, spare):
+        return ops.masked_fill(x, spare, 0.0)
+
+    def bprop(self, x, spare, out, dout):
+        return dout, ops.zeros_like(spare)
+
+
 class GroupedSwiGlu(nn.Cell):
     """SwiGLU of each row's own expert with Ascend's grouped matmul.
 
-    The operator leaves rows after the last group untouched, in its result and in the gradient of its input. What the
-    memory held there must reach nobody: the result and the gradient that leave this cell are zero in these rows.
+    The operator neither reads nor writes rows after the last group, of its result and of the gradient of its input.
+    What the memory held there must reach nobody: the result and the gradient that leave this cell are zero there.
     """
 
     def __init__(self):
         super().__init__()
-        self.mask_gradient = MaskedGradient()
+        self.mask_gradient, self.mask_result = MaskedGradient(), MaskedResult()
         self.gate_up_mul, self.down_mul = GroupedMatmul(3, 0), GroupedMatmul(3, 0)
         self.swiglu = Swiglu()
 
@@ -266,7 +276,7 @@ class GroupedSwiGlu(nn.Cell):
         x = self.mask_gradient(x, spare)
         y = self.gate_up_mul([x], [gate_up], None, None, None, None, None, group_list)[0]
         y = self.down_mul([self.swiglu(y, -1)], [down], None, None, None, None, None, group_list)[0]
-        return ops.masked_fill(y, spare, 0.0)
+        return self.mask_result(y, spare)
 
 
 class SortedExperts(nn.Cell):
