@@ -37,7 +37,7 @@ class BlendedDataset:
             "size": size,
         }
         self._weights, self._size = np.asarray(weights, np.float64), size
-        folder = config.path_to_cache or f"{datasets[0].indexed.prefix}.index_cache"
+        folder = config.path_to_cache or index_cache.default_folder(datasets[0].indexed.prefix)
         arrays = index_cache.load_or_build(Path(folder), self.description, self._build_indices)
         self.dataset_index, self.dataset_sample_index = arrays
         self._check_supply()

@@ -135,7 +135,7 @@ class GPTDataset:
         self.plan = IndexPlan.of(tokens, num_samples, config.sequence_length, config.extra, drop_last)
         self.loss_mask = _open_loss_mask(indexed)
         self.description = self._describe(num_samples)
-        folder = config.path_to_cache or f"{indexed.prefix}.index_cache"
+        folder = config.path_to_cache or index_cache.default_folder(indexed.prefix)
         arrays = index_cache.load_or_build(Path(folder), self.description, self._build_indices)
         self.document_index, self.sample_index, self.shuffle_index = arrays
 
