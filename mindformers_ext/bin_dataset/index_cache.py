@@ -84,16 +84,31 @@ def _map(entry: Path, name: str) -> np.ndarray:
 
 
 def _checksum(entry: Path, name: str) -> str:
-    """Of a whole .npy file, its header too. ValueError: the file is empty."""
-    return fingerprint(np.memmap(_file(entry, name), np.uint8, "r"))
+    """Of a whole .npy file, its header too; read in pieces, which takes no memory of the process."""
+    digest, piece = xxhash.xxh3_128(), memoryview(bytearray(1 << 20))
+    with open(_file(entry, name), "rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+    return digest.hexdigest()
+
+
+def _write(path: Path, array: np.ndarray) -> str:
+    """Write an .npy file and return its checksum, without reading the values back."""
+    array = np.ascontiguousarray(array)
+    with open(path, "wb+") as file:
+        np.lib.format.write_array_header_2_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.seek(0)
+        digest = xxhash.xxh3_128(file.read())
+        digest.update(array)
+        file.write(array.data)
+    return digest.hexdigest()
 
 
 def _save(entry: Path, text: str, arrays: dict[str, np.ndarray]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
     try:
-        for name, array in arrays.items():
-            np.save(_file(temporary, name), array, allow_pickle=False)
-        (temporary / "arrays.json").write_text(json.dumps({name: _checksum(temporary, name) for name in arrays}))
+        checksums = {name: _write(_file(temporary, name), array) for name, array in arrays.items()}
+        (temporary / "arrays.json").write_text(json.dumps(checksums))
         (temporary / "description.json").write_text(text)
         os.chmod(temporary, 0o755)
         shutil.rmtree(entry, ignore_errors=True)  # A damaged entry, or nothing.
