@@ -194,8 +194,20 @@ class IndexedDataset:
         length = available - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > available:
             raise IndexError(f"tokens {offset} to {offset + length} of sequence {index}, which has {available}")
-        start = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
+        start = self._start(index % len(self)) + offset
         return self.tokens[start : start + length]
+
+    def _start(self, index: int) -> int:
+        """First token of a sequence. Raises CorruptDatasetError unless the sequence ends where the next one starts."""
+        start = int(self.sequence_pointers[index])
+        end = start + int(self.sequence_lengths[index]) * self.dtype.itemsize
+        ends_at = self.sequence_pointers[index + 1] if index + 1 < len(self) else self.tokens.nbytes
+        if end != ends_at or start < 0 or start % self.dtype.itemsize:
+            raise CorruptDatasetError(
+                f"{idx_path(self.prefix)}: sequence {index} takes the bytes {start} to {end}, but the next one starts "
+                f"at {ends_at}"
+            )
+        return start // self.dtype.itemsize
 
 
 class IndexedDatasetWriter:

@@ -1,4 +1,4 @@
-"""The lowest and highest token id of a .bin file, read once and remembered beside the indices."""
+"""The lowest and highest token id of a .bin file; both files are read whole once, and the answer is remembered."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from mindformers_ext.bin_dataset import index_cache
 from mindformers_ext.bin_dataset.gpt_dataset import usable_cores
-from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, bin_path
+from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, bin_path, idx_path
 
 PIECE = 1 << 18  # tokens looked at together: they stay in the cores' own cache between minimum and maximum
 STRETCH = 1 << 28  # tokens between two updates of the progress bar
@@ -20,14 +20,14 @@ def token_range(dataset: IndexedDataset, cache: str | None = None) -> tuple[int,
     """Lowest and highest id of a dataset of integers; (0, 0) if it is empty.
 
     All tokens are read, as fast as memory or the disk gives them, and the answer is kept in the index cache until the
-    file's size or one of its times changes. The ranks of a job read once.
+    size or a time of either file changes. The ranks of a job read once. The index's entries are checked on the way:
+    raises CorruptDatasetError.
     """
-    stat = os.stat(bin_path(dataset.prefix))
+    states = [os.stat(path(dataset.prefix)) for path in (bin_path, idx_path)]
     description = {
         "kind": "token range",
         "file": os.path.realpath(bin_path(dataset.prefix)),
-        "file_state": [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns],
-        "dtype": dataset.dtype.name,
+        "states": [[state.st_size, state.st_mtime_ns, state.st_ctime_ns] for state in states],
     }
     folder = Path(cache or index_cache.default_folder(dataset.prefix))
     (found,) = index_cache.load_or_build(folder, description, lambda: {"token_range": _find(dataset)})
@@ -35,6 +35,7 @@ def token_range(dataset: IndexedDataset, cache: str | None = None) -> tuple[int,
 
 
 def _find(dataset: IndexedDataset) -> np.ndarray:
+    dataset.check()
     tokens = np.asarray(dataset.tokens)
     found = np.zeros((1, 2), np.int64)
     with (

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from mindformers_ext.bin_dataset.blended_dataset import parse_blend
 from mindformers_ext.bin_dataset.gpt_dataset import open_loss_mask
-from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset
+from mindformers_ext.bin_dataset.indexed_dataset import CorruptDatasetError, IndexedDataset
 from mindformers_ext.bin_dataset.loader_config import LoaderConfig
 from mindformers_ext.bin_dataset.token_range import token_range
 from mindformers_ext.bin_dataset.tokenizer import TokenizerError, load_reference
@@ -81,8 +81,14 @@ def open_dataset(prefix: str, key: str, path: str | Path) -> IndexedDataset:
 
 
 def check_ids(file: IndexedDataset, vocab_size: int | None, cache: str | None, key: str, path: str | Path) -> None:
-    """Compare every token id of a file with the size of the vocabulary; a file is read once, then remembered."""
-    low, high = token_range(file, cache)
+    """Compare every token id of a file with the size of the vocabulary, and check its index.
+
+    A file is read once, then remembered.
+    """
+    try:
+        low, high = token_range(file, cache)
+    except CorruptDatasetError as error:
+        raise ConfigError(f"{path}: {key} {file.prefix!r}: {error}") from None
     if low < 0:
         raise ConfigError(
             f"{path}: {key} {file.prefix!r} holds token id {low} ({file.place_of(low)}), and ids are never negative; "

@@ -174,3 +174,12 @@ def test_samples_are_counted_as_they_are_built(
 
     counted = outcome(lambda: count_samples(*arguments, (None, None, None), only=only))
     assert counted == outcome(lambda: len(build_datasets(*arguments, only=only)[only]))
+
+
+def test_an_index_whose_offsets_are_wrong(prefix: str) -> None:
+    path = Path(f"{prefix}.idx")
+    data = bytearray(path.read_bytes())
+    data[34 + 4 * len(LENGTHS) + 8] ^= 4  # the second sequence's offset
+    path.unlink()
+    path.write_bytes(data)
+    assert "d_text_document.idx: sequence 1 starts at byte 1204, but the lengths" in error_of(run_of(prefix))
