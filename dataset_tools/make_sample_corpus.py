@@ -1,11 +1,14 @@
-"""A small English corpus in WikiText format, from text that is already on the machine.
+"""A small English corpus in WikiText format from text that is already on the machine, or your own text as JSONL.
 
-    python dataset_tools/make_sample_corpus.py --output output/sample/corpus.txt [--input my.txt]
+    python dataset_tools/make_sample_corpus.py --output output/sample/corpus.txt
+    python dataset_tools/make_sample_corpus.py --input my.txt --output output/sample/corpus.jsonl
 
-Without --input the text is the language reference that every CPython carries (pydoc_data.topics, about 460 kB).
+Without --input the text is the language reference that every CPython carries (pydoc_data.topics, about 460 kB), for
+wikitext_to_bin.py. Your own text is kept as it is, line ends and spaces too: one document for jsonl_to_bin.py.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -36,6 +39,20 @@ def to_wikitext(articles: dict[str, str]) -> str:
     return "".join(parts)
 
 
+PIECE = 50_000  # characters of a sequence of your own text: training and validation get whole sequences
+
+
+def to_json_line(text: str) -> str:
+    """One document whose sequences, joined, are the text; they end at line ends where there are any."""
+    pieces, start = [], 0
+    while start < len(text):
+        line_end = text.rfind("\n", start, start + PIECE) + 1
+        end = line_end if line_end and start + PIECE < len(text) else start + PIECE
+        pieces.append(text[start:end])
+        start = end
+    return json.dumps({"text": pieces}, ensure_ascii=False) + "\n"
+
+
 def main() -> int:
     """Write the corpus; a file that cannot be used is one sentence on standard error and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,7 +60,7 @@ def main() -> int:
     parser.add_argument("--input", type=Path, help="your own UTF-8 text instead of Python's documentation")
     args = parser.parse_args()
     try:
-        own = args.input.read_text(encoding="utf-8") if args.input else None
+        own = args.input.read_bytes().decode("utf-8-sig") if args.input else None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or f"it is not UTF-8 text ({error.reason} at byte {error.start})"
         print(f"error: --input {args.input}: cannot be read: {reason}", file=sys.stderr)
@@ -52,7 +69,7 @@ def main() -> int:
         print(f"error: --input {args.input} is empty; give a file with text", file=sys.stderr)
         return 2
     articles = reference_articles() if own is None else {args.input.stem: own}
-    text = to_wikitext(articles)
+    text = to_wikitext(articles) if own is None else to_json_line(own)
     write_text(args.output, text)
     print(f"{args.output}: {len(articles)} documents, {len(text.encode()):,} bytes")
     return 0

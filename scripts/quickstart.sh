@@ -32,11 +32,18 @@ DONE=$SAMPLE/made_from
 SOURCE=$(cat dataset_tools/make_sample_corpus.py dataset_tools/train_tokenizer.py ${INPUT:+"$INPUT"} | sha256sum)
 if [ ! -e "$DONE" ] || [ "$(cat "$DONE")" != "$SOURCE" ]; then
   rm -rf "$SAMPLE" "$OUTPUT/summary.txt"
-  python dataset_tools/make_sample_corpus.py --output "$SAMPLE/corpus.txt" ${INPUT:+--input "$INPUT"}
-  python dataset_tools/train_tokenizer.py --input "$SAMPLE/corpus.txt" --output "$SAMPLE/tokenizer.json" --vocab-size 4096
-  python dataset_tools/wikitext_to_bin.py --input "$SAMPLE/corpus.txt" --output-prefix "$SAMPLE/sample" \
-    --vocab-file "$SAMPLE/tokenizer.json" --seq-length 256 --pad-or-stitch none --append-eod \
-    --eod-token '<｜end▁of▁sentence｜>' --workers 2
+  if [ -n "$INPUT" ]; then # your own text, as it is
+    CORPUS=$SAMPLE/corpus.jsonl
+    TO_BIN=(jsonl_to_bin.py)
+    python dataset_tools/make_sample_corpus.py --input "$INPUT" --output "$CORPUS"
+  else
+    CORPUS=$SAMPLE/corpus.txt
+    TO_BIN=(wikitext_to_bin.py --seq-length 256 --pad-or-stitch none)
+    python dataset_tools/make_sample_corpus.py --output "$CORPUS"
+  fi
+  python dataset_tools/train_tokenizer.py --input "${INPUT:-$CORPUS}" --output "$SAMPLE/tokenizer.json" --vocab-size 4096
+  python "dataset_tools/${TO_BIN[0]}" "${TO_BIN[@]:1}" --input "$CORPUS" --output-prefix "$SAMPLE/sample" \
+    --vocab-file "$SAMPLE/tokenizer.json" --append-eod --eod-token '<｜end▁of▁sentence｜>' --workers 2
   echo "$SOURCE" > "$DONE"
 fi
 

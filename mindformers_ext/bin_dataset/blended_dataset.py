@@ -4,13 +4,14 @@ import math
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mindformers_ext.bin_dataset import _index_builder, index_cache
-from mindformers_ext.bin_dataset.gpt_dataset import GPTDataset, GPTDatasetConfig
-from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset
+from mindformers_ext.bin_dataset.gpt_dataset import GPTDataset, GPTDatasetConfig, plan_samples
+from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, idx_path
 
 SPLITS = ("train", "valid", "test")
 
@@ -37,7 +38,7 @@ class BlendedDataset:
             "size": size,
         }
         self._weights, self._size = np.asarray(weights, np.float64), size
-        folder = config.path_to_cache or f"{datasets[0].indexed.prefix}.index_cache"
+        folder = config.path_to_cache or index_cache.default_folder(datasets[0].indexed.prefix)
         arrays = index_cache.load_or_build(Path(folder), self.description, self._build_indices)
         self.dataset_index, self.dataset_sample_index = arrays
         self._check_supply()
@@ -86,8 +87,8 @@ Dataset = GPTDataset | BlendedDataset
 def build_datasets(
     config: GPTDatasetConfig,
     sizes: Sequence[int | None],
-    data_path: Sequence[str | float] | None,
-    per_split: Sequence[Sequence[str | float] | None] = (None, None, None),
+    data_path: str | Sequence[str | float] | None,
+    per_split: Sequence[str | Sequence[str | float] | None] = (None, None, None),
     only: int | None = None,
 ) -> list[Dataset | None]:
     """Train, valid and test datasets (None where the split is empty), each with at least ``sizes[i]`` samples.
@@ -95,6 +96,48 @@ def build_datasets(
     ``data_path`` is a list of prefixes, or of weights and prefixes by turns, cut by ``config.split``; ``per_split``
     gives each split its own list instead. ``only`` builds one of the three.
     """
+    plans = _plan_splits(config, sizes, data_path, per_split, only)
+    return [None if plan is None else _build_split(config, plan) for plan in plans]
+
+
+def count_samples(
+    config: GPTDatasetConfig,
+    sizes: Sequence[int | None],
+    data_path: str | Sequence[str | float] | None,
+    per_split: Sequence[str | Sequence[str | float] | None],
+    only: int,
+) -> int | None:
+    """How many samples ``build_datasets`` would give one split, from the lengths alone, and its errors."""
+    plan = _plan_splits(config, sizes, data_path, per_split, only)[only]
+    if plan is None:
+        return None
+    counts = [
+        plan_samples(*_open_part(prefix, plan.share), config, size, plan.split).samples
+        for prefix, size in zip(plan.prefixes, plan.part_sizes, strict=True)
+    ]
+    return counts[0] if plan.single else _blend_size(config, plan, counts)
+
+
+@dataclass(frozen=True)
+class _SplitPlan:
+    """What one split is made of."""
+
+    split: str  # of SPLITS
+    prefixes: list[str]
+    weights: list[float] | None  # sum to 1; None: all samples of every prefix
+    share: tuple[float, float]  # of the sequences of each prefix
+    size: int | None  # samples asked for
+    part_sizes: list[int | None]  # samples asked of each prefix
+    single: bool  # one prefix, not a blend
+
+
+def _plan_splits(
+    config: GPTDatasetConfig,
+    sizes: Sequence[int | None],
+    data_path: str | Sequence[str | float] | None,
+    per_split: Sequence[str | Sequence[str | float] | None],
+    only: int | None,
+) -> list[_SplitPlan | None]:
     if len(sizes) != len(SPLITS):
         raise ValueError(f"sizes needs a number of samples for train, valid and test, got {list(sizes)}")
     if (data_path is None) == all(blend is None for blend in per_split):
@@ -103,68 +146,75 @@ def build_datasets(
     blends = per_split if own_list else [data_path] * len(SPLITS)
     shares = [(0.0, 1.0)] * len(SPLITS) if own_list else split_ranges(config.split)
     return [
-        _build_split(config, SPLITS[i], parse_blend(blends[i]), shares[i], sizes[i], own_list)
+        _plan_split(config, SPLITS[i], blends[i], shares[i], sizes[i], own_list)
         if blends[i] and shares[i] and only in (None, i)
         else None
         for i in range(len(SPLITS))
     ]
 
 
-def _build_split(
+def _plan_split(
     config: GPTDatasetConfig,
     split: str,
-    blend: tuple[list[str], list[float] | None],
+    blend: str | Sequence[str | float],
     share: tuple[float, float],
     size: int | None,
     own_list: bool,
-) -> Dataset:
-    prefixes, weights = blend
+) -> _SplitPlan:
+    prefixes, weights = parse_blend(blend)
     # megatron-core ignores the weight of a split's own single prefix, but blends the single prefix of data_path.
     if len(prefixes) == 1 and (weights is None or own_list):
-        return _build_part(config, split, prefixes[0], share, size)
+        return _SplitPlan(split, prefixes, None, share, size, [size], single=True)
     if weights is None:
-        parts = _build_parts(config, split, prefixes, share, [None] * len(prefixes))
-        lengths = [len(part) for part in parts]
-        if 0 in lengths:
-            empty = prefixes[lengths.index(0)]
-            raise ValueError(f"the {split} split of {empty} has no sample of {config.sequence_length} tokens")
-        return BlendedDataset(parts, lengths, None if size is None else min(size, sum(lengths)), config)
+        return _SplitPlan(split, prefixes, None, share, size, [None] * len(prefixes), single=False)
     if size is None:
         raise ValueError(f"weights in data_path need a number of samples for {split} in sizes")
     weights = (np.array(weights) / np.sum(weights)).tolist()
-    targets = [math.ceil(size * weight) for weight in weights]
     surplus = 1 + config.mid_level_dataset_surplus
-    parts = _build_parts(config, split, prefixes, share, [math.ceil(target * surplus) for target in targets])
-    return BlendedDataset(parts, weights, sum(targets), config)
+    part_sizes = [math.ceil(math.ceil(size * weight) * surplus) for weight in weights]
+    return _SplitPlan(split, prefixes, weights, share, size, part_sizes, single=False)
 
 
-def _build_parts(
-    config: GPTDatasetConfig,
-    split: str,
-    prefixes: list[str],
-    share: tuple[float, float],
-    sizes: Sequence[int | None],
-) -> list[GPTDataset]:
+def _build_split(config: GPTDatasetConfig, plan: _SplitPlan) -> Dataset:
+    def build(prefix: str, size: int | None) -> GPTDataset:
+        indexed, first, last = _open_part(prefix, plan.share)
+        return GPTDataset(indexed, config, size, plan.split, first, last)
+
+    if plan.single:
+        return build(plan.prefixes[0], plan.size)
     with ThreadPoolExecutor(config.num_dataset_builder_threads) as pool:
-        return list(
-            pool.map(
-                lambda part: _build_part(config, split, part[0], share, part[1]), zip(prefixes, sizes, strict=False)
-            )
-        )
+        parts = list(pool.map(build, plan.prefixes, plan.part_sizes))
+    lengths = [len(part) for part in parts]
+    size = _blend_size(config, plan, lengths)
+    if plan.weights is None:
+        return BlendedDataset(parts, lengths, None if plan.size is None else size, config)
+    return BlendedDataset(parts, plan.weights, size, config)
 
 
-def _build_part(
-    config: GPTDatasetConfig, split: str, prefix: str, share: tuple[float, float], size: int | None
-) -> GPTDataset:
+def _blend_size(config: GPTDatasetConfig, plan: _SplitPlan, lengths: list[int]) -> int:
+    """Samples of the blend of parts that have these many."""
+    if plan.weights is not None:
+        return sum(math.ceil(plan.size * weight) for weight in plan.weights)
+    if 0 in lengths:
+        empty = plan.prefixes[lengths.index(0)]
+        raise ValueError(f"the {plan.split} split of {empty} has no sample of {config.sequence_length} tokens")
+    return sum(lengths) if plan.size is None else min(plan.size, sum(lengths))
+
+
+def _open_part(prefix: str, share: tuple[float, float]) -> tuple[IndexedDataset, int, int]:
+    """A pair, and the first and last of the sequences that belong to a split."""
     indexed = IndexedDataset(prefix)
     first, last = (round(bound * float(len(indexed))) for bound in share)
-    return GPTDataset(indexed, config, size, split, first, last)
+    return indexed, first, last
 
 
 def split_ranges(split: str) -> list[tuple[float, float] | None]:
     """``"98, 1, 1"`` as the part of the sequences each split owns, None for an empty one."""
-    shares = [float(number) for number in re.findall(r"[.0-9]+", split)]
-    if not 1 <= len(shares) <= len(SPLITS) or sum(shares) <= 0:
+    words = re.split(r"[,;:/\s]+", split.strip().strip("[]()"))
+    numbers = [word for word in words if re.fullmatch(r"\d+\.?\d*|\.\d+", word)]
+    shares = [float(number) for number in numbers]
+    # megatron-core takes every number it finds: the -1 of "98, -1, 1" for 1, and 1e-3 for two shares.
+    if len(numbers) < len(words) or not 1 <= len(shares) <= len(SPLITS) or not 0 < sum(shares) < math.inf:
         raise ValueError(f"split must be one to three shares such as '98, 1, 1', got {split!r}")
     shares += [0.0] * (len(SPLITS) - len(shares))
     bounds = [0.0]
@@ -173,8 +223,13 @@ def split_ranges(split: str) -> list[tuple[float, float] | None]:
     return [None if low >= high else (low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
 
 
-def parse_blend(paths: Sequence[str | float]) -> tuple[list[str], list[float] | None]:
-    """Prefixes and weights of ``["30", "a", "70", "b"]``, or prefixes and None of ``["a", "b"]``."""
+def parse_blend(paths: str | Sequence[str | float]) -> tuple[list[str], list[float] | None]:
+    """Prefixes and weights of ``["30", "a", "70", "b"]``, or prefixes and None of ``["a", "b"]``.
+
+    One text is a prefix or, as on Megatron's command line, all of these words apart. Weights are above 0.
+    """
+    if isinstance(paths, str):
+        paths = [paths] if idx_path(paths).is_file() else paths.split()
     items = [str(path).strip() for path in paths]
     if not items:
         raise ValueError("data_path is empty; give prefixes, or weights and prefixes by turns")
@@ -183,6 +238,11 @@ def parse_blend(paths: Sequence[str | float]) -> tuple[list[str], list[float] | 
         return items, None
     if None in numbers:
         raise ValueError(f"data_path mixes weighted and unweighted prefixes: {items}")
+    for prefix, number in zip(items[1::2], numbers, strict=True):
+        if not 0 < number < math.inf:
+            raise ValueError(f"data_path gives {prefix} the weight {number:g}; weights must be numbers above 0")
+    if math.isinf(sum(numbers)):
+        raise ValueError(f"the weights in data_path sum to more than a number can hold: {items}")
     return items[1::2], numbers
 
 

@@ -106,6 +106,7 @@ def summary(job: Job, counts: Counts, seconds: float) -> str:
         f"empty    {counts.empty_documents} documents without a token",
         f"dropped  {counts.bad_lines} unreadable lines, {counts.dropped_tokens} tokens past the sample length "
         f"({counts.truncated_documents} documents cut)",
+        *(f"settings {text} in {job.tokenizer.path} is switched off" for text in job.tokenizer.switched_off),
         f"checked  {_checked(job.tokenizer)}",
         f"speed    {seconds:.1f} s, {counts.input_bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s, "
         f"{counts.tokens / max(seconds, 1e-9) / 1e6:.2f} M tokens/s",

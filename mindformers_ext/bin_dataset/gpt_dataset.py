@@ -6,7 +6,7 @@ Shapes: B samples a batch, S sequence_length, W = S + 1 (S without the extra tok
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +53,14 @@ class GPTDatasetConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for item in fields(self):
+            value, kind = getattr(self, item.name), float | int if item.type is float else item.type
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise ValueError(f"{item.name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
         if not 0 <= self.random_seed < 2**32:
             raise ValueError(f"random_seed must be in [0, 2**32), got {self.random_seed}")
+        if not 0 <= self.mid_level_dataset_surplus < 1:
+            raise ValueError(f"mid_level_dataset_surplus must be in [0, 1), got {self.mid_level_dataset_surplus}")
         if self.eod == NO_TOKEN and self.needs_eod:
             raise ValueError("eod is not set: reset_*, eod_mask_loss and create_compressed_eod_mask need its token id")
 
@@ -106,6 +112,19 @@ class IndexPlan:
         return cls(epochs, samples, samples_first if separate else samples, separate)
 
 
+def plan_samples(
+    indexed: IndexedDataset, first: int, last: int, config: GPTDatasetConfig, num_samples: int | None, split: str
+) -> IndexPlan:
+    """The plan of the sequences [first, last) of a dataset. Raises ValueError if they give no sample at all."""
+    if indexed.dtype.kind not in "iu":
+        raise ValueError(f"{idx_path(indexed.prefix)} holds {indexed.dtype}; training samples need integer tokens")
+    tokens = int(indexed.sequence_lengths[first:last].sum(dtype=np.int64))
+    if tokens == 0:
+        raise ValueError(f"the {split} split of {indexed.prefix} (sequences {first} to {last}) has no tokens")
+    drop_last = split != "valid" or config.drop_last_partial_validation_sequence
+    return IndexPlan.of(tokens, num_samples, config.sequence_length, config.extra, drop_last)
+
+
 class GPTDataset:
     """``len`` samples of fixed length from the sequences [first, last) of an IndexedDataset.
 
@@ -126,16 +145,10 @@ class GPTDataset:
         self.config = config
         self.split = split
         self.first, self.last = first, len(indexed) if last is None else last
-        if indexed.dtype.kind not in "iu":
-            raise ValueError(f"{idx_path(indexed.prefix)} holds {indexed.dtype}; training samples need integer tokens")
-        tokens = int(indexed.sequence_lengths[self.first : self.last].sum(dtype=np.int64))
-        if tokens == 0:
-            raise ValueError(f"the {split} split of {indexed.prefix} (sequences {first} to {self.last}) has no tokens")
-        drop_last = split != "valid" or config.drop_last_partial_validation_sequence
-        self.plan = IndexPlan.of(tokens, num_samples, config.sequence_length, config.extra, drop_last)
-        self.loss_mask = _open_loss_mask(indexed)
+        self.plan = plan_samples(indexed, self.first, self.last, config, num_samples, split)
+        self.loss_mask = open_loss_mask(indexed)
         self.description = self._describe(num_samples)
-        folder = config.path_to_cache or f"{indexed.prefix}.index_cache"
+        folder = config.path_to_cache or index_cache.default_folder(indexed.prefix)
         arrays = index_cache.load_or_build(Path(folder), self.description, self._build_indices)
         self.document_index, self.sample_index, self.shuffle_index = arrays
 
@@ -302,7 +315,8 @@ def _actual_seq_len(is_eod: np.ndarray, length: int) -> np.ndarray:
     return ends
 
 
-def _open_loss_mask(indexed: IndexedDataset) -> IndexedDataset | None:
+def open_loss_mask(indexed: IndexedDataset) -> IndexedDataset | None:
+    """The loss mask that lies beside a dataset, None if there is none. Raises ValueError if it belongs to another."""
     prefix = loss_mask_prefix(indexed.prefix)
     if not idx_path(prefix).is_file():
         return None

@@ -152,12 +152,23 @@ class IndexedDataset:
             part = self.tokens[start : start + chunk]
             bad = np.flatnonzero((part < 0) | (part >= vocab_size))
             if len(bad):
-                at = start + int(bad[0])
-                sequence = int(np.searchsorted(self.sequence_pointers, at * self.dtype.itemsize, side="right")) - 1
+                token = self.tokens[start + int(bad[0])]
                 raise CorruptDatasetError(
-                    f"{bin_path(self.prefix)}: token {at} (sequence {sequence}) is {self.tokens[at]}, outside the "
-                    f"vocabulary of {vocab_size} ids; the data was made with another tokenizer"
+                    f"{bin_path(self.prefix)}: {self.place_of(token)} is {token}, outside the vocabulary of "
+                    f"{vocab_size} ids; the data was made with another tokenizer"
                 )
+
+    def place_of(self, token: int, chunk: int = 1 << 24) -> str:
+        """Where a token id occurs first, in words: token, sequence and document. Raises ValueError if it does not."""
+        for start in range(0, len(self.tokens), chunk):
+            found = np.flatnonzero(self.tokens[start : start + chunk] == token)
+            if len(found):
+                at = start + int(found[0])
+                ends = np.cumsum(self.sequence_lengths, dtype=np.int64)
+                sequence = int(np.searchsorted(ends, at, side="right"))
+                document = int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
+                return f"token {at} (sequence {sequence}, document {document})"
+        raise ValueError(f"{bin_path(self.prefix)} has no token {token}")
 
     def __len__(self) -> int:
         return len(self.sequence_lengths)
@@ -183,8 +194,20 @@ class IndexedDataset:
         length = available - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > available:
             raise IndexError(f"tokens {offset} to {offset + length} of sequence {index}, which has {available}")
-        start = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
+        start = self._start(index % len(self)) + offset
         return self.tokens[start : start + length]
+
+    def _start(self, index: int) -> int:
+        """First token of a sequence. Raises CorruptDatasetError unless the sequence ends where the next one starts."""
+        start = int(self.sequence_pointers[index])
+        end = start + int(self.sequence_lengths[index]) * self.dtype.itemsize
+        ends_at = self.sequence_pointers[index + 1] if index + 1 < len(self) else self.tokens.nbytes
+        if end != ends_at or start < 0 or start % self.dtype.itemsize:
+            raise CorruptDatasetError(
+                f"{idx_path(self.prefix)}: sequence {index} takes the bytes {start} to {end}, but the next one starts "
+                f"at {ends_at}"
+            )
+        return start // self.dtype.itemsize
 
 
 class IndexedDatasetWriter:

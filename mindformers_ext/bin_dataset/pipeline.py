@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,7 +41,7 @@ from mindformers_ext.bin_dataset.text_sources import (
 from mindformers_ext.bin_dataset.tokenizer import TextTokenizer
 from mindformers_ext.files.atomic import write_json
 
-TOOL_VERSION = "1"  # Raise it when the same input gives other bytes.
+TOOL_VERSION = "2"  # Raise it when the same input gives other bytes.
 AUTO_PARTITION_BYTES = 4 << 30
 
 Item = TypeVar("Item")
@@ -82,6 +83,7 @@ class Job:
     dtype: type[np.number]
     keys: tuple[str, ...] = ("text",)
     read: Callable[..., Iterator[Batch]] = read_documents
+    read_options: dict[str, list[str]] = field(default_factory=dict)  # more arguments for `read`
     starts_document: Callable[[bytes], bool] = bool  # any line
     shape: Callable[[], Shape] = AsIs
     bos: int | None = None
@@ -115,6 +117,7 @@ class Job:
             "shape": [type(shape).__name__, getattr(shape, "length", None), getattr(shape, "pad", None)],
             "marks": [self.bos, self.eod, self.vocab_size],
             "skip_bad_lines": self.skip_bad_lines,
+            "read_options": self.read_options,
             "partitions": partitions,
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -130,7 +133,6 @@ def run(job: Job) -> Counts:
     done = finished_counts(job.prefix, job, identity)
     if done is None:
         done = _run_parts(job, parts, identity, total)
-        job.tokenizer.finish_checks()
         for key in job.keys:
             _write_summary(f"{job.output(key)}.json", job, identity, done, time.monotonic() - started)
     else:
@@ -155,7 +157,6 @@ def _run_parts(job: Job, parts: list[list[Span]], identity: str, total: int) -> 
             if part is None:
                 part = _run_part(job, spans, prefix, counts, bar)
                 if len(parts) > 1:
-                    job.tokenizer.finish_checks()
                     write_json(f"{prefix}.json", {"identity": identity, "counts": asdict(part)})
             else:
                 bar.update(part.input_bytes)
@@ -182,7 +183,8 @@ def _run_part(job: Job, spans: list[Span], prefix: str, before: Counts, bar: tqd
         ]
         writers = {key: writers[number :: len(job.keys)] for number, key in enumerate(job.keys)}
         shown = 0
-        for batch in _prefetch(batch for span in spans for batch in job.read(span, job.keys, job.skip_bad_lines)):
+        read = partial(job.read, keys=job.keys, skip_bad=job.skip_bad_lines, **job.read_options)
+        for batch in _prefetch(batch for span in spans for batch in read(span)):
             for key in job.keys:
                 encoded = encode_documents(job, batch.texts[key])
                 _write(writers[key], shapes[key].add(*encoded), counts)
@@ -199,6 +201,7 @@ def _run_part(job: Job, spans: list[Span], prefix: str, before: Counts, bar: tqd
             _write(writers[key], shapes[key].finish(), counts)
             counts.dropped_tokens += shapes[key].dropped_tokens
             counts.truncated_documents += shapes[key].truncated_documents
+        job.tokenizer.finish_checks()  # before the files get their names
     _show(bar, before, counts)
     return counts
 
@@ -294,6 +297,7 @@ def _write_summary(path: str, job: Job, identity: str, counts: Counts, seconds: 
         "tokenizer": str(job.tokenizer.path),
         "tokenizer_sha256": job.tokenizer.sha256,
         "tokenizer_backend": job.tokenizer.backend,
+        "tokenizer_settings_switched_off": list(job.tokenizer.switched_off),
         "documents_checked_against_reference": job.tokenizer.checked,
         "vocab_size": job.tokenizer.vocab_size,
         "dtype": np.dtype(job.dtype).name,

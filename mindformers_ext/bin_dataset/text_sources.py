@@ -1,5 +1,8 @@
 """Read documents in bounded batches from JSONL (plain, .gz, .zst), parquet, plain text and WikiText files."""
 
+from __future__ import annotations
+
+import codecs
 import glob
 import gzip
 import io
@@ -10,11 +13,16 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 BLOCK = 4 << 20  # bytes of text a batch: large enough to keep all cores busy, small enough to forget
 KEPT_MESSAGES = 10
+LONGEST_WINDOW = 1 << 31  # bytes a zstd frame may refer back to: what `zstd --long=31`, its largest, writes
 
 Text = str | list[str]  # A document, or its sentences (each becomes a sequence of its own, as in Megatron).
 
@@ -93,7 +101,7 @@ def is_json_array(path: str) -> bool:
     if not path.endswith(".json"):
         return False
     with open(path, "rb") as file:
-        return file.read(4096).lstrip()[:1] == b"["
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def _align(path: str, offset: int, size: int, starts_document: Callable[[bytes], bool]) -> int:
@@ -118,22 +126,22 @@ def read_json_lines(span: Span, keys: Sequence[str], skip_bad: bool = False) -> 
     fields = [(f"column{i}", Text, msgspec.field(name=key)) for i, key in enumerate(keys)]
     decoder = msgspec.json.Decoder(msgspec.defstruct("Row", fields))
     names = [name for name, _, _ in fields]
-    lines_before = 0
+    done = 0  # lines
     for block, advance in blocks(span):
         bad: list[str] = []
         try:
             rows = decoder.decode_lines(block)
             texts = {key: [getattr(row, name) for row in rows] for key, name in zip(keys, names, strict=True)}
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            texts = _decode_one_by_one(block, span, lines_before, keys, bad)
+            texts = _decode_one_by_one(block, span, done, keys, bad)
         if bad and not skip_bad:
             raise BadInputError(f"{bad[0]}; repair the line, or count and skip such lines with --skip-bad-lines")
-        lines_before += block.count(b"\n")
+        done += block.count(b"\n")
         yield Batch(texts, advance, bad)
 
 
 def _decode_one_by_one(
-    block: bytes, span: Span, lines_before: int, keys: Sequence[str], bad: list[str]
+    block: bytes, span: Span, lines_before_block: int, keys: Sequence[str], bad: list[str]
 ) -> dict[str, list[Text]]:
     """The documents of a block with a broken line, by the standard library's parser, which Megatron uses."""
     texts: dict[str, list[Text]] = {key: [] for key in keys}
@@ -144,7 +152,7 @@ def _decode_one_by_one(
             row = json.loads(line.decode("utf-8"))
             values = [_checked_text(row, key) for key in keys]
         except (ValueError, RecursionError) as error:
-            first = 1 + lines_before + number + (_count_lines(span.path, span.start) if span.start else 0)
+            first = 1 + lines_before_block + number + lines_before(span)
             bad.append(f"{span.path}:{first}: {_reason(error)}: {line[:60]!r}")
             continue
         for key, value in zip(keys, values, strict=True):
@@ -173,29 +181,49 @@ def _reason(error: Exception) -> str:
     return f"broken JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def _count_lines(path: str, end: int) -> int:
-    with open(path, "rb") as file:
-        return sum(file.read(min(BLOCK, end - at)).count(b"\n") for at in range(0, end, BLOCK))
+def lines_before(span: Span) -> int:
+    """Lines of the file before the span; they are read again for it."""
+    if span.start == 0:
+        return 0
+    with open(span.path, "rb") as file:
+        return sum(file.read(min(BLOCK, span.start - at)).count(b"\n") for at in range(0, span.start, BLOCK))
 
 
-def read_parquet(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
-    """Documents of a parquet file, one row each; null is an empty document."""
+def parquet_batches(span: Span, columns: Sequence[str] | None = None) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Rows of a parquet file, and how far each batch advanced in the file. Raises BadInputError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(span.path)
-    except (pa.ArrowInvalid, OSError) as error:
+        missing = set(columns or ()) - set(file.schema_arrow.names)
+        if missing:
+            raise BadInputError(f"{span.path} has no column {sorted(missing)}, only {file.schema_arrow.names}")
+        for group in file.iter_batches(batch_size=2000, columns=columns and list(columns)):
+            yield group, span.end * len(group) // max(1, file.metadata.num_rows)
+    except (pa.ArrowException, OSError) as error:
         raise BadInputError(f"{span.path} is no readable parquet file: {error}") from error
-    missing = set(keys) - set(file.schema_arrow.names)
-    if missing:
-        raise BadInputError(f"{span.path} has no column {sorted(missing)}, only {file.schema_arrow.names}")
-    for group in file.iter_batches(batch_size=2000, columns=list(keys)):
-        texts = {key: [value or "" for value in group.column(key).to_pylist()] for key in keys}
+
+
+def read_parquet(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
+    """Documents of a parquet file, one row each; null is an empty document."""
+    for group, advance in parquet_batches(span, keys):
         for key in keys:
-            if texts[key] and not isinstance(texts[key][0], str):
+            if not _is_text_column(group.column(key).type):
                 raise BadInputError(f"{span.path}: column {key!r} holds {group.column(key).type}, not text")
-        yield Batch(texts, span.end * len(group) // max(1, file.metadata.num_rows))
+        try:
+            texts = {key: [value or "" for value in group.column(key).to_pylist()] for key in keys}
+        except UnicodeDecodeError as error:
+            raise BadInputError(f"{span.path}: a column of {list(keys)} holds invalid UTF-8: {error}") from error
+        yield Batch(texts, advance)
+
+
+def _is_text_column(kind: pa.DataType) -> bool:
+    """By its type, not by its first value, which may be null; a column of nulls alone is empty text."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
 
 
 def read_documents(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
@@ -221,9 +249,19 @@ def read_any_text(span: Span, keys: Sequence[str], skip_bad: bool = False) -> It
 
 
 def read_wikitext(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
-    """WikiText-2/103 (`wiki.*.tokens`): each section's text, without headings and tokenizer marks, is a document."""
+    """WikiText-2/103 (`wiki.*.tokens`): each section's text, without headings and tokenizer marks, is a document.
+
+    A parquet file has a line in each row's `text`, as HuggingFace keeps WikiText.
+    """
     section: list[str] = []
-    for lines, advance, bad in _text_blocks(span, skip_bad):
+    if span.path.endswith(".parquet"):
+        rows = read_parquet(span, ["text"])
+        batches = (("\n".join(batch.texts["text"]).split("\n"), batch.input_bytes, []) for batch in rows)
+    else:
+        batches = _text_blocks(span, skip_bad)
+    for number, (lines, advance, bad) in enumerate(batches):
+        if number == 0 and lines[0].startswith('{"'):
+            raise BadInputError(f"{span.path} holds JSON lines, not WikiText; use jsonl_to_bin.py")
         documents = []
         for line in lines:
             if is_heading(line):
@@ -246,60 +284,77 @@ def _section_text(section: list[str]) -> list[str]:
     return [text] if text else []
 
 
-# WikiText writes text as tokens apart. Each rule joins one kind again, in this order.
-_JOINED = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"s '", "s'"),
-        (r" @([-,.])@ ", r"\1"),
-        (r" ([:;.!?,]) ", r"\1 "),
-        (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
-        (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
-        (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
-        (r'"\s*([^"]*?)\s*"', r'"\1"'),
-        (r"'\s*([^']*?)\s*'", r"'\1'"),
-        (r" ° ", "°"),
-        (r" *\n *", "\n"),
-        (r" N ", " 1 "),
-        (r" 's", "'s"),
-        (r"(?m) ([:;.!?,])$", r"\1"),
-    )
-]
+_NUMBER_MARK = re.compile(r" @([-,.])@ ")
+_PUNCTUATION = re.compile(r" ([:;.!?,]) ")
+_LAST_PUNCTUATION = re.compile(r"(?m) ([:;.!?,])$")
+_PAIRS = ("()", "[]", "{}", '""', "''")
 
 
 def clean_wikitext(text: str) -> str:
-    """Undo WikiText's tokenization of one section: ``1 @,@ 000 ( a )`` becomes ``1,000 (a)``."""
-    for pattern, replacement in _JOINED:
-        text = pattern.sub(replacement, text)
-    return text.strip()
+    """Undo WikiText's tokenization of one section: ``1 @,@ 000 ( a )`` becomes ``1,000 (a)``.
+
+    WikiText writes text as tokens apart; each line joins one kind again. The time is linear in the text.
+    """
+    text = text.replace("s '", "s'")
+    text = _NUMBER_MARK.sub(r"\1", text)
+    text = _PUNCTUATION.sub(r"\1 ", text)
+    for opening, closing in _PAIRS:
+        text = _without_space_inside(text, opening, closing)
+    text = text.replace(" ° ", "°")
+    text = _without_space_at_line_ends(text)
+    text = text.replace(" N ", " 1 ")
+    text = text.replace(" 's", "'s")
+    return _LAST_PUNCTUATION.sub(r"\1", text).strip()
+
+
+def _without_space_inside(text: str, opening: str, closing: str) -> str:
+    """``( a )`` as ``(a)``, for each opening and the first closing after it."""
+    parts = []
+    done = 0
+    while (start := text.find(opening, done) + 1) and (end := text.find(closing, start)) >= 0:
+        parts += (text[done:start], text[start:end].strip(), closing)
+        done = end + 1
+    return "".join([*parts, text[done:]])
+
+
+def _without_space_at_line_ends(text: str) -> str:
+    first, *others = text.split("\n")
+    if not others:
+        return text
+    *middle, last = others
+    return "\n".join([first.rstrip(" "), *(line.strip(" ") for line in middle), last.lstrip(" ")])
 
 
 def _text_blocks(span: Span, skip_bad: bool) -> Iterator[tuple[list[str], int, list[str]]]:
-    lines_before = 0
+    done = 0  # lines
     for block, advance in blocks(span):
         bad: list[str] = []
         try:
             lines = block.decode("utf-8").split("\n")
         except UnicodeDecodeError as error:
-            number = 1 + lines_before + block.count(b"\n", 0, error.start)
-            number += _count_lines(span.path, span.start) if span.start else 0
             if not skip_bad:
+                number = 1 + lines_before(span) + done + block.count(b"\n", 0, error.start)
                 raise BadInputError(f"{span.path}:{number}: invalid UTF-8; use --skip-bad-lines to skip it") from error
-            lines = list(_valid_lines(block, span.path, lines_before, bad))
-        lines_before += block.count(b"\n")
+            lines = list(_valid_lines(block, span, done, bad))
+        done += block.count(b"\n")
         yield lines, advance, bad
 
 
-def _valid_lines(block: bytes, path: str, lines_before: int, bad: list[str]) -> Iterator[str]:
-    for number, line in enumerate(block.split(b"\n")):
+def _valid_lines(block: bytes, span: Span, done: int, bad: list[str]) -> Iterator[str]:
+    for number, line in enumerate(block.split(b"\n"), 1):
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError:
-            bad.append(f"{path}:{lines_before + number + 1}: invalid UTF-8")
+            bad.append(f"{span.path}:{lines_before(span) + done + number}: invalid UTF-8")
 
 
 def blocks(span: Span) -> Iterator[tuple[bytes, int]]:
-    """Whole lines of a span, about BLOCK bytes at once, with the bytes of the file they took."""
+    """Whole lines of a span, about BLOCK bytes at once, with the bytes of the file they took.
+
+    The byte order mark that some editors write before UTF-8 is left out. Raises BadInputError for a damaged file, and
+    for one that is no text whatever its name says.
+    """
+    at_start = span.start == 0
     with open(span.path, "rb") as raw:
         stream = _decompressed(raw, span)
         remaining = span.end - span.start if _is_cuttable(span.path) else None
@@ -312,10 +367,37 @@ def blocks(span: Span) -> Iterator[tuple[bytes, int]]:
                 raise BadInputError(f"{span.path} is truncated or damaged: {error}") from error
             if not block:
                 return
+            if at_start:
+                _refuse_other_formats(block, span.path)
             if remaining is not None:
                 remaining -= len(block)
-            yield block, raw.tell() - at
-            at = raw.tell()
+            yield (block.removeprefix(codecs.BOM_UTF8) if at_start else block), raw.tell() - at
+            at, at_start = raw.tell(), False
+
+
+# How files begin that are no text; parquet also ends so.
+_OTHER_FORMATS = {
+    b"PAR1": "parquet; give it a name that ends with .parquet",
+    b"\x1f\x8b": "gzip; give it a name that ends with .gz",
+    b"\x28\xb5\x2f\xfd": "zstd; give it a name that ends with .zst",
+    b"\xfd7zXZ\x00": "xz; unpack it first",
+    b"BZh91AY&SY": "bzip2; unpack it first",
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    codecs.BOM_UTF16_LE: "UTF-16 text; write it as UTF-8 first",
+    codecs.BOM_UTF16_BE: "UTF-16 text; write it as UTF-8 first",
+}
+
+
+def _refuse_other_formats(block: bytes, path: str) -> None:
+    for mark, kind in _OTHER_FORMATS.items():
+        if block.startswith(mark) and (mark != b"PAR1" or _is_parquet(path)):
+            raise BadInputError(f"{path} holds no UTF-8 text: it is {kind}")
+
+
+def _is_parquet(path: str) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return file.read() == b"PAR1"
 
 
 def _decompressed(raw: io.BufferedReader, span: Span) -> io.BufferedIOBase:
@@ -334,9 +416,9 @@ class _ZstdReader(io.RawIOBase):
         import zstandard
 
         self._raw = raw
-        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._new = zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW).decompressobj
         self._error = zstandard.ZstdError
-        self._frame, self._data, self._inside = self._new(), b"", False
+        self._frame, self._data, self._inside = self._new(), memoryview(b""), False
 
     def readable(self) -> bool:
         return True
@@ -351,7 +433,7 @@ class _ZstdReader(io.RawIOBase):
             if self._frame.eof:
                 self._frame = self._new()
             try:
-                self._data, self._inside = self._frame.decompress(packed), True
+                self._data, self._inside = memoryview(self._frame.decompress(packed)), True
             except self._error as error:
                 raise OSError(str(error)) from error
         count = min(len(buffer), len(self._data))

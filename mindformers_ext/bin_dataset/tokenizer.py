@@ -30,10 +30,12 @@ from mindformers_ext.child_process import end_with_parent
 if TYPE_CHECKING:
     import fastokens
     import numpy as np
+    import tokenizers
 
 # Chosen without looking at the text: the first documents of every batch, and then one in this many.
 CHECKED_FIRST = 4
 CHECKED_EVERY = 500
+CHECKED_LONGEST = 100_000  # characters of a document that are compared: the reference takes 150 bytes for each
 EOD_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<eod>", "[EOD]")
 BOS_NAMES = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 PAD_NAMES = ("<｜▁pad▁｜>", "<pad>", "[PAD]", "<|pad|>")
@@ -56,6 +58,7 @@ class Backend(NamedTuple):
     name: str
     vocab_size: int
     encode: Callable[[list[str]], Encoded]
+    switched_off: tuple[str, ...] = ()  # settings of the file that would change a text's ids
 
 
 class TextTokenizer:
@@ -63,7 +66,8 @@ class TextTokenizer:
 
     ``path`` is a tokenizer.json, a HuggingFace folder or a sentencepiece .model. It is loaded in the background; the
     first use waits for it, and raises TokenizerError for a file that cannot be loaded. ``checked`` counts the documents
-    compared with the reference so far.
+    compared with the reference so far. Texts are encoded whole: truncation and padding that a tokenizer.json was saved
+    with are switched off.
     """
 
     def __init__(self, path: str | Path, fast: bool = True) -> None:
@@ -97,6 +101,11 @@ class TextTokenizer:
         return self._backend.name
 
     @property
+    def switched_off(self) -> tuple[str, ...]:
+        """Settings of the file that were switched off, in words."""
+        return self._backend.switched_off
+
+    @property
     def vocab_size(self) -> int:
         """How many ids there are, special tokens included."""
         return self._backend.vocab_size
@@ -115,8 +124,11 @@ class TextTokenizer:
     def _submit_check(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> None:
         chosen = sorted({*range(min(CHECKED_FIRST, len(texts))), *range(0, len(texts), CHECKED_EVERY)})
         ends = lengths.cumsum()
-        ours = [ids[ends[i] - lengths[i] : ends[i]].tolist() for i in chosen]
-        sample = [texts[i] for i in chosen]
+        ours = [ids[ends[i] - lengths[i] : ends[i]].tolist() for i in chosen if len(texts[i]) <= CHECKED_LONGEST]
+        sample = [texts[i] for i in chosen if len(texts[i]) <= CHECKED_LONGEST]
+        for text in (texts[i][:CHECKED_LONGEST] for i in chosen if len(texts[i]) > CHECKED_LONGEST):
+            ours.append(self._backend.encode([text]).ids.tolist())
+            sample.append(text)
         self._pending.append((self._reference.submit(_reference_encode, str(self.path), sample), ours, sample))
         while self._pending and (self._pending[0][0].done() or len(self._pending) > 4):
             self._compare(*self._pending.pop(0))
@@ -229,25 +241,49 @@ def _load_fast(path: str) -> fastokens.Tokenizer:
 def _fast_backend(tokenizer: fastokens.Tokenizer) -> Backend:
     import numpy as np
 
+    switched_off = encode_whole(tokenizer)
+
     def encode(texts: list[str]) -> Encoded:
         ids, offsets = tokenizer.encode_batch_flat(texts)
         return Encoded(np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64)))
 
-    return Backend("fastokens", int(tokenizer.vocab_size), encode)
+    return Backend("fastokens", int(tokenizer.vocab_size), encode, switched_off)
 
 
-def _reference_backend(path: Path) -> Backend:
+def encode_whole(tokenizer: fastokens.Tokenizer | tokenizers.Tokenizer) -> tuple[str, ...]:
+    """Switch off the truncation and padding that a tokenizer.json was saved with; returns them in words."""
+    saved = (("truncation", tokenizer.truncation), ("padding", tokenizer.padding))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tuple(f"{name} {setting}" for name, setting in saved if setting)
+
+
+def load_reference(path: str | Path) -> tuple[tokenizers.Tokenizer, tuple[str, ...]]:
+    """A tokenizer.json in the library `tokenizers`, encoding whole texts, and what was switched off for that.
+
+    Raises TokenizerError for another file, and for one that would split the same text differently each time.
+    """
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
+    except Exception as error:  # the library raises bare Exception
         raise TokenizerError(f"{path} is no tokenizer that `tokenizers` can load: {error}") from error
+    dropout = getattr(tokenizer.model, "dropout", None)
+    if dropout:
+        raise TokenizerError(
+            f"{path}: model.dropout is {dropout:.3g}, which gives the same text other tokens each time; set it to null"
+        )
+    return tokenizer, encode_whole(tokenizer)
+
+
+def _reference_backend(path: Path) -> Backend:
+    tokenizer, switched_off = load_reference(path)
 
     def encode(texts: list[str]) -> Encoded:
         return _flatten([item.ids for item in tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
 
-    return Backend("tokenizers", tokenizer.get_vocab_size(), encode)
+    return Backend("tokenizers", tokenizer.get_vocab_size(), encode, switched_off)
 
 
 def _sentencepiece_backend(path: Path) -> Backend:
@@ -271,8 +307,6 @@ _LOADED: dict[str, object] = {}  # The reference process keeps its tokenizer bet
 
 
 def _reference_encode(path: str, texts: list[str]) -> list[list[int]]:
-    from tokenizers import Tokenizer
-
     if path not in _LOADED:
-        _LOADED[path] = Tokenizer.from_file(path)
+        _LOADED[path] = load_reference(path)[0]
     return [_LOADED[path].encode(text, add_special_tokens=False).ids for text in texts]

@@ -1,39 +1,31 @@
-"""Check the files that a YAML points to before anything is built: training data and tokenizer."""
+"""Check what a YAML's data section asks for, and the files that it points to, before anything is built."""
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
+from mindformers_ext.bin_dataset.blended_dataset import parse_blend
+from mindformers_ext.bin_dataset.gpt_dataset import open_loss_mask
 from mindformers_ext.bin_dataset.indexed_dataset import CorruptDatasetError, IndexedDataset
+from mindformers_ext.bin_dataset.loader_config import LoaderConfig
+from mindformers_ext.bin_dataset.token_range import token_range
+from mindformers_ext.bin_dataset.tokenizer import TokenizerError, load_reference
 from mindformers_ext.config.run import Run
 from mindformers_ext.errors import ConfigError
-
-SAMPLED_TOKENS = 1_000_000  # tokens of every file whose ids are compared with vocab_size
 
 
 def data_prefixes(data_path: Any) -> list[str]:
     """The prefixes of a `data_path`: one text, a list of prefixes, or a list of weights and prefixes in turn."""
-    items = [data_path] if isinstance(data_path, str) else list(data_path or [])
-    weighted = len(items) % 2 == 0 and all(is_weight(item) for item in items[::2])
-    return [str(item) for item in (items[1::2] if weighted else items)]
-
-
-def is_weight(item: Any) -> bool:
-    """True for a number, or a text that reads as one."""
-    try:
-        float(item)
-    except (TypeError, ValueError):
-        return False
-    return True
+    return parse_blend(data_path)[0]
 
 
 def check_data(run: Run, dataset: str) -> None:
-    """Open every file of a Megatron dataset section and compare it with the model's sizes.
+    """Read a Megatron dataset section as the loader will, open every file and compare it with the model's sizes.
 
     Raises:
-        ConfigError: a missing or damaged file, too few tokens for one sample, or an id outside the vocabulary.
+        ConfigError: a key or value that cannot work, a missing or damaged file, fewer tokens than a sample or fewer
+            samples than a batch, or an id outside the vocabulary.
     """
     section = getattr(run.sections, dataset)
     if section is None or section.megatron is None:
@@ -41,6 +33,7 @@ def check_data(run: Run, dataset: str) -> None:
     path, name, config = run.path, f"{dataset}.data_loader.config", section.megatron.config
     if not config.paths:
         raise ConfigError(f"{path}: {name}.data_path is missing; give the prefix of a .bin/.idx pair")
+    asked = read_loader(run, dataset)
     check_tokenizer(run)
     vocab_size = run.value("model.model_config.vocab_size")
     for key, given in config.paths.items():
@@ -52,29 +45,81 @@ def check_data(run: Run, dataset: str) -> None:
                 "sample needs seq_length + 1; give more text or a shorter sequence"
             )
         for file in files:
-            check_ids(file, vocab_size, f"{name}.{key}", path)
+            check_ids(file, vocab_size, asked.samples.path_to_cache, f"{name}.{key}", path)
+    check_samples(asked, run, dataset)
+
+
+def read_loader(run: Run, dataset: str) -> LoaderConfig:
+    """The `data_loader` section as the loader reads it."""
+    loader = run.value(f"{dataset}.data_loader")
+    try:
+        asked = LoaderConfig.of(
+            loader.get("datasets_type", "GPTDataset"),
+            loader["sizes"],
+            loader["config"],
+            loader.get("shuffle", False),
+            loader.get("phase", "train"),
+        )
+        for given in asked.paths.values():
+            if given:
+                parse_blend(given)
+        return asked
+    except ValueError as error:
+        raise ConfigError(f"{run.path}: {dataset}.data_loader: {error}") from None
 
 
 def open_dataset(prefix: str, key: str, path: str | Path) -> IndexedDataset:
-    """Open one .bin/.idx pair."""
+    """Open one .bin/.idx pair, and the loss mask beside it."""
     try:
-        return IndexedDataset(prefix)
-    except (FileNotFoundError, CorruptDatasetError) as error:
+        file = IndexedDataset(prefix)
+        if file.dtype.kind not in "iu":
+            raise ValueError(f"holds {file.dtype.name}, but training samples need integer tokens")
+        open_loss_mask(file)
+        return file
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {key} {prefix!r}: {error}") from None
 
 
-def check_ids(file: IndexedDataset, vocab_size: int | None, key: str, path: str | Path) -> None:
-    """Compare the first token ids of a file with the size of the vocabulary."""
-    highest = int(np.max(file.tokens[:SAMPLED_TOKENS], initial=0))
-    if vocab_size is not None and highest >= vocab_size:
+def check_ids(file: IndexedDataset, vocab_size: int | None, cache: str | None, key: str, path: str | Path) -> None:
+    """Compare every token id of a file with the size of the vocabulary, and check its index.
+
+    A file is read once, then remembered.
+    """
+    try:
+        low, high = token_range(file, cache)
+    except CorruptDatasetError as error:
+        raise ConfigError(f"{path}: {key} {file.prefix!r}: {error}") from None
+    if low < 0:
         raise ConfigError(
-            f"{path}: model.model_config.vocab_size is {vocab_size}, but {key} {file.prefix!r} holds token id "
-            f"{highest}; set vocab_size to the tokenizer's, or make the data with the right tokenizer"
+            f"{path}: {key} {file.prefix!r} holds token id {low} ({file.place_of(low)}), and ids are never negative; "
+            "make the data again"
+        )
+    if vocab_size is not None and high >= vocab_size:
+        raise ConfigError(
+            f"{path}: model.model_config.vocab_size is {vocab_size}, but {key} {file.prefix!r} holds token id {high} "
+            f"({file.place_of(high)}); set vocab_size to the tokenizer's, or make the data with the right tokenizer"
+        )
+
+
+def check_samples(asked: LoaderConfig, run: Run, dataset: str) -> None:
+    """Compare the samples there are with those asked for, and with the batch."""
+    try:
+        samples = asked.count()
+    except ValueError as error:
+        raise ConfigError(f"{run.path}: {dataset}.data_loader: {error}") from None
+    batch = run.global_batch if run.trains else run.batch_size
+    if samples < batch and run.value(f"{dataset}.drop_remainder") is not False:
+        raise ConfigError(
+            f"{run.path}: {dataset}.data_loader.sizes {list(asked.sizes)} gives {samples} samples, but a step takes "
+            f"{batch} (runner_config.batch_size {run.batch_size}, data_parallel {run.dp}, micro-batches "
+            f"{run.micro_batches}); raise sizes"
         )
 
 
 def check_tokenizer(run: Run) -> Tokenizer | None:
     """Load processor.tokenizer.tokenizer_file and compare it with vocab_size; None when the YAML names none.
+
+    It encodes whole texts, whatever the file was saved with.
 
     Raises:
         ConfigError: the file is missing, is not a tokenizer.json, or has more tokens than the model.
@@ -86,11 +131,9 @@ def check_tokenizer(run: Run) -> Tokenizer | None:
     if not Path(file).is_file():
         raise ConfigError(f"{path}: processor.tokenizer.tokenizer_file is {file!r}, which does not exist")
     try:
-        tokenizer = Tokenizer.from_file(file)
-    except Exception as error:  # the library raises bare Exception
-        raise ConfigError(
-            f"{path}: processor.tokenizer.tokenizer_file {file!r} is not a tokenizer.json: {error}"
-        ) from None
+        tokenizer, _ = load_reference(file)
+    except TokenizerError as error:
+        raise ConfigError(f"{path}: processor.tokenizer.tokenizer_file: {error}") from None
     vocab_size = run.value("model.model_config.vocab_size")
     if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
         raise ConfigError(

@@ -5,7 +5,6 @@ its helpers with `make` at the first run, needs a barrier between ranks, ignores
 time in Python. It can go when MindFormers reads samples in megatron-core 0.16.1's order from a pip-built extension.
 """
 
-from dataclasses import fields
 from typing import Any
 
 import mindspore as ms
@@ -16,39 +15,12 @@ from mindformers.tools.register.register import MindFormerModuleType, MindFormer
 from mindformers.tools.utils import get_real_group_size, get_real_rank
 from mindspore.dataset import GeneratorDataset
 
-from mindformers_ext.bin_dataset.blended_dataset import SPLITS, Dataset, build_datasets
+from mindformers_ext.bin_dataset.blended_dataset import Dataset
 from mindformers_ext.bin_dataset.gpt_dataset import GPTDatasetConfig
+from mindformers_ext.bin_dataset.loader_config import LoaderConfig
+from mindformers_ext.errors import ConfigError
 
 COLUMNS = ("input_ids", "labels", "loss_mask", "position_ids", "attention_mask", "actual_seq_len")
-PHASES = {"train": 0, "valid": 1, "eval": 1, "dev": 1, "test": 2}
-
-# MindFormers' words for fields of GPTDatasetConfig.
-RENAMED = {"seq_length": "sequence_length", "seed": "random_seed", "compressed_eod_mask_length": "eod_pad_length"}
-PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-# Keys of upstream's YAML that mean nothing here: files are always mapped, and never on S3.
-WITHOUT_EFFECT = ("mmap_bin_files", "s3_cache_path")
-
-
-def parse_config(config: dict[str, Any]) -> tuple[GPTDatasetConfig, dict[str, Any]]:
-    """Split the YAML's ``data_loader.config`` into the samples' config and the data paths.
-
-    Raises ValueError for an unknown key, or for one fact given twice under two names with two values.
-    """
-    known = {field.name for field in fields(GPTDatasetConfig)}
-    given: dict[str, Any] = {}
-    for key, value in config.items():
-        name = RENAMED.get(key, key)
-        if key in PATHS or key in WITHOUT_EFFECT or value is None:
-            continue
-        if name not in known:
-            words = sorted(known | set(RENAMED) | set(PATHS))
-            raise ValueError(f"train_dataset.data_loader.config.{key} is unknown; known keys are {', '.join(words)}")
-        if name in given and given[name] != value:
-            raise ValueError(f"train_dataset.data_loader.config gives {name} twice: {given[name]} and {key}: {value}")
-        given[name] = value
-    if "sequence_length" not in given:
-        raise ValueError("train_dataset.data_loader.config.seq_length is missing: the tokens of a sample")
-    return GPTDatasetConfig(**given), {path: config.get(path) for path in PATHS}
 
 
 class SampleSource:
@@ -130,16 +102,16 @@ class BlendedMegatronDatasetDataLoader:
             shuffle: must be False, the samples are shuffled by ``config.random_seed``.
             first_sample: leave out the samples before this one.
             mindformers_options: what CausalLanguageModelDataset passes to every loader (workers, batch size).
+
+        Raises:
+            ConfigError: a key, a value or a file that cannot be used.
         """
-        if datasets_type != "GPTDataset":
-            raise ValueError(f"data_loader.datasets_type {datasets_type!r} is unknown; the one type is GPTDataset")
-        if shuffle:
-            raise ValueError("data_loader.shuffle must be False: samples come shuffled by config.random_seed")
-        if phase not in PHASES:
-            raise ValueError(f"data_loader.phase {phase!r} is unknown; choose one of {', '.join(PHASES)}")
-        settings, paths = parse_config(config)
-        columns = _check_columns(list(column_names or ["input_ids"]), settings)
-        source = _build_source(settings, paths, sizes, PHASES[phase], columns, first_sample, num_shards or 1)
+        try:
+            asked = LoaderConfig.of(datasets_type, sizes, config, shuffle, phase)
+            columns = _check_columns(list(column_names or ["input_ids"]), asked.samples)
+            source = _build_source(asked, columns, first_sample, num_shards or 1)
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigError(f"data_loader: {error}") from error
         return GeneratorDataset(source, column_names=columns, shuffle=False, num_shards=num_shards, shard_id=shard_id)
 
 
@@ -151,54 +123,27 @@ def _check_columns(columns: list[str], config: GPTDatasetConfig) -> list[str]:
         missing.discard("actual_seq_len")
     if missing:
         raise ValueError(
-            f"train_dataset.input_columns asks for {sorted(missing)}; the loader has {', '.join(COLUMNS[:4])}, "
+            f"input_columns asks for {sorted(missing)}; the loader has {', '.join(COLUMNS[:4])}, "
             "attention_mask with create_attention_mask and actual_seq_len with create_compressed_eod_mask"
         )
     return columns
 
 
 def _build_source(
-    config: GPTDatasetConfig,
-    paths: dict[str, Any],
-    sizes: list[int | None],
-    split: int,
-    columns: list[str],
-    first_sample: int,
-    stride: int,
+    asked: LoaderConfig, columns: list[str], first_sample: int, stride: int
 ) -> SampleSource | EmptySource:
-    wanted = sizes[split]
+    length = asked.samples.sequence_length
     if not _reads_data():
-        if wanted is None:
-            raise ValueError(f"data_loader.sizes[{split}] must be a number when data is broadcast between ranks")
+        if asked.wanted is None:
+            raise ValueError(f"sizes[{asked.split}] must be a number when data is broadcast between ranks")
         logger.info("rank %s gets its data by broadcast and builds no dataset", get_real_rank())
-        return EmptySource(config, columns, wanted - first_sample)
-    only = [size if i == split else None for i, size in enumerate(sizes)]
-    dataset = _build_one(config, paths, only, split)
-    if wanted is not None and len(dataset) < wanted:
-        raise ValueError(
-            f"data_loader.sizes[{split}] asks for {wanted} samples, but the data has {len(dataset)}; give data_path "
-            "weights to read it several times, or lower the number"
-        )
-    size = len(dataset) if wanted is None else wanted
-    if size == 0:
-        raise ValueError(
-            f"the {SPLITS[split]} data has no sample of {config.sequence_length} tokens; lower seq_length, give more "
-            f"data or raise data_loader.sizes[{split}]"
-        )
+        return EmptySource(asked.samples, columns, asked.wanted - first_sample)
+    dataset = asked.build()
+    size = asked.size_of(len(dataset))
     if not 0 <= first_sample < size:
-        raise ValueError(f"data_loader.first_sample is {first_sample}, but must lie in the {size} samples to read")
-    logger.info("dataset of %d samples of %d tokens", size - first_sample, config.sequence_length)
+        raise ValueError(f"first_sample is {first_sample}, but must lie in the {size} samples to read")
+    logger.info("dataset of %d samples of %d tokens", size - first_sample, length)
     return SampleSource(dataset, columns, first_sample, size, stride)
-
-
-def _build_one(config: GPTDatasetConfig, paths: dict[str, Any], sizes: list[int | None], split: int) -> Dataset:
-    per_split = [paths[f"{name}_data_path"] if i == split else None for i, name in enumerate(SPLITS)]
-    if paths["data_path"] is None and per_split[split] is None:
-        raise ValueError(f"data_loader.config needs data_path or {SPLITS[split]}_data_path")
-    dataset = build_datasets(config, sizes, paths["data_path"], per_split, only=split)[split]
-    if dataset is None:
-        raise ValueError(f"data_loader.config.split {config.split!r} leaves nothing for {SPLITS[split]}")
-    return dataset
 
 
 def _reads_data() -> bool:

@@ -40,6 +40,11 @@ class ResumingTrainer(CausalLanguageModelingTrainer):
     def create_train_dataset(self, default_args: dict | None = None) -> Dataset:
         """Build the dataset; with another batch size than before, its batches begin where the old ones ended."""
         dataset = super().create_train_dataset(default_args)
+        if dataset.get_dataset_size() == 0:
+            raise ConfigError(
+                f"train_dataset gives no batch of {dataset.get_batch_size()} samples; raise train_dataset."
+                "data_loader.sizes or lower the batch (runner_config.batch_size, micro batches)"
+            )
         if self.start is None or self.config.ignore_data_skip:
             return dataset
         meta: Meta = self.source.meta

@@ -205,3 +205,36 @@ except OSError as error:
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], capture_output=True, text=True, check=True)
     assert "OSError" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def changes_of(data):
+    """Every byte changed in five ways, every truncation, and bytes too many."""
+    for at in range(len(data)):
+        for value in {data[at] ^ 1, data[at] ^ 16, data[at] ^ 128, 0, 255} - {data[at]}:
+            yield data[:at] + bytes([value]) + data[at + 1 :]
+        yield data[:at]
+    for extra in (1, 4, 5, 8, 100):
+        yield data + bytes(extra)
+
+
+@pytest.mark.parametrize("documents", [[], [[]], [[1, 2, 3], [], [4], [5, 6, 7, 8, 9]]], ids=len)
+@pytest.mark.parametrize("suffix", ["idx", "bin"])
+def test_a_changed_file_gives_the_right_sequences_or_is_refused(documents, suffix, tmp_path):
+    """Whatever byte of the index is changed: CorruptDatasetError, or every sequence as it was."""
+    with IndexedDatasetWriter(tmp_path / "p", np.uint16) as writer:
+        for document in documents:
+            writer.add_document(np.array(document, np.uint16))
+    path = Path(f"{tmp_path / 'p'}.{suffix}")
+    original = path.read_bytes()
+    expected = [sequence.tolist() for sequence in IndexedDataset(tmp_path / "p")]
+    for number, data in enumerate(changes_of(original)):
+        if suffix == "bin" and len(data) == len(original):
+            continue  # other tokens: nothing in the format says which are right
+        path.unlink()  # a new file, as the old one may still be mapped
+        path.write_bytes(data)
+        try:
+            got = [sequence.tolist() for sequence in IndexedDataset(tmp_path / "p")]
+        except CorruptDatasetError as error:
+            assert str(path) in str(error) or suffix == "bin" or "p.bin" in str(error), number
+        else:
+            assert got == expected, number

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -195,3 +197,132 @@ def test_invalid_utf8_in_plain_text(tmp_path):
     with pytest.raises(BadInputError, match=r"t\.txt:2: invalid UTF-8"):
         documents(path, read_text_lines)
     assert documents(path, read_text_lines, skip_bad=True) == ["one", "two"]
+
+
+def test_zstd_of_the_longest_window(tmp_path, texts):
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True, compression_level=3)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # of unknown size
+    (tmp_path / "a.jsonl.zst").write_bytes(stream.compress(lines(texts)) + stream.flush())
+    assert documents(tmp_path / "a.jsonl.zst") == texts
+
+
+def test_skippable_zstd_frames(tmp_path, texts):
+    frame = b"\x50\x2a\x4d\x18\x04\x00\x00\x00note"
+    (tmp_path / "a.jsonl.zst").write_bytes(frame + zstandard.compress(lines(texts)) + frame)
+    assert documents(tmp_path / "a.jsonl.zst") == texts
+
+
+COLUMNS = {
+    "int64": ([None, 3], "int64"),
+    "binary": ([None, b"a"], "binary"),
+    "list<element: string>": ([None, ["a"]], r"list<.*string>"),
+    "double": ([float("nan")], "double"),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_parquet_column_is_judged_by_its_type(kind, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values, name = COLUMNS[kind]
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    with pytest.raises(BadInputError, match=f"a.parquet: column 'text' holds {name}, not text"):
+        documents(tmp_path / "a.parquet")
+
+
+def test_parquet_text_of_any_kind(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        pq.write_table(pa.table({"text": pa.array([None, "a", "", "b"], kind)}), tmp_path / "a.parquet")
+        assert documents(tmp_path / "a.parquet") == ["", "a", "", "b"]
+    pq.write_table(pa.table({"text": [None, None]}), tmp_path / "a.parquet")
+    assert documents(tmp_path / "a.parquet") == ["", ""]
+
+
+def test_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines(["one", "two"]))
+    assert documents(tmp_path / "a.jsonl") == ["one", "two"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    assert documents(tmp_path / "a.txt", read_text_lines) == ["one", "two"]
+    (tmp_path / "wiki.tokens").write_bytes(b"\xef\xbb\xbf = Title = \n \n text \n")
+    assert documents(tmp_path / "wiki.tokens", read_wikitext) == ["text"]
+
+
+def test_wikitext_from_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "wiki.tokens").write_text(WIKI)
+    pq.write_table(pa.table({"text": [line + "\n" for line in WIKI.split("\n")]}), tmp_path / "wiki.parquet")
+    expected = documents(tmp_path / "wiki.tokens", read_wikitext)
+    assert documents(tmp_path / "wiki.parquet", read_wikitext) == expected
+
+
+def other_formats():
+    import bz2
+    import io
+    import lzma
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a"]}), table)
+    text = b"some text\n" * 9
+    return {
+        "parquet": table.getvalue(),
+        "gzip": gzip.compress(text),
+        "zstd": zstandard.compress(text),
+        "xz": lzma.compress(text),
+        "bzip2": bz2.compress(text),
+        "UTF-16": "some text\n".encode("utf-16"),
+    }
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize("read", [read_documents, read_text_lines, read_wikitext])
+@pytest.mark.parametrize("kind", ["parquet", "gzip", "zstd", "xz", "bzip2", "UTF-16"])
+def test_a_file_of_another_format_is_named_and_never_text(kind, read, skip_bad, tmp_path):
+    (tmp_path / "a.txt").write_bytes(other_formats()[kind])
+    with pytest.raises(BadInputError, match=f"a.txt holds no UTF-8 text: it is {kind}"):
+        documents(tmp_path / "a.txt", read, skip_bad=skip_bad)
+
+
+def test_text_that_begins_like_parquet(tmp_path):
+    (tmp_path / "a.txt").write_text("PAR1 is a word\n")
+    assert documents(tmp_path / "a.txt", read_text_lines) == ["PAR1 is a word"]
+
+
+def test_json_lines_are_no_wikitext(tmp_path):
+    (tmp_path / "wiki.tokens").write_bytes(lines(["one"]))
+    with pytest.raises(BadInputError, match="wiki.tokens holds JSON lines, not WikiText; use jsonl_to_bin.py"):
+        documents(tmp_path / "wiki.tokens", read_wikitext)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(["(", ")", "[", "]", "{", "}", '"', "'", "a", "s", " ", "  ", "\t", "°", "N"])))
+def test_space_inside_pairs_as_the_regular_expressions_of_mindformers(parts):
+    text = "".join(parts)
+    expected = text
+    for pattern, replacement in (
+        (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+        (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+        (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
+        (r'"\s*([^"]*?)\s*"', r'"\1"'),
+        (r"'\s*([^']*?)\s*'", r"'\1'"),
+    ):
+        expected = re.sub(pattern, replacement, expected)
+    for opening, closing in text_sources._PAIRS:
+        text = text_sources._without_space_inside(text, opening, closing)
+    assert text == expected
+
+
+@pytest.mark.parametrize("part", ["( a ", "[", "{ ", "\" '", " ", " N", "s '", " @", "\n ", "= "])
+def test_wikitext_rules_take_linear_time(part):
+    text = part * (1_000_000 // len(part))
+    started = time.monotonic()
+    clean_wikitext(text)
+    assert time.monotonic() - started < 2  # quadratic: over 5 minutes

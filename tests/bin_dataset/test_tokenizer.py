@@ -1,5 +1,8 @@
 """The fast tokenizer against `tokenizers` on hard text, the check of every run, and the fallbacks."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -132,3 +135,63 @@ def test_bad_tokenizer_file(name, content, message, tmp_path):
         (tmp_path / name).write_text(content)
     with pytest.raises(TokenizerError, match=message):
         TextTokenizer(tmp_path / name).encode(["a"])
+
+
+def changed_file(tokenizer_file, folder, change):
+    """A copy of a tokenizer.json after ``change(content)``."""
+    content = json.loads(Path(tokenizer_file).read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder / "tokenizer.json"
+
+
+SAVED_WITH = {
+    "truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 16},
+        "direction": "Left",
+        "pad_to_multiple_of": 8,
+        "pad_id": 1,
+        "pad_type_id": 0,
+        "pad_token": "<｜end▁of▁sentence｜>",
+    },
+}
+
+
+@pytest.mark.parametrize("name", SAVED_WITH)
+@pytest.mark.parametrize("fast", [True, False])
+def test_texts_are_encoded_whole_whatever_the_file_was_saved_with(name, fast, tokenizer_file, texts, tmp_path):
+    plain = TextTokenizer(tokenizer_file, fast=False)
+    changed = TextTokenizer(
+        changed_file(tokenizer_file, tmp_path, lambda content: content.update({name: SAVED_WITH[name]})), fast
+    )
+    assert plain.switched_off == () and [text.split()[0] for text in changed.switched_off] == [name]
+    for got, expected in zip(changed.encode(texts), plain.encode(texts), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    changed.finish_checks()
+    changed.close()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_dropout_is_refused(fast, tokenizer_file, tmp_path):
+    tokenizer = TextTokenizer(
+        changed_file(tokenizer_file, tmp_path, lambda content: content["model"].update(dropout=0.3)), fast
+    )
+    with pytest.raises(TokenizerError, match="model.dropout is 0.3"):
+        tokenizer.encode(["the model"])
+        tokenizer.finish_checks()
+    tokenizer.close()
+
+
+def test_of_a_huge_text_the_beginning_is_compared(tokenizer_file, monkeypatch):
+    from mindformers_ext.bin_dataset import tokenizer as module
+
+    monkeypatch.setattr(module, "CHECKED_LONGEST", 40)
+    tokenizer = TextTokenizer(tokenizer_file)
+    sampled = []
+    submit = tokenizer._reference.submit
+    monkeypatch.setattr(tokenizer._reference, "submit", lambda *args: sampled.extend(args[2]) or submit(*args))
+    tokenizer.encode(["the model and data " * 100, "data"])
+    tokenizer.finish_checks()
+    assert sorted(map(len, sampled)) == [4, 40] and tokenizer.checked == 2
+    tokenizer.close()

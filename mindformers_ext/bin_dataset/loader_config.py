@@ -1,0 +1,116 @@
+"""What a YAML's ``data_loader`` section asks for, read in one place: by the loader, and by the check before a run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mindformers_ext.bin_dataset.blended_dataset import SPLITS, Dataset, build_datasets, count_samples
+from mindformers_ext.bin_dataset.gpt_dataset import GPTDatasetConfig
+
+PHASES = {"train": 0, "valid": 1, "eval": 1, "dev": 1, "test": 2}
+
+# MindFormers' words for fields of GPTDatasetConfig.
+RENAMED = {"seq_length": "sequence_length", "seed": "random_seed", "compressed_eod_mask_length": "eod_pad_length"}
+PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+# Keys of upstream's YAML that mean nothing here: files are always mapped, and never on S3.
+WITHOUT_EFFECT = ("mmap_bin_files", "s3_cache_path")
+
+
+def parse_config(config: Mapping[str, Any]) -> tuple[GPTDatasetConfig, dict[str, Any]]:
+    """Split the YAML's ``data_loader.config`` into the samples' config and the data paths.
+
+    Raises ValueError for an unknown key, or for one fact given twice under two names with two values.
+    """
+    known = {field.name for field in fields(GPTDatasetConfig)}
+    given: dict[str, Any] = {}
+    for key, value in config.items():
+        name = RENAMED.get(key, key)
+        if key in PATHS or key in WITHOUT_EFFECT or value is None:
+            continue
+        if name not in known:
+            words = sorted(known | set(RENAMED) | set(PATHS))
+            raise ValueError(f"config.{key} is unknown; known keys are {', '.join(words)}")
+        if name in given and given[name] != value:
+            raise ValueError(f"config gives {name} twice: {given[name]} and {key}: {value}")
+        given[name] = value
+    if "sequence_length" not in given:
+        raise ValueError("config.seq_length is missing: the tokens of a sample")
+    return GPTDatasetConfig(**given), {path: config.get(path) or None for path in PATHS}
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """The samples of one split. Reading it raises ValueError with a sentence that names key and value."""
+
+    samples: GPTDatasetConfig
+    paths: dict[str, Any]  # by PATHS
+    sizes: tuple[int | None, ...]  # samples asked of train, valid and test; None: all there are
+    split: int  # which of SPLITS is read
+
+    @classmethod
+    def of(
+        cls, datasets_type: str, sizes: Sequence[int | None], config: Mapping[str, Any], shuffle: bool, phase: str
+    ) -> "LoaderConfig":
+        """Check and join the keys of a ``data_loader`` section."""
+        if datasets_type != "GPTDataset":
+            raise ValueError(f"datasets_type {datasets_type!r} is unknown; the one type is GPTDataset")
+        if shuffle:
+            raise ValueError("shuffle must be False: samples come shuffled by config.random_seed")
+        if phase not in PHASES:
+            raise ValueError(f"phase {phase!r} is unknown; choose one of {', '.join(PHASES)}")
+        if not isinstance(sizes, list | tuple) or len(sizes) != len(SPLITS) or not all(map(_is_size, sizes)):
+            raise ValueError(f"sizes must be a list of the samples of train, valid and test, got {sizes!r}")
+        samples, paths = parse_config(config)
+        split = PHASES[phase]
+        if paths["data_path"] and any(paths[path] for path in PATHS[1:]):
+            raise ValueError("config gives data_path and a split's own list; keep one of them")
+        if not paths["data_path"] and not paths[f"{SPLITS[split]}_data_path"]:
+            raise ValueError(f"config needs data_path or {SPLITS[split]}_data_path")
+        return cls(samples, paths, tuple(sizes), split)
+
+    @property
+    def wanted(self) -> int | None:
+        """Samples asked of the split that is read."""
+        return self.sizes[self.split]
+
+    def build(self) -> Dataset:
+        """The dataset of the split, its indices built or found in the cache."""
+        dataset = build_datasets(self.samples, *self._source(), only=self.split)[self.split]
+        if dataset is None:
+            raise ValueError(self._nothing())
+        return dataset
+
+    def count(self) -> int:
+        """How many samples `build` has to offer, from the lengths alone. Raises what `build` raises."""
+        count = count_samples(self.samples, *self._source(), only=self.split)
+        if count is None:
+            raise ValueError(self._nothing())
+        return self.size_of(count)
+
+    def size_of(self, available: int) -> int:
+        """Samples to read of those there are. Raises ValueError if there are none, or fewer than asked for."""
+        if self.wanted is not None and available < self.wanted:
+            raise ValueError(
+                f"sizes[{self.split}] asks for {self.wanted} samples, but the data has {available}; give data_path "
+                "weights to read it several times, or lower the number"
+            )
+        size = available if self.wanted is None else self.wanted
+        if size == 0:
+            raise ValueError(
+                f"the {SPLITS[self.split]} data has no sample of {self.samples.sequence_length} tokens; lower "
+                f"seq_length, give more data or raise sizes[{self.split}]"
+            )
+        return size
+
+    def _source(self) -> tuple[list[int | None], Any, list[Any]]:
+        """Sizes, data_path and each split's own list, of the one split."""
+        only = [size if i == self.split else None for i, size in enumerate(self.sizes)]
+        own = [self.paths[f"{name}_data_path"] if i == self.split else None for i, name in enumerate(SPLITS)]
+        return only, self.paths["data_path"], own
+
+    def _nothing(self) -> str:
+        return f"config.split {self.samples.split!r} leaves nothing for {SPLITS[self.split]}"
+
+
+def _is_size(value: object) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
