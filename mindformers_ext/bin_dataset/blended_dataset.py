@@ -25,7 +25,7 @@ class BlendedDataset:
     def __init__(
         self, datasets: Sequence[GPTDataset], weights: Sequence[float], size: int | None, config: GPTDatasetConfig
     ) -> None:
-        if not datasets or len(datasets) != len(weights) or min(weights) <= 0:
+        if not datasets or len(datasets) != len(weights) or not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"a blend needs one positive weight per dataset, got weights {list(weights)}")
         self.datasets = list(datasets)
         self.config = config
@@ -183,6 +183,9 @@ def parse_blend(paths: Sequence[str | float]) -> tuple[list[str], list[float] | 
         return items, None
     if None in numbers:
         raise ValueError(f"data_path mixes weighted and unweighted prefixes: {items}")
+    for number, item, prefix in zip(numbers, items[::2], items[1::2], strict=True):
+        if not 0 < number < math.inf:
+            raise ValueError(f"weight '{item}' in data_path of prefix {prefix} must be a positive number")
     return items[1::2], numbers
 
 

@@ -364,9 +364,12 @@ Group* Job::FindGroup(const std::vector<int>& ranks) {
     if (entry.first == ranks) return entry.second;
   }
   int index = -1;
+  bool seen[kMaxRanks] = {};
   for (size_t i = 0; i < ranks.size(); ++i) {
     if (ranks[i] < 0 || ranks[i] >= size_)
       Fail("group " + RankList(ranks) + " has a rank outside the job of " + std::to_string(size_));
+    if (seen[ranks[i]]) Fail("group " + RankList(ranks) + " has rank " + std::to_string(ranks[i]) + " twice");
+    seen[ranks[i]] = true;
     if (ranks[i] == rank_) index = static_cast<int>(i);
   }
   if (index < 0) Fail("this rank is not a member of group " + RankList(ranks));

@@ -1,6 +1,7 @@
 """What the ranks of a job say, and leave behind, when something goes wrong."""
 
 import os
+import re
 import resource
 import signal
 import socket
@@ -86,6 +87,35 @@ def test_disagreeing_ranks_are_told():
 def test_wrong_receive_counts_are_told():
     outcome = run_ranks(2, lambda rank, size: collectives.all_to_all_v(np.ones(4), (0, 1), [2, 2], [2, 2 + rank]))
     assert any("expects 3 elements from rank 1, which sends 2" in str(what[1]) for what in outcome.values())
+
+
+FOUR = np.ones(4, np.float32)
+WRONG_CALLS = {
+    "has rank 0 twice": lambda: collectives.all_reduce(FOUR, [0, 0]),
+    "has a rank outside the job of 1": lambda: collectives.all_reduce(FOUR, range(100)),
+    "is not a member of group []": lambda: collectives.barrier([]),
+    "a rank is 4294967296": lambda: collectives.barrier([1 << 32]),
+    "more than the 4 elements of its array": lambda: collectives.all_to_all_v(FOUR, [0], [5], [5]),
+    "counts that are negative": lambda: collectives.all_to_all_v(FOUR, [0], [-1], [-1]),
+    "send_counts has 2 numbers, but there are 1 ranks": lambda: collectives.all_to_all_v(FOUR, [0], [1, 1], [1]),
+    "cannot be split along dimension 2": lambda: collectives.all_to_all(FOUR, [0], 2, 0),
+    "dimension 0 of () must be a multiple": lambda: collectives.reduce_scatter(FOUR[0:1].reshape(()), [0]),
+    "no element type of 4 bytes": lambda: collectives.all_reduce(FOUR, [0], dtype="float64"),
+    "this machine's byte order": lambda: collectives.all_reduce(FOUR.astype(">f4"), [0]),
+    "element type 'complex64' is not supported": lambda: collectives.broadcast(FOUR.astype("c8"), [0], 0),
+    "Broadcast from rank 3, which is not in": lambda: collectives.broadcast(FOUR, [0], 3),
+    "are impossible in a job of 1": lambda: collectives.send(FOUR, 0),
+    "peer is 4294967296": lambda: collectives.send(FOUR, 1 << 32),
+}
+
+
+@pytest.mark.parametrize("words", WRONG_CALLS)
+def test_wrong_calls_are_refused(words):
+    def body(rank, size):
+        with pytest.raises((collectives.CollectiveError, ValueError), match=re.escape(words)):
+            WRONG_CALLS[words]()
+
+    results(run_ranks(1, body))
 
 
 def test_full_shared_memory_is_a_sentence():
