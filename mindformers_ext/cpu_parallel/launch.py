@@ -24,7 +24,7 @@ POLL_SECONDS, WATCH_SECONDS = 0.05, 0.5
 LOWER = "mindformers_ext.lowering.lower:lower_into"  # what is done with a compiled graph
 FAILURE = "failure.json"  # what a rank that fails writes: {rank, message, time}
 # After the first failure the others stop by themselves within a tenth of a second; this is for those that compute.
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 1.5
 
 
 class RankError(UserError, RuntimeError):

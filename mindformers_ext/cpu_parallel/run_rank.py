@@ -8,6 +8,7 @@ writes `failure.json` with one sentence.
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -133,22 +134,26 @@ def sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def as_rank(job: str, rank: int, world_size: int, failure: Path, work: Callable[[], None]) -> int:
-    """Join the job, do the work and leave; when anything fails, stop the other ranks and say why in `failure`."""
+def as_rank(job: str, rank: int, world_size: int, failure: Path, work: Callable[[], None]) -> None:
+    """Join the job, do the work and leave; when anything fails, stop the other ranks, say why in `failure` and end.
+
+    A failed process ends at once, with code 1: MindSpore's own end would wait for threads that a failed step holds.
+    """
     try:
         collectives.join(job, rank, world_size)
         work()
         collectives.leave()
-        return 0
     except Exception as error:
         message = sentence(error)
         collectives.abort(message)
         traceback.print_exc()
         write_json(failure, {"rank": rank, "message": message, "time": time.time()})
-        return 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rank", type=int, required=True)
@@ -158,8 +163,8 @@ def main() -> int:
     args = parser.parse_args()
     failure = rank_folder(args.folder, args.rank) / "failure.json"
     work = partial(run, args.folder, args.rank, args.world_size, args.stages)
-    return as_rank(args.job, args.rank, args.world_size, failure, work)
+    as_rank(args.job, args.rank, args.world_size, failure, work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
