@@ -6,6 +6,7 @@ their own short loops: upstream's need Ascend operators and metrics that know no
 
 import copy
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ def fit_to_device(run: Run, values: dict[str, Any]) -> None:
         values["runner_wrapper"]["accumulation_steps"] = steps
         runner["batch_size"] = run.batch_size * steps
         runner["gradient_accumulation_steps"] = 1
+    limit_workers(values)
     if not run.on_cpu:
         return
     context = values["context"]
@@ -96,6 +98,15 @@ def fit_to_device(run: Run, values: dict[str, Any]) -> None:
         "dataset_broadcast_opt_level": 0
     }
     runner["sink_mode"] = False
+
+
+def limit_workers(values: dict[str, Any]) -> None:
+    """Read data with no more workers than the machine has cores, which MindSpore refuses; large YAMLs ask for 8."""
+    cores = os.cpu_count() or 1
+    for data in filter(None, (values.get("train_dataset"), values.get("eval_dataset"))):
+        if data.get("num_parallel_workers", 1) > cores:
+            logger.info("num_parallel_workers: %d in place of %d, the cores here", cores, data["num_parallel_workers"])
+            data["num_parallel_workers"] = cores
 
 
 def drop_second_monitor(config: dict, listed: list[str]) -> None:

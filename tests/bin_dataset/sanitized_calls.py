@@ -60,7 +60,7 @@ def indices(builder) -> None:
             "lengths": [
                 np.array([5, -1, 3, 2, 1], np.int32),
                 lengths[:4],
-                np.empty(0, np.int32),
+                none,
                 lengths.astype(np.int64),
             ],
             "begin": [-1, 5, 6, -big],
