@@ -1,5 +1,6 @@
 """Run one rank's lowered graph for some steps: the worker process that `launch.run_ranks` starts N times.
 
+The environment has the job's name, which other users of the machine must not see as they see arguments.
 Reads from the run folder: `initial.npz` (full parameters and optimizer states), `batches.npz` (the global batch of
 every step) and, per rank, `cpu.mindir` and `compiled.json`. Writes per rank `final.npz` (stored parameters after the
 last step), `moments.npz` and `certain.npz` (see `train`) and `result.json`; when it fails, it stops the other ranks and
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ext.collectives import collectives
+from mindformers_ext.collectives.rank_job import JOB
 from mindformers_ext.files.atomic import write_json
 from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS, GRADIENT_BUFFERS, stored_part
 from mindformers_ext.training.certain_elements import CertainElements
@@ -159,11 +161,10 @@ def main() -> None:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world_size", type=int, required=True)
     parser.add_argument("--stages", type=int, default=1)
-    parser.add_argument("--job", required=True, help="name of the job; the same for all ranks, unique on the machine")
     args = parser.parse_args()
     failure = rank_folder(args.folder, args.rank) / "failure.json"
     work = partial(run, args.folder, args.rank, args.world_size, args.stages)
-    as_rank(args.job, args.rank, args.world_size, failure, work)
+    as_rank(os.environ[JOB], args.rank, args.world_size, failure, work)
 
 
 if __name__ == "__main__":

@@ -171,6 +171,77 @@ def test_name_in_use_is_told():
     holder.close()
 
 
+def as_user(uid: int, work) -> int:
+    """The exit code of `work()` in a process of another user."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            os.setresuid(uid, uid, uid)
+            code = work()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+
+
+@needs_root
+def test_another_user_gets_nothing_from_a_job_that_joins():
+    job = f"private-{os.getpid()}"
+    address = f"\0cpu_parallel.{os.getuid()}.{job}"
+
+    def ask() -> int:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+            asking.settimeout(10)
+            asking.connect(address)
+            _, descriptors, _, _ = socket.recv_fds(asking, 4, 1)
+            return len(descriptors)
+
+    def body(rank, size):
+        links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        memory = next(link for link in links if os.path.islink(link) and "memfd:cpu_parallel." in os.readlink(link))
+        with open(memory, "rb+") as file, pytest.raises(PermissionError):
+            file.truncate(4096)
+        return os.stat(memory).st_mode & 0o777
+
+    def ask_while_rank_0_waits():
+        deadline = time.monotonic() + 10
+        while not any(address[1:] in line for line in open("/proc/net/unix")):  # noqa: SIM115
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os._exit(as_user(12345, ask))
+
+    asking = os.fork()
+    if asking == 0:
+        ask_while_rank_0_waits()
+    outcome = run_ranks(2, body, job=job, missing=(1,), join_seconds=3)
+    assert os.waitstatus_to_exitcode(os.waitpid(asking, 0)[1]) == 0
+    assert "ranks [1] of 2 did not join the job in time" in outcome[0][1]
+    assert results(run_ranks(2, body, job=job)) == [0o600, 0o600]
+
+
+@needs_root
+def test_a_socket_of_another_user_is_not_joined():
+    job = f"squatted-{os.getpid()}"
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setresuid(12345, 12345, 12345)
+        holder = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        holder.bind(f"\0cpu_parallel.0.{job}")
+        holder.listen()
+        os.write(writer, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(reader, 1)
+    outcome = run_ranks(2, lambda rank, size: None, job=job, missing=(0,), join_seconds=3)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert f"another user of this machine has taken the name of job '{job}'" in outcome[1][1]
+
+
 def test_size_of_the_job_must_agree():
     def body(rank, size):
         return None

@@ -1,5 +1,6 @@
 """The command lines: run_mindformer.py's arguments, its errors, the launcher's messages."""
 
+import re
 import socket
 import sys
 from pathlib import Path
@@ -133,6 +134,19 @@ def test_what_msrun_is_called_with(
     words = "--train_dataset.data_loader.sizes [400,0,0] --output_dir x$(touch ran)`touch ran`"
     assert f"run_mindformer.py --config {config} {words} --seed 1 --use_parallel True" in result.stdout
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_server_answers_this_machine_only(tmp_path: Path) -> None:
+    """A recording python takes the place of vLLM's; the last of two --host counts."""
+    environment = tmp_path / "vllm"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "ready").touch()
+    (environment / "bin" / "python").write_text('#!/bin/sh\necho "$*"\n')
+    (environment / "bin" / "python").chmod(0o755)
+    (tmp_path / "config.json").touch()
+    serve = f'VLLM_VENV={environment} VLLM_OPTIONS="$0" bash {ROOT}/scripts/serve_vllm.sh {tmp_path} 8001'
+    hosts = [run_command(["bash", "-c", serve, more], tmp_path).stdout for more in ("", "--host 0.0.0.0")]
+    assert [re.findall(r"--host (\S+)", line) for line in hosts] == [["127.0.0.1"], ["127.0.0.1", "0.0.0.0"]]
 
 
 @pytest.mark.parametrize(
