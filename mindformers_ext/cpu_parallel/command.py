@@ -17,7 +17,6 @@ from mindformers_ext.errors import ConfigError, exit_code_of
 def read_plan(command: list[str], worker_num: int | None = None) -> Run:
     """The plan of the run that `run_mindformer.py` arguments describe. Raises ConfigError."""
 
-
     def refuse(message: str) -> NoReturn:
         raise ConfigError(message)
 

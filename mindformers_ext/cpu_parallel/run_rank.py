@@ -22,6 +22,7 @@ import numpy as np
 
 from mindformers_ext.collectives import collectives
 from mindformers_ext.collectives.rank_job import JOB
+from mindformers_ext.errors import of_files
 from mindformers_ext.files.atomic import write_json
 from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS, GRADIENT_BUFFERS, stored_part
 from mindformers_ext.training.certain_elements import CertainElements
@@ -125,6 +126,8 @@ def sentence(error: BaseException) -> str:
     from_collective = collectives.last_error()
     if from_collective:
         return from_collective
+    if isinstance(error, OSError) and (refused := of_files(error)):
+        return refused
     text = str(error).strip()
     missing = UNSUPPORTED.search(text)
     if missing:

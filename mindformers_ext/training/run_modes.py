@@ -19,6 +19,7 @@ from mindformers.models import build_network
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 from mindformers.tools.register.template import ConfigTemplate
+from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
 from mindspore import Tensor, nn
@@ -32,6 +33,7 @@ from mindformers_ext.config.data_check import check_data, check_tokenizer
 from mindformers_ext.config.one_process import as_rank
 from mindformers_ext.config.run import Run
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.files import run_lock
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
 from mindformers_ext.training.checkpoint_monitor import load_weights
 from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingface, resolve
@@ -117,6 +119,8 @@ def drop_second_monitor(config: dict, listed: list[str]) -> None:
 
 def train(run: Run, settings: MindFormerConfig) -> None:
     """Train or fine-tune through MindFormers' Trainer, which is told of no checkpoint: ours loads it itself."""
+    if not is_cpu_rank() and get_real_rank() == 0:  # the ranks on CPU have a launcher that holds it for them
+        run_lock.hold(settings.output_dir)
     if settings.load_checkpoint or settings.resume_training:
         settings.start_from = {"source": find_checkpoint(run), "resume": bool(settings.resume_training)}
     settings.load_checkpoint, settings.resume_training = "", False
