@@ -93,7 +93,9 @@ def test_killed_worker_ends_the_job_and_is_named(problem, tmp_path):
         workers["1"].kill()
         assert job.wait(timeout=4) != 0  # the launcher itself ends too
     assert "error: rank 1 failed first: killed by SIGKILL" in log.read_text()
-    assert "has died" in (tmp_path / "log" / "worker_0.failure.json").read_text()
+    assert not workers[
+        "0"
+    ].is_running()  # it may have been inside a step: test_launch.py reads what one says that waits
     assert set(os.listdir("/dev/shm")) <= shared_memory
 
 
