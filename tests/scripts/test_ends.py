@@ -138,7 +138,7 @@ def test_ctrl_c_ends_a_run_and_its_children(toy_folder, tmp_path):
         time.sleep(0.1)
     children = psutil.Process(run.pid).children(recursive=True)
     run.send_signal(signal.SIGINT)
-    _, error = run.communicate(timeout=20)
+    _, error = run.communicate(timeout=60)
     assert run.returncode == INTERRUPTED
     assert error.strip().splitlines()[-1] == "interrupted" and "Traceback" not in error
     assert not any(child.is_running() for child in children)
