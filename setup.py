@@ -95,6 +95,7 @@ setup(
             [f"{COLLECTIVES}/{name}.h" for name in ("shared_job", "reduce", "collectives")],
         ),
         *cpu_kernel_builds(),
+        Extension("mindformers_ext.training._interrupt", ["mindformers_ext/training/interrupt.c"]),
         Pybind11Extension(
             "mindformers_ext.bin_dataset._index_builder",
             ["mindformers_ext/bin_dataset/index_builder.cc"],

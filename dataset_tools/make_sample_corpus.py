@@ -15,6 +15,7 @@ from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mindformers_ext.errors import exit_code_of
 from mindformers_ext.files.atomic import write_text
 
 
@@ -76,4 +77,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER
-from mindformers_ext.files.atomic import whole_file
+from mindformers_ext.errors import exit_code_of
+from mindformers_ext.files.atomic import write_text
 
 
 def train(files: list[str], vocab_size: int) -> Tokenizer:
@@ -45,11 +46,10 @@ def main() -> int:
         print(f"error: --vocab-size is {args.vocab_size}, but must be at least 260", file=sys.stderr)
         return 2
     tokenizer = train(args.input, args.vocab_size)
-    with whole_file(args.output) as partial:
-        tokenizer.save(str(partial))
+    write_text(args.output, tokenizer.to_str(pretty=True))  # the library's own errors of writing are no OSError
     print(f"{args.output}: {tokenizer.get_vocab_size()} tokens")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

@@ -15,6 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset
+from mindformers_ext.errors import exit_code_of
 
 
 def unigram_entropy(tokens: np.ndarray) -> float:
@@ -45,4 +46,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

@@ -26,7 +26,7 @@ from mindformers_ext.dryrun.html_report import render_html  # noqa: E402
 from mindformers_ext.dryrun.report import TOOL_FAILURE, make_report, memory_limit  # noqa: E402
 from mindformers_ext.dryrun.sweep import Candidate, parse_axes, sweep  # noqa: E402
 from mindformers_ext.dryrun.terminal_report import GIB, render_plan, render_ranks, table  # noqa: E402
-from mindformers_ext.errors import ConfigError  # noqa: E402
+from mindformers_ext.errors import ConfigError, exit_code_of, of_files  # noqa: E402
 from mindformers_ext.files.atomic import write_json, write_text  # noqa: E402
 from mindformers_ext.rank_compiler.stand_in_cann import COMPILE, MEMORY, StandInError  # noqa: E402
 
@@ -233,7 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (StandInError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        sentence = of_files(error) if isinstance(error, OSError) else None
+        print(f"error: {sentence or error}", file=sys.stderr)
         return TOOL_FAILURE
     except Exception:
         traceback.print_exc()
@@ -242,4 +243,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stops the children, as Ctrl-C does
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

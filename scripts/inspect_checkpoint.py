@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mindformers_ext.errors import ConfigError
+from mindformers_ext.errors import ConfigError, exit_code_of
 from mindformers_ext.sharded_checkpoint import audit
 from mindformers_ext.sharded_checkpoint.layout import is_weight
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
@@ -91,4 +91,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

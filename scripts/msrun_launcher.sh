@@ -5,6 +5,7 @@
 # MindFormers' short form WORKER_NUM MASTER_PORT LOG_DIR JOIN CLUSTER_TIME_OUT works too.
 # On a machine without NPUs a semi-auto-parallel YAML runs too: every rank is compiled for Ascend, lowered to CPU and
 # run as a process (mindformers_ext/cpu_parallel/job.py); the launcher then waits for the end, whatever JOIN says.
+# The command is split into words as a shell does, but nothing in it is run or replaced: no $(...), $NAME or [0-9].
 # A command without --use_parallel gets --use_parallel True. With JOIN True the exit code is the workers'.
 set -euo pipefail
 
@@ -16,7 +17,7 @@ fail() {
 }
 
 is_count() {
-  [[ $1 =~ ^[1-9][0-9]*$ ]]
+  [[ $1 =~ ^[1-9][0-9]{0,8}$ ]]
 }
 
 [ $# -ge 1 ] || fail 'no command given; usage: msrun_launcher.sh "run_mindformer.py --config Y" [WORKER_NUM ...]'
@@ -42,24 +43,45 @@ is_count "$LOCAL_WORKER_NUM" || fail "LOCAL_WORKER_NUM is '$LOCAL_WORKER_NUM', b
   fail "WORKER_NUM is $WORKER_NUM, but must be a multiple of LOCAL_WORKER_NUM $LOCAL_WORKER_NUM"
 is_count "$MASTER_PORT" && [ "$MASTER_PORT" -le 65535 ] ||
   fail "MASTER_PORT is '$MASTER_PORT', but must be a number from 1 to 65535"
-[[ $NODE_RANK =~ ^[0-9]+$ ]] && [ "$NODE_RANK" -lt $((WORKER_NUM / LOCAL_WORKER_NUM)) ] ||
+[[ $NODE_RANK =~ ^(0|[1-9][0-9]{0,8})$ ]] && [ "$NODE_RANK" -lt $((WORKER_NUM / LOCAL_WORKER_NUM)) ] ||
   fail "NODE_RANK is '$NODE_RANK', but must be from 0 to $((WORKER_NUM / LOCAL_WORKER_NUM - 1)), one per machine"
 [[ $JOIN =~ ^([Tt]rue|[Ff]alse)$ ]] || fail "JOIN is '$JOIN', but must be True or False"
 is_count "$CLUSTER_TIME_OUT" || fail "CLUSTER_TIME_OUT is '$CLUSTER_TIME_OUT', but must be a number of seconds"
 
-eval "COMMAND=($1)"
+command -v msrun > /dev/null || PATH=$ROOT/.venv/bin:$PATH
+command -v python > /dev/null || fail "python is not installed; run bash scripts/install.sh first"
+
+# The first of the words says what is wrong with the command, or nothing.
+mapfile -d '' WORDS < <(python -c '
+import os, shlex, sys
+try:
+    words = ["", *shlex.split(sys.argv[1])]
+except ValueError as error:
+    words = [str(error)]
+sys.stdout.buffer.write(b"".join(os.fsencode(word) + bytes(1) for word in words))
+' "$1")
+[ -z "${WORDS[0]}" ] || fail "the command cannot be split into words (${WORDS[0]}): $1"
+[ ${#WORDS[@]} -gt 1 ] || fail 'no command given; usage: msrun_launcher.sh "run_mindformer.py --config Y" [WORKER_NUM ...]'
+COMMAND=("${WORDS[@]:1}")
 SCRIPT=${COMMAND[0]}
 [ -f "$SCRIPT" ] || SCRIPT=$ROOT/$SCRIPT
 [ -f "$SCRIPT" ] || fail "the command starts with '${COMMAND[0]}', which is no file here or in $ROOT"
+CONFIG=
 for ((i = 1; i < ${#COMMAND[@]}; i++)); do
-  [ "${COMMAND[i]}" = --config ] || continue
-  CONFIG=${COMMAND[i + 1]:-}
+  case ${COMMAND[i]} in
+    --config) CONFIG=${COMMAND[i + 1]:-} ;;
+    --config=*) CONFIG=${COMMAND[i]#--config=} ;;
+    *) continue ;;
+  esac
   [ -f "$CONFIG" ] || [ -f "$ROOT/$CONFIG" ] || fail "--config '$CONFIG' is no file here or in $ROOT"
 done
+[ -n "$CONFIG" ] || fail "the command has no --config; write \"${COMMAND[0]} --config Y ...\""
 [[ " ${COMMAND[*]} " == *" --use_parallel"* ]] || COMMAND+=(--use_parallel True)
 
-command -v msrun > /dev/null || PATH=$ROOT/.venv/bin:$PATH
 command -v msrun > /dev/null || fail "msrun is not installed; run bash scripts/install.sh first"
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+# One line says what is wrong with the YAML or the options before any process starts.
+KIND=$(python -m mindformers_ext.cpu_parallel.command "${COMMAND[@]}") || exit 2
 
 shopt -s nullglob
 DEVICES=(/dev/davinci[0-9]*)
@@ -73,8 +95,7 @@ else
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}
 fi
 
-export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-if [ ${#DEVICES[@]} -eq 0 ] && python -m mindformers_ext.cpu_parallel.command "${COMMAND[@]}"; then
+if [ ${#DEVICES[@]} -eq 0 ] && [ "$KIND" = one_graph ]; then
   [ "$LOCAL_WORKER_NUM" -eq "$WORKER_NUM" ] ||
     fail "LOCAL_WORKER_NUM is $LOCAL_WORKER_NUM, but without NPUs all $WORKER_NUM ranks run on one machine"
   exec python -m mindformers_ext.cpu_parallel.job --worker_num "$WORKER_NUM" --log_dir "$LOG_DIR" "${COMMAND[@]}"

@@ -55,7 +55,8 @@ else
   COMMAND=(run_mindformer.py --config "$CONFIG" --output_dir "$OUTPUT"
     --train_dataset.data_loader.config.data_path "['1', '$SAMPLE/sample_text_document']"
     --processor.tokenizer.tokenizer_file "$SAMPLE/tokenizer.json")
-  bash scripts/msrun_launcher.sh "${COMMAND[*]@Q}" $RANKS $RANKS 127.0.0.1 8118 0 "$OUTPUT/msrun_log"
+  COMMAND_LINE=$(python -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "${COMMAND[@]}")
+  bash scripts/msrun_launcher.sh "$COMMAND_LINE" $RANKS $RANKS 127.0.0.1 8118 0 "$OUTPUT/msrun_log"
   cat "$OUTPUT/summary.txt"
 fi
 python dataset_tools/unigram_entropy.py "$SAMPLE/sample_text_document" "$OUTPUT/metrics.jsonl"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mindformers_ext.errors import ConfigError, UserError
+from mindformers_ext.errors import ConfigError, UserError, exit_code_of
 from mindformers_ext.sharded_checkpoint.layout import Piece, Slot, compiled_slots
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, check_names, load, open_source
 from mindformers_ext.sharded_checkpoint.writer import Saver
@@ -80,4 +80,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

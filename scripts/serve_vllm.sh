@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Serve a HuggingFace folder with vLLM on CPU, in an environment of its own (vLLM pins other versions than MindSpore).
 #   bash scripts/serve_vllm.sh HF_DIR [PORT]
+# Answers on 127.0.0.1 only; VLLM_OPTIONS="--host 0.0.0.0 --api-key KEY" opens it to others (see scripts/serve.md).
 # VLLM_VENV: the environment, default .venv-vllm; made on the first call. More options for vllm serve: VLLM_OPTIONS.
 set -euo pipefail
 
@@ -23,5 +24,5 @@ export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} # GiB
 ROTARY='{"custom_ops": ["-rotary_embedding"]}'
 # shellcheck disable=SC2086 # several options
 # Not `vllm serve`: in the package vllm-cpu that command asks for the version of a package vllm, and stops.
-exec "$ENVIRONMENT/bin/python" -m vllm.entrypoints.openai.api_server --model "$FOLDER" --port "$PORT" \
+exec "$ENVIRONMENT/bin/python" -m vllm.entrypoints.openai.api_server --model "$FOLDER" --host 127.0.0.1 --port "$PORT" \
   --served-model-name deepseek --dtype bfloat16 --enforce-eager --compilation-config "$ROTARY" ${VLLM_OPTIONS:-}

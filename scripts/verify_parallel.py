@@ -22,7 +22,7 @@ from tqdm import tqdm  # noqa: E402 (after the project is on the path)
 
 from mindformers_ext.cpu_parallel import verify  # noqa: E402
 from mindformers_ext.cpu_parallel.run_problem import RunProblem  # noqa: E402
-from mindformers_ext.errors import UserError  # noqa: E402
+from mindformers_ext.errors import UserError, exit_code_of  # noqa: E402
 
 
 def main() -> int:
@@ -57,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

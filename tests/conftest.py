@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,19 @@ def trained(toy_folder: Path) -> Path:
     result = run_mindformer(toy_folder, "--output_dir", "straight", "--runner_config.epochs", "2")
     assert result.returncode == 0, result.stderr[-3000:]
     return toy_folder / "straight"
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`mounted(options)`: a folder that is a small tmpfs of its own."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True)
+        if made.returncode:
+            pytest.skip("this user cannot mount")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)

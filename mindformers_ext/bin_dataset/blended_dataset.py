@@ -26,7 +26,7 @@ class BlendedDataset:
     def __init__(
         self, datasets: Sequence[GPTDataset], weights: Sequence[float], size: int | None, config: GPTDatasetConfig
     ) -> None:
-        if not datasets or len(datasets) != len(weights) or min(weights) <= 0:
+        if not datasets or len(datasets) != len(weights) or not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"a blend needs one positive weight per dataset, got weights {list(weights)}")
         self.datasets = list(datasets)
         self.config = config

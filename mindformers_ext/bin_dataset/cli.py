@@ -6,7 +6,6 @@ numpy and the pipeline are imported where they are used, while the tokenizer loa
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from mindformers_ext.bin_dataset.tokenizer import TextTokenizer
+from mindformers_ext.errors import FULL, INTERRUPTED, of_files
 
 if TYPE_CHECKING:
     from mindformers_ext.bin_dataset.pipeline import Counts, Job
@@ -140,10 +140,10 @@ def main(tool: Callable[[list[str] | None], None], arguments: list[str] | None =
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        advice = " Free some space and run the same command again." if error.errno == errno.ENOSPC else ""
-        print(f"error: {error}; finished partitions are kept.{advice}", file=sys.stderr)
+        advice = " Free some space and run the same command again." if error.errno in FULL else ""
+        print(f"error: {of_files(error) or error}; finished partitions are kept.{advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues after the last finished partition", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0

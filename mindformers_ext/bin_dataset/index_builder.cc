@@ -3,7 +3,8 @@
 // The random order is NumPy's legacy RandomState (MT19937, masked rejection sampling, Fisher-Yates from the end), the
 // order megatron-core uses. NumPy waits for memory at every swap; here the partners of a block of swaps are drawn and
 // prefetched before the block is swapped. What the shuffle has passed is final, so a second thread follows it and cuts
-// the samples. Every function releases the GIL.
+// the samples. Every function releases the GIL. What callers pass, and what they read from files, is checked before it
+// becomes an address: a wrong value raises and never reads or writes beside an array.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -16,6 +17,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -148,14 +150,27 @@ void Shuffle(T* values, int64_t size, LegacyRandom* random, Finished finished) {
   finished(0, told);
 }
 
-// Runs work(begin, end, part) over [0, size) cut in parts; work must not throw.
+constexpr int kMostThreads = 1024;
+// Counts of tokens and samples up to here leave room for the arithmetic on them.
+constexpr int64_t kMost = int64_t{1} << 48;
+
+// Runs work(begin, end, part) over [0, size) cut in parts; work must not throw. Where the machine gives no further
+// thread, this one does the part.
 template <typename Work>
 void Parallel(int64_t size, int threads, Work work) {
   std::vector<std::thread> pool;
-  for (int part = 1; part < threads; ++part) {
-    pool.emplace_back(work, size * part / threads, size * (part + 1) / threads, part);
+  pool.reserve(threads);
+  for (int part = 0; part < threads; ++part) {
+    const int64_t begin = size * part / threads, end = size * (part + 1) / threads;
+    try {
+      if (part + 1 < threads) {
+        pool.emplace_back(work, begin, end, part);
+        continue;
+      }
+    } catch (const std::system_error&) {
+    }
+    work(begin, end, part);
   }
-  work(0, size / threads, 0);
   for (auto& thread : pool) {
     thread.join();
   }
@@ -278,9 +293,20 @@ py::tuple DocumentAndSampleIndex(const int32_t* lengths, int64_t begin, int64_t 
 py::tuple BuildGptIndices(const Array<int32_t>& lengths, int64_t begin, int64_t end, int64_t epochs,
                           bool separate_final, int64_t sequence_length, int64_t extra, int64_t samples,
                           int64_t samples_first, const Array<uint32_t>& key, int position, int threads) {
-  if (begin < 0 || end > lengths.size() || begin >= end || epochs < 1 || sequence_length < 1 || samples < 0 ||
-      samples_first < 0 || samples_first > samples || key.size() != 624 || threads < 1) {
+  if (begin < 0 || end > lengths.size() || begin >= end || end > std::numeric_limits<int32_t>::max() || epochs < 1 ||
+      epochs > kMost / (end - begin) || sequence_length < 1 || sequence_length > kMost || extra < 0 || extra > kMost ||
+      samples < 0 || samples > kMost || samples_first < 0 || samples_first > samples) {
     throw std::invalid_argument("build_gpt_indices: documents, epochs or sample counts out of range");
+  }
+  if (key.size() != 624 || position < 0 || position > 624 || threads < 1 || threads > kMostThreads) {
+    throw std::invalid_argument(
+        "build_gpt_indices: the state must be RandomState's 624 numbers and a position in them, threads 1 to 1024");
+  }
+  const int32_t* first = lengths.data() + begin;
+  const int32_t* last = lengths.data() + end;
+  if (*std::min_element(first, last) < 0 ||
+      std::accumulate(first, last, int64_t{0}) > std::numeric_limits<int64_t>::max() / 4 / epochs) {
+    throw std::invalid_argument("build_gpt_indices: a document's length is negative, or the epochs have too many tokens");
   }
   LegacyRandom random(key.data(), position);
   const int32_t longest = *std::max_element(lengths.data(), lengths.data() + lengths.size());
@@ -304,6 +330,23 @@ py::tuple BuildBlendIndices(const Array<double>& weights, int64_t size, const Ar
   if (datasets < 1 || datasets > std::numeric_limits<int16_t>::max() || size < 0 ||
       (sizes.size() != 0 && sizes.size() != datasets)) {
     throw std::invalid_argument("build_blend_indices: 1 to 32767 weights, as many sizes or none, size >= 0");
+  }
+  for (int64_t d = 0; d < datasets; ++d) {
+    if (!std::isfinite(weights.data()[d]) || weights.data()[d] < 0) {
+      throw std::invalid_argument("build_blend_indices: weight " + std::to_string(d) + " is " +
+                                  std::to_string(weights.data()[d]) + ", but must be a finite number of at least 0");
+    }
+  }
+  int64_t missing = sizes.size() == 0 ? 0 : size;  // what the datasets before do not give
+  for (int64_t d = 0; d < sizes.size(); ++d) {
+    if (sizes.data()[d] < 0) {
+      throw std::invalid_argument("build_blend_indices: size " + std::to_string(d) + " is negative");
+    }
+    missing -= std::min(missing, sizes.data()[d]);
+  }
+  if (missing > 0) {
+    throw std::invalid_argument("build_blend_indices: the sizes are " + std::to_string(missing) + " fewer than the " +
+                                std::to_string(size) + " samples asked for");
   }
   Array<int16_t> dataset_index(size);
   Array<int64_t> sample_index(size);
@@ -358,19 +401,26 @@ Sample ReadSample(const SampleSource& source, const int64_t* begin, const int64_
     if (sequence < 0 || sequence >= source.sequences) {
       return Sample::kOutside;
     }
+    const int64_t length = source.lengths[sequence], pointer = source.pointers[sequence];
     const int64_t from = i == begin[0] ? begin[1] : 0;
-    const int64_t to = i == end[0] ? end[1] + extra : source.lengths[sequence];
-    const int64_t count = to - from;
-    const int64_t start = source.pointers[sequence] + from * static_cast<int64_t>(sizeof(In));
-    if (from < 0 || count < 0 || filled + count > width || to > source.lengths[sequence] || start < 0 ||
-        start + count * static_cast<int64_t>(sizeof(In)) > source.bytes) {
+    if (i == end[0] && end[1] > length - extra) {  // before it is added to
       return Sample::kOutside;
     }
+    const int64_t to = i == end[0] ? end[1] + extra : length;
+    if (from < 0 || to < from || to - from > width - filled || pointer < 0 || pointer > source.bytes ||
+        to > (source.bytes - pointer) / static_cast<int64_t>(sizeof(In))) {
+      return Sample::kOutside;
+    }
+    const int64_t count = to - from;
+    const char* in = source.tokens + pointer + from * static_cast<int64_t>(sizeof(In));
     if constexpr (std::is_same_v<In, Out>) {
-      std::memcpy(out + filled, source.tokens + start, count * sizeof(In));
+      std::memcpy(out + filled, in, count * sizeof(In));
     } else {
-      const In* in = reinterpret_cast<const In*>(source.tokens + start);
-      std::copy_n(in, count, out + filled);
+      for (int64_t k = 0; k < count; ++k) {  // a pointer of the file may be odd
+        In token;
+        std::memcpy(&token, in + k * sizeof(In), sizeof(In));
+        out[filled + k] = token;
+      }
     }
     filled += count;
   }
@@ -388,11 +438,14 @@ template <typename In, typename Out>
 bool ReadSamples(const Array<In>& tokens, const Array<int64_t>& pointers, const Array<int32_t>& lengths,
                  const Array<int32_t>& documents, const Array<int64_t>& places, int64_t extra, int64_t pad,
                  Array<Out> out, int threads) {
-  const int64_t rows = places.shape(0);
-  if (places.ndim() != 2 || places.shape(1) != 4 || out.ndim() != 2 || out.shape(0) != rows ||
-      pointers.size() != lengths.size() || threads < 1) {
+  if (places.ndim() != 2 || places.shape(1) != 4 || out.ndim() != 2 || out.shape(0) != places.shape(0) ||
+      pointers.size() != lengths.size()) {
     throw std::invalid_argument("read_samples: arrays of different sizes");
   }
+  if (extra < 0 || extra > kMost || threads < 1 || threads > kMostThreads) {
+    throw std::invalid_argument("read_samples: extra must be at least 0 and threads 1 to 1024");
+  }
+  const int64_t rows = places.shape(0);
   const SampleSource source{reinterpret_cast<const char*>(tokens.data()),
                             static_cast<int64_t>(tokens.nbytes()),
                             pointers.data(),

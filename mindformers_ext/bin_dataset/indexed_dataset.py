@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mindformers_ext.files.atomic import naming
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
@@ -235,7 +237,18 @@ class IndexedDatasetWriter:
             raise RuntimeError(
                 f"another process is writing {self._partial}; wait for it or choose another prefix"
             ) from None
+        # Opening and locking are two steps: a writer that ended in between has given this very file its final name.
+        if not self._is_partial():
+            self._file.close()
+            raise RuntimeError(f"another process has just finished {prefix}; start again to write it anew")
         self._file.truncate(0)
+
+    def _is_partial(self) -> bool:
+        """True while the temporary name stands for the file that this writer has open."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._partial))
+        except FileNotFoundError:
+            return False
 
     def __enter__(self) -> "IndexedDatasetWriter":
         return self
@@ -267,7 +280,7 @@ class IndexedDatasetWriter:
         self._lengths.append(other.sequence_lengths)
         self._marks.append((self._sequences, other.document_indices[1:]))
         self._sequences += len(other)
-        with open(bin_path(prefix), "rb") as source:
+        with naming(self._partial), open(bin_path(prefix), "rb") as source:
             shutil.copyfileobj(source, self._file, 1 << 22)
 
     def add_batch(self, tokens: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray) -> None:
@@ -275,14 +288,19 @@ class IndexedDatasetWriter:
         lengths = np.asarray(lengths, np.int32)
         if int(lengths.sum(dtype=np.int64)) != len(tokens):
             raise ValueError(f"lengths sum to {lengths.sum(dtype=np.int64)} but there are {len(tokens)} tokens")
-        self._file.write(_cast(tokens, self.dtype).data)
+        with naming(self._partial):
+            self._file.write(_cast(tokens, self.dtype).data)
         self._lengths.append(lengths)
         self._marks.append((self._sequences, np.cumsum(sequences_per_document, dtype=np.int32)))
         self._sequences += len(lengths)
 
     def close(self) -> None:
         """Write the index and rename both files; the .idx comes last, so a present .idx means a whole pair."""
-        self._file.flush()
+        with naming(self._partial):
+            self._file.flush()
+            self._close()
+
+    def _close(self) -> None:
         index = Path(f"{self.prefix}.idx.partial")
         documents = sum(len(marks) for _, marks in self._marks)
         with open(index, "wb") as file:

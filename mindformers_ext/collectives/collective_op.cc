@@ -51,6 +51,18 @@ int64_t Elements(int dimensions, const int64_t* shape) {
   return count;
 }
 
+// The graph's shapes say how much memory there is; the collective must not ask for more.
+void CheckSizes(const Settings& s, int64_t in_count, int64_t out_count) {
+  const int64_t size = static_cast<int64_t>(s.ranks.size());
+  int64_t expected = out_count;
+  if (s.collective == "AllReduce" || s.collective == "Broadcast" || s.collective == "AlltoAll") expected = in_count;
+  if (s.collective == "AllGather") expected = in_count * size;
+  if (s.collective == "ReduceScatter") expected = size > 0 && in_count % size == 0 ? in_count / size : -1;
+  if (in_count >= 0 && out_count >= 0 && out_count == expected) return;
+  throw JobError(s.collective + " of " + std::to_string(in_count) + " elements over " + std::to_string(size) +
+                 " ranks cannot give " + std::to_string(out_count));
+}
+
 std::unique_ptr<Settings> Read(const char* type, mindspore::AotExtra* extra) {
   auto settings = std::make_unique<Settings>();
   const auto integer = [extra](const char* name, int64_t other) {
@@ -77,11 +89,13 @@ std::unique_ptr<Settings> Read(const char* type, mindspore::AotExtra* extra) {
 void Run(const Settings& s, const void* in, const std::vector<int64_t>& shape, void* out, int64_t out_count) {
   Job* job = CurrentJob();
   const int64_t count = Elements(static_cast<int>(shape.size()), shape.data());
+  CheckSizes(s, count, out_count);
   if (s.collective == "AllReduce") return AllReduce(job, s.ranks, s.type, s.reduce, in, out, count);
   if (s.collective == "AllGather") return AllGather(job, s.ranks, s.type, in, out, count);
   if (s.collective == "ReduceScatter") return ReduceScatter(job, s.ranks, s.type, s.reduce, in, out, out_count);
   if (s.collective == "AlltoAll") return AllToAll(job, s.ranks, s.type, shape, s.split, s.concat, in, out);
-  if (s.collective == "AlltoAllV") return AllToAllV(job, s.ranks, s.type, s.send_counts, s.recv_counts, in, out);
+  if (s.collective == "AlltoAllV")
+    return AllToAllV(job, s.ranks, s.type, s.send_counts, s.recv_counts, in, count, out, out_count);
   if (s.collective == "Broadcast") return Broadcast(job, s.ranks, s.type, s.root, in, out, count);
   if (s.collective == "Receive") return Receive(job, s.peer, s.tag, s.type, out, out_count);
   if (s.collective == "Send") {
@@ -142,16 +156,24 @@ extern "C" int CollectiveInit(int*, int64_t**, const char** dtypes, mindspore::A
   });
 }
 
-extern "C" int Collective(int parameters, void** data, int* dimensions, int64_t** shapes, const char**, void*,
+extern "C" int Collective(int parameters, void** data, int* dimensions, int64_t** shapes, const char** dtypes, void*,
                           void* extra) {
   return cpu_parallel::Guarded([&] {
     const auto* settings =
         static_cast<const cpu_parallel::Settings*>(static_cast<mindspore::AotExtra*>(extra)->KernelData());
-    if (settings->tensors > 1) {
-      std::vector<int64_t> counts;
-      for (int i = 0; i < settings->tensors; ++i) counts.push_back(cpu_parallel::Elements(dimensions[i], shapes[i]));
-      return cpu_parallel::RunTogether(*settings, counts, data, data + parameters - settings->tensors);
+    const int tensors = settings->tensors, first_out = parameters - tensors;
+    if (tensors < 1 || tensors > parameters / 2)
+      throw cpu_parallel::JobError(settings->collective + " has not the inputs and outputs of its attribute `tensors`");
+    std::vector<int64_t> counts;
+    for (int i = 0; i < tensors; ++i) {
+      if (cpu_parallel::ParseDType(dtypes[i]) != settings->type ||
+          cpu_parallel::ParseDType(dtypes[first_out + i]) != settings->type)
+        throw cpu_parallel::JobError(settings->collective + " has tensors of different types");
+      counts.push_back(cpu_parallel::Elements(dimensions[i], shapes[i]));
+      if (tensors > 1)
+        CheckSizes(*settings, counts[i], cpu_parallel::Elements(dimensions[first_out + i], shapes[first_out + i]));
     }
+    if (tensors > 1) return cpu_parallel::RunTogether(*settings, counts, data, data + first_out);
     const int out = parameters - 1;
     cpu_parallel::Run(*settings, data[0], std::vector<int64_t>(shapes[0], shapes[0] + dimensions[0]), data[out],
                       cpu_parallel::Elements(dimensions[out], shapes[out]));

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <numeric>
 
 namespace cpu_parallel {
 namespace {
@@ -124,6 +123,26 @@ std::string Named(const char* name, DType type, int64_t count) {
   return std::string(name) + " of " + std::to_string(count) + " " + types[type];
 }
 
+// Bytes of `count` elements; far less than what an address or an offset can be, so that arithmetic on them is safe.
+int64_t Bytes(DType type, int64_t count) {
+  constexpr int64_t kMost = int64_t{1} << 48;
+  if (count < 0 || count > kMost)
+    throw JobError("a collective of " + std::to_string(count) + " elements: the count must be from 0 to 2^48");
+  return count * static_cast<int64_t>(SizeOf(type));
+}
+
+// Elements of all parts together; throws when one is negative or they are more than `there`.
+int64_t Sum(const std::string& who, const char* which, const std::vector<int64_t>& counts, int64_t there) {
+  int64_t sum = 0;
+  for (const int64_t count : counts) {
+    if (count < 0 || count > there - sum)
+      throw JobError(who + which + " counts that are negative or more than the " + std::to_string(there) +
+                     " elements of its array");
+    sum += count;
+  }
+  return sum;
+}
+
 int64_t Product(const std::vector<int64_t>& shape, size_t begin, size_t end) {
   int64_t product = 1;
   for (size_t i = begin; i < end; ++i) product *= shape[i];
@@ -133,16 +152,16 @@ int64_t Product(const std::vector<int64_t>& shape, size_t begin, size_t end) {
 }  // namespace
 
 void AllReduce(Job* job, const Ranks& ranks, DType type, Reduce how, const void* in, void* out, int64_t count) {
+  const bool small = Bytes(type, count) <= kSmallBytes;
   Group* group = job->FindGroup(ranks);
   group->Begin({kAllReduce, type, how, 0, count}, Named("AllReduce", type, count));
-  const bool small = count * static_cast<int64_t>(SizeOf(type)) <= kSmallBytes;
   (small ? AllReduceSmall : AllReduceLarge)(group, type, how, in, out, count);
 }
 
 void AllGather(Job* job, const Ranks& ranks, DType type, const void* in, void* out, int64_t count) {
+  const int64_t bytes = Bytes(type, count);
   Group* group = job->FindGroup(ranks);
   group->Begin({kAllGather, type, 0, 0, count}, Named("AllGather", type, count));
-  const int64_t bytes = count * static_cast<int64_t>(SizeOf(type));
   for (int64_t start = 0; start == 0 || start < bytes; start += static_cast<int64_t>(kSlotBytes)) {
     const int64_t length = std::min(static_cast<int64_t>(kSlotBytes), bytes - start);
     std::memcpy(group->Slot(group->index()), At(in, start), length);
@@ -155,6 +174,7 @@ void AllGather(Job* job, const Ranks& ranks, DType type, const void* in, void* o
 }
 
 void ReduceScatter(Job* job, const Ranks& ranks, DType type, Reduce how, const void* in, void* out, int64_t count) {
+  Bytes(type, count);
   Group* group = job->FindGroup(ranks);
   group->Begin({kReduceScatter, type, how, 0, count}, Named("ReduceScatter", type, count));
   const int64_t element = static_cast<int64_t>(SizeOf(type));
@@ -182,6 +202,12 @@ void AllToAll(Job* job, const Ranks& ranks, DType type, const std::vector<int64_
   const int rank = static_cast<int>(shape.size());
   if (split < 0) split += rank;
   if (concat < 0) concat += rank;
+  int64_t room = int64_t{1} << 48;  // for the product of all dimensions, even where one of them is 0
+  for (const int64_t length : shape) {
+    room /= std::max<int64_t>(1, length);
+    if (length < 0 || room == 0)
+      throw JobError("rank " + std::to_string(job->rank()) + ": AlltoAll of a shape that no array has");
+  }
   const int64_t count = Product(shape, 0, shape.size());
   const std::string what = Named("AlltoAll", type, count);
   if (split < 0 || split >= rank || concat < 0 || concat >= rank || shape[split] % group->size() != 0) {
@@ -205,14 +231,18 @@ void AllToAll(Job* job, const Ranks& ranks, DType type, const std::vector<int64_
 }
 
 void AllToAllV(Job* job, const Ranks& ranks, DType type, const std::vector<int64_t>& send_counts,
-               const std::vector<int64_t>& recv_counts, const void* in, void* out) {
+               const std::vector<int64_t>& recv_counts, const void* in, int64_t in_count, void* out,
+               int64_t out_count) {
+  Bytes(type, in_count);
+  Bytes(type, out_count);
   Group* group = job->FindGroup(ranks);
   const size_t size = ranks.size();
   const std::string who = "rank " + std::to_string(job->rank()) + ": AlltoAllV ";
   if (send_counts.size() != size || recv_counts.size() != size)
     throw JobError(who + "needs one count for each of the " + std::to_string(size) + " ranks");
-  group->Begin({kAllToAllV, type, 0, 0, 0},
-               Named("AlltoAllV", type, std::accumulate(send_counts.begin(), send_counts.end(), int64_t{0})));
+  const int64_t sent = Sum(who, "has send", send_counts, in_count);
+  Sum(who, "has receive", recv_counts, out_count);
+  group->Begin({kAllToAllV, type, 0, 0, 0}, Named("AlltoAllV", type, sent));
   std::memcpy(group->Slot(group->index()), send_counts.data(), size * sizeof(int64_t));
   group->Barrier();
   int64_t longest = 0;
@@ -235,13 +265,13 @@ void AllToAllV(Job* job, const Ranks& ranks, DType type, const std::vector<int64
 }
 
 void Broadcast(Job* job, const Ranks& ranks, DType type, int root, const void* in, void* out, int64_t count) {
+  const int64_t bytes = Bytes(type, count);
   Group* group = job->FindGroup(ranks);
   const int owner = static_cast<int>(std::find(ranks.begin(), ranks.end(), root) - ranks.begin());
   if (owner == group->size())
     throw JobError("rank " + std::to_string(job->rank()) + ": Broadcast from rank " + std::to_string(root) +
                    ", which is not in " + RankList(ranks));
   group->Begin({kBroadcast, type, 0, root, count}, Named("Broadcast", type, count));
-  const int64_t bytes = count * static_cast<int64_t>(SizeOf(type));
   for (int64_t start = 0; start == 0 || start < bytes; start += static_cast<int64_t>(kSlotBytes)) {
     const int64_t length = std::min(static_cast<int64_t>(kSlotBytes), bytes - start);
     if (owner == group->index()) std::memcpy(group->Slot(owner), At(in, start), length);
@@ -259,7 +289,7 @@ void Barrier(Job* job, const Ranks& ranks) {
 }
 
 void Send(Job* job, int peer, int64_t tag, DType type, const void* in, int64_t count) {
-  const uint64_t bytes = static_cast<uint64_t>(count) * SizeOf(type);
+  const uint64_t bytes = static_cast<uint64_t>(Bytes(type, count));
   const Mailbox box = job->FindMailbox(job->rank(), peer, tag, bytes);
   const std::string what =
       Named("Send", type, count) + " to rank " + std::to_string(peer) + " (tag " + std::to_string(tag) + ")";
@@ -273,7 +303,7 @@ void Send(Job* job, int peer, int64_t tag, DType type, const void* in, int64_t c
 }
 
 void Receive(Job* job, int peer, int64_t tag, DType type, void* out, int64_t count) {
-  const uint64_t bytes = static_cast<uint64_t>(count) * SizeOf(type);
+  const uint64_t bytes = static_cast<uint64_t>(Bytes(type, count));
   const Mailbox box = job->FindMailbox(peer, job->rank(), tag, bytes);
   const std::string what =
       Named("Receive", type, count) + " from rank " + std::to_string(peer) + " (tag " + std::to_string(tag) + ")";
@@ -330,6 +360,15 @@ void cpu_parallel_abort(const char* message) {
   if (cpu_parallel::current_job != nullptr) cpu_parallel::current_job->Abort(message);
 }
 
+// Bytes of an element of this type, 0 when it is not one of ours.
+int cpu_parallel_element_size(const char* type) {
+  try {
+    return static_cast<int>(cpu_parallel::SizeOf(cpu_parallel::ParseDType(type)));
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
+
 const char* cpu_parallel_last_error() { return cpu_parallel::last_error.c_str(); }
 
 int cpu_parallel_all_reduce(const char* type, const char* how, const int* ranks, int size, const void* in, void* out,
@@ -362,10 +401,11 @@ int cpu_parallel_all_to_all(const char* type, const int* ranks, int size, const 
 }
 
 int cpu_parallel_all_to_all_v(const char* type, const int* ranks, int size, const int64_t* send_counts,
-                              const int64_t* recv_counts, const void* in, void* out) {
+                              const int64_t* recv_counts, const void* in, int64_t in_count, void* out,
+                              int64_t out_count) {
   return Guarded([&] {
     AllToAllV(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), ToCounts(send_counts, size),
-              ToCounts(recv_counts, size), in, out);
+              ToCounts(recv_counts, size), in, in_count, out, out_count);
   });
 }
 

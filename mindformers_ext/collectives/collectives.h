@@ -21,9 +21,10 @@ void ReduceScatter(Job* job, const Ranks& ranks, DType type, Reduce how, const v
 // The i-th of n equal parts of dimension `split` goes to rank i; what arrives is joined, in rank order, along `concat`.
 void AllToAll(Job* job, const Ranks& ranks, DType type, const std::vector<int64_t>& shape, int split, int concat,
               const void* in, void* out);
-// send_counts[i] elements, one part after the other, go to rank i; recv_counts[i] elements come from it.
+// send_counts[i] elements, one part after the other, go to rank i; recv_counts[i] elements come from it. `in` and `out`
+// have in_count and out_count elements.
 void AllToAllV(Job* job, const Ranks& ranks, DType type, const std::vector<int64_t>& send_counts,
-               const std::vector<int64_t>& recv_counts, const void* in, void* out);
+               const std::vector<int64_t>& recv_counts, const void* in, int64_t in_count, void* out, int64_t out_count);
 // out = the in of rank `root` (a global rank).
 void Broadcast(Job* job, const Ranks& ranks, DType type, int root, const void* in, void* out, int64_t count);
 void Barrier(Job* job, const Ranks& ranks);

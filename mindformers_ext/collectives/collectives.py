@@ -59,9 +59,8 @@ def join(job: str, rank: int, size: int, join_seconds: float = JOIN_SECONDS, wai
     """
     if wait_seconds is None:
         wait_seconds = float(os.environ.get("CPU_PARALLEL_WAIT_SECONDS", WAIT_SECONDS))
-    _check(
-        _lib().cpu_parallel_join(job.encode(), rank, size, ctypes.c_double(join_seconds), ctypes.c_double(wait_seconds))
-    )
+    seconds = ctypes.c_double(join_seconds), ctypes.c_double(wait_seconds)
+    _check(_lib().cpu_parallel_join(job.encode(), _int("rank", rank), _int("size", size), *seconds))
 
 
 def leave() -> None:
@@ -80,11 +79,24 @@ def _ranks(ranks: Sequence[int]) -> tuple[ctypes.Array, int]:
 
 @functools.cache
 def _members(ranks: tuple[int, ...]) -> tuple[ctypes.Array, int]:
-    return (ctypes.c_int * len(ranks))(*ranks), len(ranks)
+    return (ctypes.c_int * len(ranks))(*(_int("a rank", rank) for rank in ranks)), len(ranks)
 
 
-def _int64s(values: Sequence[int]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(values))(*values)
+def _int(name: str, value: int, bits: int = 32) -> int:
+    """The value; ctypes would cut a number that C cannot hold."""
+    if not -(1 << bits - 1) <= value < 1 << bits - 1:
+        raise ValueError(f"{name} is {value}, which has more than {bits} bits")
+    return value
+
+
+def _int64(name: str, value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(_int(name, value, 64))
+
+
+def _counts(name: str, counts: Sequence[int], ranks: Sequence[int]) -> ctypes.Array:
+    if len(counts) != len(ranks):
+        raise ValueError(f"{name} has {len(counts)} numbers, but there are {len(ranks)} ranks")
+    return (ctypes.c_int64 * len(counts))(*(_int(name, count, 64) for count in counts))
 
 
 def _data(array: np.ndarray) -> ctypes.c_void_p:
@@ -94,11 +106,17 @@ def _data(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def _type(array: np.ndarray, dtype: str | None) -> bytes:
-    return dtype.encode() if dtype else _name(array.dtype)
+    if not dtype:
+        return _name(array.dtype)
+    if _lib().cpu_parallel_element_size(dtype.encode()) != array.itemsize:
+        raise ValueError(f"dtype '{dtype}' is no element type of {array.itemsize} bytes, as the array has")
+    return dtype.encode()
 
 
 @functools.cache
 def _name(dtype: np.dtype) -> bytes:
+    if not dtype.isnative:
+        raise ValueError(f"collectives need numbers in this machine's byte order, not {dtype}")
     return dtype.name.encode()
 
 
@@ -129,8 +147,8 @@ def reduce_scatter(
     array: np.ndarray, ranks: Sequence[int], reduce: str = "sum", dtype: str | None = None
 ) -> np.ndarray:
     """(s / n, ...) <- (s, ...): this rank's part of the reduction."""
-    if array.shape[0] % len(ranks):
-        raise ValueError(f"dimension 0 ({array.shape[0]}) must be a multiple of the {len(ranks)} ranks")
+    if not len(ranks) or array.ndim == 0 or array.shape[0] % len(ranks):
+        raise ValueError(f"dimension 0 of {array.shape} must be a multiple of the {len(ranks)} ranks")
     out = np.empty((array.shape[0] // len(ranks), *array.shape[1:]), array.dtype)
     members = _ranks(ranks)
     _check(
@@ -143,14 +161,26 @@ def reduce_scatter(
 
 def all_to_all(array: np.ndarray, ranks: Sequence[int], split: int, concat: int) -> np.ndarray:
     """Split dimension `split` into n parts, one for each rank; join what arrives along dimension `concat`."""
-    shape = list(array.shape)
+    shape, dimensions = list(array.shape), range(-array.ndim, array.ndim)
+    if not len(ranks) or split not in dimensions or concat not in dimensions or shape[split] % len(ranks):
+        raise ValueError(
+            f"{array.shape} cannot be split along dimension {split} into {len(ranks)} equal parts that are joined "
+            f"along dimension {concat}"
+        )
     shape[split] //= len(ranks)
     shape[concat] *= len(ranks)
     out = np.empty(shape, array.dtype)
     members = _ranks(ranks)
     _check(
         _lib().cpu_parallel_all_to_all(
-            _type(array, None), *members, _int64s(array.shape), array.ndim, split, concat, _data(array), _data(out)
+            _type(array, None),
+            *members,
+            (ctypes.c_int64 * array.ndim)(*array.shape),
+            array.ndim,
+            split,
+            concat,
+            _data(array),
+            _data(out),
         )
     )
     return out
@@ -160,10 +190,10 @@ def all_to_all_v(
     array: np.ndarray, ranks: Sequence[int], send_counts: Sequence[int], recv_counts: Sequence[int]
 ) -> np.ndarray:
     """Send send_counts[i] elements of the flat array to rank i, receive recv_counts[i] from it."""
-    out = np.empty(sum(recv_counts), array.dtype)
-    members = _ranks(ranks)
-    counts = _int64s(send_counts), _int64s(recv_counts)
-    _check(_lib().cpu_parallel_all_to_all_v(_type(array, None), *members, *counts, _data(array), _data(out)))
+    counts = _counts("send_counts", send_counts, ranks), _counts("recv_counts", recv_counts, ranks)
+    out = np.empty(max(sum(recv_counts), 0), array.dtype)
+    sides = _data(array), ctypes.c_int64(array.size), _data(out), ctypes.c_int64(out.size)
+    _check(_lib().cpu_parallel_all_to_all_v(_type(array, None), *_ranks(ranks), *counts, *sides))
     return out
 
 
@@ -171,7 +201,8 @@ def broadcast(array: np.ndarray, ranks: Sequence[int], root: int) -> np.ndarray:
     """The array of rank `root` (a global rank)."""
     out = np.empty_like(array)
     count = ctypes.c_int64(array.size)
-    _check(_lib().cpu_parallel_broadcast(_type(array, None), *_ranks(ranks), root, _data(array), _data(out), count))
+    members = (*_ranks(ranks), _int("root", root))
+    _check(_lib().cpu_parallel_broadcast(_type(array, None), *members, _data(array), _data(out), count))
     return out
 
 
@@ -183,12 +214,12 @@ def barrier(ranks: Sequence[int]) -> None:
 def send(array: np.ndarray, peer: int, tag: int = 0) -> None:
     """Send an array; returns when it is buffered (two messages of one tag at most)."""
     count = ctypes.c_int64(array.size)
-    _check(_lib().cpu_parallel_send(peer, ctypes.c_int64(tag), _type(array, None), _data(array), count))
+    _check(_lib().cpu_parallel_send(_int("peer", peer), _int64("tag", tag), _type(array, None), _data(array), count))
 
 
 def receive(like: np.ndarray, peer: int, tag: int = 0) -> np.ndarray:
     """Receive an array of the shape and type of `like`."""
     out = np.empty_like(like)
     count = ctypes.c_int64(out.size)
-    _check(_lib().cpu_parallel_receive(peer, ctypes.c_int64(tag), _type(out, None), _data(out), count))
+    _check(_lib().cpu_parallel_receive(_int("peer", peer), _int64("tag", tag), _type(out, None), _data(out), count))
     return out

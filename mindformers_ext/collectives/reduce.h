@@ -37,7 +37,8 @@ inline size_t SizeOf(DType type) {
 }
 
 // Vector code for new processors, plain code for the others, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(CPU_PARALLEL_CLONES)  // chosen by the build
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CPU_PARALLEL_CLONES __attribute__((target_clones("arch=haswell", "default")))
 #else
 #define CPU_PARALLEL_CLONES

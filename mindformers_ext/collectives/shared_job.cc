@@ -7,6 +7,7 @@
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -49,6 +50,13 @@ sockaddr_un Address(const std::string& job, socklen_t* length) {
   std::memcpy(address.sun_path + 1, name.data(), name.size());  // a leading zero byte: no file, ends with its owner
   *length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
   return address;
+}
+
+// True when the process at the other end of a connected socket runs as this user.
+bool IsSameUser(int socket) {
+  ucred peer{};
+  socklen_t length = sizeof(peer);
+  return getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &length) == 0 && peer.uid == geteuid();
 }
 
 void SendDescriptor(int socket, int descriptor, int32_t size) {
@@ -183,9 +191,11 @@ void Job::Create(const std::string& name, double seconds) {
            "): wait for it, end it, or choose another job name");
     }
     listen(listener, kMaxRanks);
-    fd_ = memfd_create(("cpu_parallel." + name).c_str(), MFD_CLOEXEC);
+    fd_ = memfd_create(("cpu_parallel." + name).c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING);
     const uint64_t bytes = RoundUp(sizeof(JobBlock), kPage);
     const int error = fd_ < 0 ? errno : posix_fallocate(fd_, 0, static_cast<off_t>(bytes));
+    if (error == 0 && (fchmod(fd_, S_IRUSR | S_IWUSR) != 0 || fcntl(fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_SEAL) != 0))
+      Fail("cannot keep the shared memory to this user: " + ErrnoText());
     if (error != 0) {
       Fail("shared memory is full: " + std::to_string(bytes) + " bytes for job '" + name +
            "': " + std::strerror(error));
@@ -218,7 +228,7 @@ void Job::WaitForAll(int listener, double deadline) {
     if (poll(&waiting, 1, 50) > 0) {
       const int peer = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
       if (peer >= 0) {
-        SendDescriptor(peer, fd_, size_);
+        if (IsSameUser(peer)) SendDescriptor(peer, fd_, size_);
         close(peer);
       }
     }
@@ -243,6 +253,10 @@ void Job::Attach(const std::string& name, double seconds) {
   while (fd_ < 0) {
     const int peer = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
     if (peer >= 0 && connect(peer, reinterpret_cast<const sockaddr*>(&address), length) == 0) {
+      if (!IsSameUser(peer)) {
+        close(peer);
+        Fail("another user of this machine has taken the name of job '" + name + "': choose another job name");
+      }
       fd_ = ReceiveDescriptor(peer, &job_size);
     }
     if (peer >= 0) close(peer);
@@ -364,9 +378,12 @@ Group* Job::FindGroup(const std::vector<int>& ranks) {
     if (entry.first == ranks) return entry.second;
   }
   int index = -1;
+  bool seen[kMaxRanks] = {};
   for (size_t i = 0; i < ranks.size(); ++i) {
     if (ranks[i] < 0 || ranks[i] >= size_)
       Fail("group " + RankList(ranks) + " has a rank outside the job of " + std::to_string(size_));
+    if (seen[ranks[i]]) Fail("group " + RankList(ranks) + " has rank " + std::to_string(ranks[i]) + " twice");
+    seen[ranks[i]] = true;
     if (ranks[i] == rank_) index = static_cast<int>(i);
   }
   if (index < 0) Fail("this rank is not a member of group " + RankList(ranks));

@@ -2,7 +2,8 @@
 //
 // The memory is an anonymous memfd, so nothing ever appears in /dev/shm and the kernel frees it with the last
 // process, however that ends. Rank 0 creates it and hands the descriptor to the others over an abstract unix socket
-// (also gone with its process). Every rank holds a POSIX lock on one byte of the memfd: the kernel drops it the moment
+// (also gone with its process); both sides ask the kernel whether the other is the same user, as any local user can find
+// such a socket, and the memfd is for its owner only and cannot be made smaller under the others. Every rank holds a POSIX lock on one byte of the memfd: the kernel drops it the moment
 // the process dies (even while it is still a zombie), and that is how a waiting rank learns that its peer is dead.
 #pragma once
 #include <atomic>

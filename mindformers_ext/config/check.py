@@ -17,7 +17,7 @@ from mindformers_ext.config.run_rules import Violation, refuse
 from mindformers_ext.config.strategy_rules import check_run
 from mindformers_ext.config.typed import Other
 from mindformers_ext.config.yaml_files import nearest, short
-from mindformers_ext.errors import ConfigError
+from mindformers_ext.errors import ConfigError, is_full_or_closed
 
 MODEL = "model.model_config"
 
@@ -114,6 +114,8 @@ def check_model(run: Run) -> None:
         if run.model is None:
             cls(**{key: value for key, value in values.items() if key not in ("type", "auto_register")})
     except (ImportError, OSError, AttributeError, ValueError, TypeError) as error:
+        if is_full_or_closed(error):  # of the folder that the model's files are copied to
+            raise
         raise ConfigError(
             f"{run.path}: {MODEL}.type is {kind!r} (auto_register {reference!r}), which cannot be built from "
             f"--register_path {os.getenv('REGISTER_PATH', '')!r}: {' '.join(str(error).split())}"

@@ -2,19 +2,27 @@
 
     python -m mindformers_ext.cpu_parallel.command run_mindformer.py --config Y [...]
 
-Exit code 0 when the run splits one graph over devices (`cpu_parallel.job` runs it without cards), else 1.
+Prints "one_graph" when the run splits one graph over devices (`cpu_parallel.job` runs it without cards), else
+"processes". A command or YAML that cannot be read ends with one sentence and exit code 2.
 """
 
 import sys
+from typing import NoReturn
 
 from mindformers_ext.config.command_line import all_overrides, build_parser, find
 from mindformers_ext.config.run import Run, read_run
-from mindformers_ext.errors import ConfigError
+from mindformers_ext.errors import ConfigError, exit_code_of
 
 
 def read_plan(command: list[str], worker_num: int | None = None) -> Run:
     """The plan of the run that `run_mindformer.py` arguments describe. Raises ConfigError."""
-    options, rest = build_parser().parse_known_args(command)
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    parser = build_parser()
+    parser.error = refuse  # in place of a page of usage
+    options, rest = parser.parse_known_args(command)
     return read_run(find(options.config), worker_num, all_overrides(options, rest))
 
 
@@ -26,14 +34,9 @@ def absolute(command: list[str]) -> tuple[str, ...]:
 
 
 def splits_one_graph(command: list[str]) -> bool:
-    """True for semi-auto-parallel runs; a command that cannot be read is none, and says itself what is wrong."""
-    if not any(word.partition("=")[0] == "--config" for word in command):
-        return False
-    try:
-        return read_plan(command).is_semi_auto
-    except ConfigError:
-        return False
+    """True for semi-auto-parallel runs. Raises ConfigError when the command or its YAML cannot be read."""
+    return read_plan(command).is_semi_auto
 
 
 if __name__ == "__main__":
-    sys.exit(0 if splits_one_graph(sys.argv[2:]) else 1)
+    sys.exit(exit_code_of(lambda: print("one_graph" if splits_one_graph(sys.argv[2:]) else "processes")))

@@ -23,7 +23,8 @@ from mindformers_ext.config.run_rules import refuse
 from mindformers_ext.config.strategy_rules import check_plan
 from mindformers_ext.cpu_parallel import compiled_ranks, launch
 from mindformers_ext.cpu_parallel.command import absolute, read_plan
-from mindformers_ext.errors import ConfigError, UserError
+from mindformers_ext.errors import ConfigError, exit_code_of
+from mindformers_ext.files import run_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = re.compile(r"- (step \d+, loss .*)")  # TrainingMetrics' line of a step
@@ -40,6 +41,7 @@ def run(command: list[str], worker_num: int, log_dir: Path, say: Callable[[str],
     refuse(plan, check_plan(plan))
     if worker_num > MAX_RANKS:
         raise ConfigError(f"WORKER_NUM is {worker_num}, but one machine without cards runs at most {MAX_RANKS} ranks")
+    run_lock.hold(plan.sections.output_dir)  # for all ranks
     folder = compiled_ranks.private_folder(Path(plan.sections.output_dir), compiled_ranks.graph_key(plan))
     if compiled_ranks.is_sound(folder, plan.device_num):
         say(f"the graphs of all {worker_num} ranks are in {folder} already")
@@ -101,13 +103,8 @@ def main(argv: list[str] | None = None) -> int:
             print(text, flush=True)
             print(text, file=log, flush=True)
 
-        try:
-            run(command, options.worker_num, options.log_dir, say)
-        except UserError as error:
-            say(f"error: {error}")
-            return error.exit_code
-    return 0
+        return exit_code_of(lambda: run(command, options.worker_num, options.log_dir, say), say)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mindformers_ext.collectives.rank_job import JOB
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
 from mindformers_ext.errors import UserError
 from mindformers_ext.lowering import deadlock
@@ -24,7 +25,7 @@ POLL_SECONDS, WATCH_SECONDS = 0.05, 0.5
 LOWER = "mindformers_ext.lowering.lower:lower_into"  # what is done with a compiled graph
 FAILURE = "failure.json"  # what a rank that fails writes: {rank, message, time}
 # After the first failure the others stop by themselves within a tenth of a second; this is for those that compute.
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 1.5
 
 
 class RankError(UserError, RuntimeError):
@@ -116,8 +117,8 @@ def run_ranks(folder: Path, world_size: int, stages: int = 1) -> list[dict]:
     def start(rank: int) -> subprocess.Popen:
         own = rank_folder(folder, rank)
         command = ["-m", "mindformers_ext.cpu_parallel.run_rank", "--folder", str(folder)]
-        command += ["--rank", str(rank), "--world_size", str(world_size), "--stages", str(stages), "--job", job]
-        return start_rank(command, quiet(os.environ.copy()), own / FAILURE, own / "run.log")
+        command += ["--rank", str(rank), "--world_size", str(world_size), "--stages", str(stages)]
+        return start_rank(command, quiet(os.environ | {JOB: job}), own / FAILURE, own / "run.log")
 
     def explain(rank: int, code: int) -> tuple[float, str]:
         own = rank_folder(folder, rank)

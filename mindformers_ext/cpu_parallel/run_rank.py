@@ -1,5 +1,6 @@
 """Run one rank's lowered graph for some steps: the worker process that `launch.run_ranks` starts N times.
 
+The environment has the job's name, which other users of the machine must not see as they see arguments.
 Reads from the run folder: `initial.npz` (full parameters and optimizer states), `batches.npz` (the global batch of
 every step) and, per rank, `cpu.mindir` and `compiled.json`. Writes per rank `final.npz` (stored parameters after the
 last step), `moments.npz` and `certain.npz` (see `train`) and `result.json`; when it fails, it stops the other ranks and
@@ -8,6 +9,7 @@ writes `failure.json` with one sentence.
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -19,6 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ext.collectives import collectives
+from mindformers_ext.collectives.rank_job import JOB
+from mindformers_ext.errors import of_files
 from mindformers_ext.files.atomic import write_json
 from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS, GRADIENT_BUFFERS, stored_part
 from mindformers_ext.training.certain_elements import CertainElements
@@ -122,6 +126,8 @@ def sentence(error: BaseException) -> str:
     from_collective = collectives.last_error()
     if from_collective:
         return from_collective
+    if isinstance(error, OSError) and (refused := of_files(error)):
+        return refused
     text = str(error).strip()
     missing = UNSUPPORTED.search(text)
     if missing:
@@ -133,33 +139,36 @@ def sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def as_rank(job: str, rank: int, world_size: int, failure: Path, work: Callable[[], None]) -> int:
-    """Join the job, do the work and leave; when anything fails, stop the other ranks and say why in `failure`."""
+def as_rank(job: str, rank: int, world_size: int, failure: Path, work: Callable[[], None]) -> None:
+    """Join the job, do the work and leave; when anything fails, stop the other ranks, say why in `failure` and end.
+
+    A failed process ends at once, with code 1: MindSpore's own end would wait for threads that a failed step holds.
+    """
     try:
         collectives.join(job, rank, world_size)
         work()
         collectives.leave()
-        return 0
     except Exception as error:
         message = sentence(error)
         collectives.abort(message)
         traceback.print_exc()
         write_json(failure, {"rank": rank, "message": message, "time": time.time()})
-        return 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world_size", type=int, required=True)
     parser.add_argument("--stages", type=int, default=1)
-    parser.add_argument("--job", required=True, help="name of the job; the same for all ranks, unique on the machine")
     args = parser.parse_args()
     failure = rank_folder(args.folder, args.rank) / "failure.json"
     work = partial(run, args.folder, args.rank, args.world_size, args.stages)
-    return as_rank(args.job, args.rank, args.world_size, failure, work)
+    as_rank(os.environ[JOB], args.rank, args.world_size, failure, work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

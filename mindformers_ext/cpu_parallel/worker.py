@@ -16,11 +16,11 @@ from mindformers_ext.training.start import run
 LOWERED_STEP = "mindformers_ext.cpu_parallel.lowered_step"
 
 
-def main() -> int:
+def main() -> None:
     job = RankJob.current()
     failure, arguments = Path(sys.argv[1]), sys.argv[2:]
-    return as_rank(job.job, job.rank, job.world_size, failure, partial(run, arguments, register=[LOWERED_STEP]))
+    as_rank(job.job, job.rank, job.world_size, failure, partial(run, arguments, register=[LOWERED_STEP]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,6 +9,17 @@ from typing import Any
 
 
 @contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an OSError that does not say which file it is about (a write's does not) this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
     """Yield the temporary path to write to; it gets its final name when the block ends well, and is removed if not.
 
@@ -19,12 +30,13 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".partial_{path.name}")
     try:
-        yield temporary
-        if durable:
-            flush(temporary)
-        os.replace(temporary, path)
-        if durable:
-            flush(path.parent)
+        with naming(path):
+            yield temporary
+            if durable:
+                flush(temporary)
+            os.replace(temporary, path)
+            if durable:
+                flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
+#include <utility>
 
 #include "transpose.h"
 
@@ -26,6 +27,17 @@ void Run(const py::array &place, const py::array &value) {
   transposing::Transpose<kVector>(in, rows, columns, in_stride, out, out_stride);
 }
 
+// First byte of a matrix and the one behind its last.
+std::pair<const char *, const char *> Extent(const py::array &a) {
+  const char *first = static_cast<const char *>(a.data());
+  const char *last = first + a.itemsize();
+  for (int axis = 0; axis < 2; ++axis) {
+    const ptrdiff_t reach = (a.shape(axis) - 1) * a.strides(axis);
+    (reach < 0 ? first : last) += reach;
+  }
+  return {first, last};
+}
+
 void TransposeInto(const py::array &place, const py::array &value) {
   if (place.ndim() != 2 || value.ndim() != 2 || place.shape(0) != value.shape(1) || place.shape(1) != value.shape(0)) {
     throw std::invalid_argument("transpose_into needs two matrices, the first of the second's transposed shape");
@@ -34,12 +46,20 @@ void TransposeInto(const py::array &place, const py::array &value) {
   if (place.itemsize() != size || (size != 2 && size != 4) || !place.writeable()) {
     throw std::invalid_argument("transpose_into needs elements of the same 2 or 4 bytes, and a place to write");
   }
+  if (!place.dtype().attr("isnative").equal(value.dtype().attr("isnative"))) {
+    throw std::invalid_argument("transpose_into needs elements of the same byte order");
+  }
   if (value.size() == 0) return;
   // The stride of an axis of one element says nothing.
   const auto contiguous = [size](const py::array &a) { return a.shape(1) < 2 || a.strides(1) == size; };
   const auto whole_stride = [size](const py::array &a) { return a.shape(0) < 2 || a.strides(0) % size == 0; };
   if (!contiguous(place) || !contiguous(value) || !whole_stride(place) || !whole_stride(value)) {
     throw std::invalid_argument("transpose_into needs rows whose elements lie side by side");
+  }
+  const auto [place_first, place_last] = Extent(place);
+  const auto [value_first, value_last] = Extent(value);
+  if (place_first < value_last && value_first < place_last) {
+    throw std::invalid_argument("transpose_into needs two matrices that share no memory");
   }
   size == 2 ? Run<uint16_t>(place, value) : Run<uint32_t>(place, value);
 }

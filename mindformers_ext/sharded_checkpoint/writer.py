@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mindformers_ext.errors import TrainingStopped
+from mindformers_ext.errors import TrainingStopped, free_space
 from mindformers_ext.files.atomic import flush, write_json, write_text
 from mindformers_ext.files.safetensors_format import NAMES
 from mindformers_ext.sharded_checkpoint.layout import (
@@ -88,8 +88,16 @@ class Saver:
             for leftover in [*self.root.glob(f"{PARTIAL}step_*"), *self.root.glob(f"{REMOVED}step_*")]:
                 shutil.rmtree(leftover)
 
-    def save(self, meta: Meta, pieces: Mapping[str, Piece], private: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        meta: Meta,
+        pieces: Mapping[str, Piece],
+        private: Mapping[str, Any] | None = None,
+        saved: Callable[[], None] = lambda: None,
+    ) -> None:
         """Save this rank's part of a step. `private` is what this rank alone needs, anything that JSON can hold.
+
+        `saved()` is called when it is on the disk, for the first rank when the whole step is.
 
         Raises:
             TrainingStopped: this save, or the one before in the background, failed.
@@ -97,10 +105,10 @@ class Saver:
         self.wait()
         private = dict(private or {})
         if self.pool is None:
-            self._save(meta, pieces, private)
+            self._save(meta, pieces, private, saved)
         else:
             copies = {name: Piece(piece.array.copy(), piece.slot) for name, piece in pieces.items()}
-            self.running = self.pool.submit(self._save, meta, copies, private)
+            self.running = self.pool.submit(self._save, meta, copies, private, saved)
 
     def wait(self) -> None:
         """Wait until the last save is whole; raises what it raised."""
@@ -108,7 +116,9 @@ class Saver:
             running, self.running = self.running, None
             running.result()
 
-    def _save(self, meta: Meta, pieces: Mapping[str, Piece], private: dict[str, Any]) -> None:
+    def _save(
+        self, meta: Meta, pieces: Mapping[str, Piece], private: dict[str, Any], saved: Callable[[], None]
+    ) -> None:
         partial = self.root / f"{PARTIAL}{step_name(meta.step)}"
         try:
             write_part(partial, self.rank, pieces, private)
@@ -117,9 +127,10 @@ class Saver:
                 remove_old(self.root, self.keep)
         except OSError as error:
             raise TrainingStopped(
-                f"{partial}: cannot save step {meta.step}: {error.strerror or error}; make room or give another "
-                "output_dir, and resume from the last checkpoint"
+                f"{partial}: cannot save step {meta.step}: {error.strerror or error}; make room"
+                f"{free_space(partial)} or give another output_dir, and resume from the last checkpoint"
             ) from error
+        saved()
 
 
 def write_part(partial: Path, rank: int, pieces: Mapping[str, Piece], private: Mapping[str, Any]) -> None:

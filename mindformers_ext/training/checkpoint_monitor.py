@@ -5,6 +5,7 @@ no data position and no random state, and needs the same layout to load. It can 
 independent of the layout.
 """
 
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,9 @@ class CheckpointMonitor(Callback):
     def save(self, cb_params: Any, step: int) -> None:
         """Save this rank's part of the step that has ended."""
         network = cb_params.train_network
-        self.saver.save(self.meta(cb_params, step), pieces_of(network), {"random_state": random_state()})
+        saved = partial(logger.info, "saved step %d in %s", step, self.saver.root)
+        self.saver.save(self.meta(cb_params, step), pieces_of(network), {"random_state": random_state()}, saved)
         self.last_saved = step
-        logger.info("saved step %d in %s", step, self.saver.root)
 
     def meta(self, cb_params: Any, step: int) -> Meta:
         """Where the training stands."""

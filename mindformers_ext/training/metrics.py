@@ -9,6 +9,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tensorboardX import SummaryWriter
 from mindformers_ext.collectives.rank_job import RankJob, is_cpu_rank
 from mindformers_ext.data.data_position import start_of
 from mindformers_ext.errors import TrainingStopped
-from mindformers_ext.files.atomic import whole_file, write_text
+from mindformers_ext.files.atomic import naming, whole_file, write_text
 from mindformers_ext.training.device_peak import device_peak
 from mindformers_ext.training.topk_bias_callback import read_expert_load, sum_over_ranks
 from mindformers_ext.training.wrapper import real_model
@@ -87,6 +88,28 @@ def step_of(line: str) -> float:
         return math.inf
 
 
+def stop_when_refused(tensorboard: SummaryWriter) -> None:
+    """Let a TensorBoard file end where the disk takes no more.
+
+    Its thread and its own end of the process write, and their tracebacks would follow the sentence about metrics.jsonl.
+    """
+    events = tensorboard.file_writer.event_writer._ev_writer
+    refused = []
+
+    def stopping(write: Callable) -> Callable:
+        def call(*arguments: Any) -> None:
+            if not refused:
+                try:
+                    write(*arguments)
+                except OSError as error:
+                    refused.append(error)
+
+        return call
+
+    for name in ("write_event", "flush", "close"):
+        setattr(events, name, stopping(getattr(events, name)))
+
+
 @MindFormerRegister.register(MindFormerModuleType.CALLBACK)
 class TrainingMetrics(Callback):
     """Log, record and plot the training; stop it when the loss or step after step of gradients is not finite.
@@ -136,6 +159,7 @@ class TrainingMetrics(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             keep_lines_until(self.metrics_path, self.first_step)
             self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+            stop_when_refused(self.tensorboard)
         self.clock = time.perf_counter()
 
     @property
@@ -213,7 +237,7 @@ class TrainingMetrics(Callback):
 
     def write(self, record: dict[str, Any]) -> None:
         """Append the record to metrics.jsonl and TensorBoard, and log it."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
+        with naming(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict(record), allow_nan=False) + "\n")
         for key, value in record.items():
             if key not in ("step", "expert_load") and value is not None:

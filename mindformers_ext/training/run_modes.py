@@ -6,6 +6,7 @@ their own short loops: upstream's need Ascend operators and metrics that know no
 
 import copy
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mindformers.models import build_network
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 from mindformers.tools.register.template import ConfigTemplate
+from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
 from mindspore import Tensor, nn
@@ -31,6 +33,7 @@ from mindformers_ext.config.data_check import check_data, check_tokenizer
 from mindformers_ext.config.one_process import as_rank
 from mindformers_ext.config.run import Run
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.files import run_lock
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
 from mindformers_ext.training.checkpoint_monitor import load_weights
 from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingface, resolve
@@ -86,6 +89,7 @@ def fit_to_device(run: Run, values: dict[str, Any]) -> None:
         values["runner_wrapper"]["accumulation_steps"] = steps
         runner["batch_size"] = run.batch_size * steps
         runner["gradient_accumulation_steps"] = 1
+    limit_workers(values)
     if not run.on_cpu:
         return
     context = values["context"]
@@ -98,6 +102,15 @@ def fit_to_device(run: Run, values: dict[str, Any]) -> None:
     runner["sink_mode"] = False
 
 
+def limit_workers(values: dict[str, Any]) -> None:
+    """Read data with no more workers than the machine has cores, which MindSpore refuses; large YAMLs ask for 8."""
+    cores = os.cpu_count() or 1
+    for data in filter(None, (values.get("train_dataset"), values.get("eval_dataset"))):
+        if data.get("num_parallel_workers", 1) > cores:
+            logger.info("num_parallel_workers: %d in place of %d, the cores here", cores, data["num_parallel_workers"])
+            data["num_parallel_workers"] = cores
+
+
 def drop_second_monitor(config: dict, listed: list[str]) -> None:
     """Take out the MFLossMonitor that MindFormers adds to every run when TrainingMetrics already reports the steps."""
     if "TrainingMetrics" in listed and "MFLossMonitor" not in listed:
@@ -106,6 +119,8 @@ def drop_second_monitor(config: dict, listed: list[str]) -> None:
 
 def train(run: Run, settings: MindFormerConfig) -> None:
     """Train or fine-tune through MindFormers' Trainer, which is told of no checkpoint: ours loads it itself."""
+    if not is_cpu_rank() and get_real_rank() == 0:  # the ranks on CPU have a launcher that holds it for them
+        run_lock.hold(settings.output_dir)
     if settings.load_checkpoint or settings.resume_training:
         settings.start_from = {"source": find_checkpoint(run), "resume": bool(settings.resume_training)}
     settings.load_checkpoint, settings.resume_training = "", False

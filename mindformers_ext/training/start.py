@@ -1,5 +1,6 @@
 """From run_mindformer.py's arguments to a run; imports nothing heavy before the arguments are right."""
 
+import ctypes
 import importlib
 import logging
 import os
@@ -7,7 +8,40 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mindformers_ext.built_library import built_library
+from mindformers_ext.collectives.rank_job import is_cpu_rank
 from mindformers_ext.config.command_line import all_overrides, build_parser, find
+
+# What launchers and platforms export and MindSpore or MindFormers read, to find out which of several processes this is.
+PLACE_IN_A_CLUSTER = (
+    "RANK_ID",
+    "RANK_SIZE",
+    "RANK_TABLE_FILE",
+    "LOCAL_RANK",
+    "LOCAL_RANK_SIZE",
+    "MS_ROLE",
+    "MS_WORKER_NUM",
+    "MS_NODE_ID",
+    "MS_SCHED_HOST",
+    "MS_SCHED_PORT",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "PMIX_RANK",
+)
+
+
+def forget_other_processes(use_parallel: bool) -> None:
+    """Take a cluster's variables out of the environment of a run that is one process to MindSpore.
+
+    Such a run would read a part of the samples and wait for processes that do not exist.
+    """
+    if (use_parallel and not is_cpu_rank()) or os.environ.get("MS_SIMULATION_LEVEL"):
+        return
+    found = {name: os.environ.pop(name) for name in PLACE_IN_A_CLUSTER if name in os.environ}
+    if found:
+        names = ", ".join(f"{name}={value}" for name, value in found.items())
+        print(f"ignored in the environment, as this run is one process for MindSpore: {names}", file=sys.stderr)
 
 
 def prepare_environment(register_path: str, output_dir: str) -> None:
@@ -32,8 +66,11 @@ def run(arguments: list[str], description: str = "", register: Sequence[str] = (
     from mindformers_ext.config.strategy_rules import check_run
 
     asked = read_run(find(options.config), overrides=all_overrides(options, rest))
+    forget_other_processes(asked.sections.use_parallel)
     refuse(asked, check_run(asked))
+    ctypes.CDLL(str(built_library(Path(__file__).parent, "_interrupt"))).end_when_interrupted()
     prepare_environment(options.register_path, asked.sections.output_dir)
+    logging.raiseExceptions = False  # a log that cannot be written is no page of tracebacks
     logging.disable(logging.WARNING)  # MindFormers tells of optional packages that are missing
     # After the environment, which MindFormers reads while it is imported.
     from mindformers_ext.training.run_modes import run_mode

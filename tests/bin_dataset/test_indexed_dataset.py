@@ -1,5 +1,6 @@
 """The .bin/.idx format against megatron-core's reader and writer, and every kind of damaged file."""
 
+import fcntl
 import struct
 import subprocess
 import sys
@@ -238,3 +239,21 @@ def test_a_changed_file_gives_the_right_sequences_or_is_refused(documents, suffi
             assert str(path) in str(error) or suffix == "bin" or "p.bin" in str(error), number
         else:
             assert got == expected, number
+
+
+def test_a_writer_that_opened_before_another_finished_leaves_its_file_alone(tmp_path, monkeypatch):
+    """The first writer ends between the second's open and its lock, which is then one on the finished file."""
+    prefix = tmp_path / "data"
+    first = IndexedDatasetWriter(prefix, np.int32)
+    first.add_document([1, 2, 3])
+    lock = fcntl.flock
+
+    def finish_then_lock(file, how):
+        first.close()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", finish_then_lock)
+    with pytest.raises(RuntimeError, match="another process has just finished"):
+        IndexedDatasetWriter(prefix, np.int32)
+    assert IndexedDataset(prefix)[0].tolist() == [1, 2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.idx"]

@@ -1,6 +1,7 @@
 """What the ranks of a job say, and leave behind, when something goes wrong."""
 
 import os
+import re
 import resource
 import signal
 import socket
@@ -88,6 +89,35 @@ def test_wrong_receive_counts_are_told():
     assert any("expects 3 elements from rank 1, which sends 2" in str(what[1]) for what in outcome.values())
 
 
+FOUR = np.ones(4, np.float32)
+WRONG_CALLS = {
+    "has rank 0 twice": lambda: collectives.all_reduce(FOUR, [0, 0]),
+    "has a rank outside the job of 1": lambda: collectives.all_reduce(FOUR, range(100)),
+    "is not a member of group []": lambda: collectives.barrier([]),
+    "a rank is 4294967296": lambda: collectives.barrier([1 << 32]),
+    "more than the 4 elements of its array": lambda: collectives.all_to_all_v(FOUR, [0], [5], [5]),
+    "counts that are negative": lambda: collectives.all_to_all_v(FOUR, [0], [-1], [-1]),
+    "send_counts has 2 numbers, but there are 1 ranks": lambda: collectives.all_to_all_v(FOUR, [0], [1, 1], [1]),
+    "cannot be split along dimension 2": lambda: collectives.all_to_all(FOUR, [0], 2, 0),
+    "dimension 0 of () must be a multiple": lambda: collectives.reduce_scatter(FOUR[0:1].reshape(()), [0]),
+    "no element type of 4 bytes": lambda: collectives.all_reduce(FOUR, [0], dtype="float64"),
+    "this machine's byte order": lambda: collectives.all_reduce(FOUR.astype(">f4"), [0]),
+    "element type 'complex64' is not supported": lambda: collectives.broadcast(FOUR.astype("c8"), [0], 0),
+    "Broadcast from rank 3, which is not in": lambda: collectives.broadcast(FOUR, [0], 3),
+    "are impossible in a job of 1": lambda: collectives.send(FOUR, 0),
+    "peer is 4294967296": lambda: collectives.send(FOUR, 1 << 32),
+}
+
+
+@pytest.mark.parametrize("words", WRONG_CALLS)
+def test_wrong_calls_are_refused(words):
+    def body(rank, size):
+        with pytest.raises((collectives.CollectiveError, ValueError), match=re.escape(words)):
+            WRONG_CALLS[words]()
+
+    results(run_ranks(1, body))
+
+
 def test_full_shared_memory_is_a_sentence():
     """The file size limit stands for a full memory: allocation fails before anything is written."""
 
@@ -139,6 +169,77 @@ def test_name_in_use_is_told():
     outcome = run_ranks(1, lambda rank, size: None, job=job)
     assert f"job '{job}' is already starting on this machine" in outcome[0][1]
     holder.close()
+
+
+def as_user(uid: int, work) -> int:
+    """The exit code of `work()` in a process of another user."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            os.setresuid(uid, uid, uid)
+            code = work()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+
+
+@needs_root
+def test_another_user_gets_nothing_from_a_job_that_joins():
+    job = f"private-{os.getpid()}"
+    address = f"\0cpu_parallel.{os.getuid()}.{job}"
+
+    def ask() -> int:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+            asking.settimeout(10)
+            asking.connect(address)
+            _, descriptors, _, _ = socket.recv_fds(asking, 4, 1)
+            return len(descriptors)
+
+    def body(rank, size):
+        links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        memory = next(link for link in links if os.path.islink(link) and "memfd:cpu_parallel." in os.readlink(link))
+        with open(memory, "rb+") as file, pytest.raises(PermissionError):
+            file.truncate(4096)
+        return os.stat(memory).st_mode & 0o777
+
+    def ask_while_rank_0_waits():
+        deadline = time.monotonic() + 10
+        while not any(address[1:] in line for line in open("/proc/net/unix")):  # noqa: SIM115
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os._exit(as_user(12345, ask))
+
+    asking = os.fork()
+    if asking == 0:
+        ask_while_rank_0_waits()
+    outcome = run_ranks(2, body, job=job, missing=(1,), join_seconds=3)
+    assert os.waitstatus_to_exitcode(os.waitpid(asking, 0)[1]) == 0
+    assert "ranks [1] of 2 did not join the job in time" in outcome[0][1]
+    assert results(run_ranks(2, body, job=job)) == [0o600, 0o600]
+
+
+@needs_root
+def test_a_socket_of_another_user_is_not_joined():
+    job = f"squatted-{os.getpid()}"
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setresuid(12345, 12345, 12345)
+        holder = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        holder.bind(f"\0cpu_parallel.0.{job}")
+        holder.listen()
+        os.write(writer, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(reader, 1)
+    outcome = run_ranks(2, lambda rank, size: None, job=job, missing=(0,), join_seconds=3)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert f"another user of this machine has taken the name of job '{job}'" in outcome[1][1]
 
 
 def test_size_of_the_job_must_agree():

@@ -1,9 +1,12 @@
 """Supervision of rank processes."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +31,43 @@ def test_first_failure_ends_the_others(monkeypatch):
     with pytest.raises(launch.RankError, match="rank 1 failed first: exit code 3"):
         launch.supervise([sleeper, python("raise SystemExit(3)")], explain)
     assert sleeper.returncode == -signal.SIGKILL
+
+
+RANK = """
+import os, sys, threading, time
+from pathlib import Path
+from mindformers_ext.collectives import collectives
+from mindformers_ext.cpu_parallel.run_rank import as_rank
+
+def work():
+    # What MindSpore leaves behind when a step fails: a thread that the interpreter's end waits for.
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    Path(sys.argv[1], f"ready_{sys.argv[2]}").touch()
+    while True:
+        collectives.barrier([0, 1])
+        time.sleep(0.01)
+
+as_rank(sys.argv[3], int(sys.argv[2]), 2, Path(sys.argv[1], f"failure_{sys.argv[2]}.json"), work)
+"""
+
+
+def test_the_survivor_of_a_killed_rank_is_gone_within_two_seconds(tmp_path):
+    job = f"killed-{os.getpid()}"
+    environment = os.environ | {"PYTHONPATH": str(Path(launch.__file__).parents[2])}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), str(rank), job], env=environment)
+        for rank in range(2)
+    ]
+    while len(list(tmp_path.glob("ready_*"))) < 2:
+        assert [rank.poll() for rank in ranks] == [None, None]
+        time.sleep(0.05)
+    ranks[1].kill()
+    killed = time.monotonic()
+    with pytest.raises(launch.RankError, match="rank 1 failed first"):
+        launch.supervise(ranks, explain)
+    assert time.monotonic() - killed < 2
+    assert ranks[0].returncode == 1  # by itself
+    assert "has died" in (tmp_path / "failure_0.json").read_text()
 
 
 def test_killed_rank_is_the_cause_even_when_others_report_first():

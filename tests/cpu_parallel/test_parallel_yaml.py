@@ -71,8 +71,9 @@ def test_what_goes_to_cpu_ranks():
     run = ["--config"]
     assert splits_one_graph([*run, str(FOLDER / "pretrain_deepseek3_tiny_8p.yaml")])
     assert not splits_one_graph([*run, str(FOLDER / "pretrain_deepseek3_tiny.yaml"), "--use_parallel", "True"])
-    assert not splits_one_graph([*run, "nowhere.yaml"])
-    assert not splits_one_graph([])
+    for unreadable in ([*run, "nowhere.yaml"], [], [*run, str(FOLDER / "pretrain_deepseek3_tiny.yaml"), "--seed", "x"]):
+        with pytest.raises(ConfigError):
+            splits_one_graph(unreadable)
 
 
 @pytest.mark.slow
@@ -90,9 +91,11 @@ def test_killed_worker_ends_the_job_and_is_named(problem, tmp_path):
         assert job.poll() is None, log.read_text()
         workers = {p.environ().get("CPU_PARALLEL_RANK"): p for p in psutil.Process(job.pid).children()}
         workers["1"].kill()
-        assert job.wait(timeout=30) != 0
+        assert job.wait(timeout=4) != 0  # the launcher itself ends too
     assert "error: rank 1 failed first: killed by SIGKILL" in log.read_text()
-    assert "has died" in (tmp_path / "log" / "worker_0.failure.json").read_text()
+    assert not workers[
+        "0"
+    ].is_running()  # it may have been inside a step: test_launch.py reads what one says that waits
     assert set(os.listdir("/dev/shm")) <= shared_memory
 
 

@@ -1,5 +1,6 @@
 """The command lines: run_mindformer.py's arguments, its errors, the launcher's messages."""
 
+import re
 import socket
 import sys
 from pathlib import Path
@@ -54,8 +55,20 @@ def test_a_missing_checkpoint_is_one_sentence(toy_folder: Path) -> None:
 
 
 LAUNCHER = ["bash", str(ROOT / "scripts/msrun_launcher.sh")]
+WITH_CONFIG = "run_mindformer.py --config research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny.yaml"
 BAD_LAUNCHES = [
     ([], "no command given"),
+    ([""], "no command given"),
+    (["  "], "no command given"),
+    (["run_mindformer.py"], "no --config"),
+    (["run_mindformer.py --config"], "--config '' is no file"),
+    (["run_mindformer.py --config=lost.yaml"], "--config 'lost.yaml' is no file"),
+    (["run_mindformer.py --config 'a"], "cannot be split into words (No closing quotation)"),
+    ([f"{WITH_CONFIG} --use_parallel maybe"], "'maybe' is neither True nor False"),
+    ([f"{WITH_CONFIG} --optimizer.betas"], "--optimizer.betas has no value"),
+    (["run_mindformer.py --config bad.yaml", "4"], "missing.yaml: cannot read this YAML file"),
+    (["run_mindformer.py", "99999999999999999999"], "WORKER_NUM is '99999999999999999999'"),
+    (["run_mindformer.py", "2", "2", "h", "8118", "08"], "NODE_RANK is '08'"),
     (["run_mindformer.py", "eight"], "WORKER_NUM is 'eight'"),
     (["run_mindformer.py", "0"], "WORKER_NUM is '0'"),
     (["run_mindformer.py", "2", "4"], "LOCAL_WORKER_NUM is 4, but must not exceed WORKER_NUM 2"),
@@ -72,8 +85,9 @@ BAD_LAUNCHES = [
 
 @pytest.mark.parametrize("arguments,words", BAD_LAUNCHES, ids=[words for _, words in BAD_LAUNCHES])
 def test_launcher_messages(arguments: list[str], words: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("base_config: missing.yaml\n")
     result = run_command([*LAUNCHER, *arguments], tmp_path)
-    assert result.returncode == 2
+    assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
@@ -83,7 +97,7 @@ def test_a_taken_port(tmp_path: Path) -> None:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        result = run_command([*LAUNCHER, "run_mindformer.py", "2", "2", "127.0.0.1", port], tmp_path)
+        result = run_command([*LAUNCHER, WITH_CONFIG, "2", "2", "127.0.0.1", port], tmp_path)
     assert result.returncode == 2 and f"MASTER_PORT {port} is taken" in result.stderr
 
 
@@ -109,13 +123,30 @@ def test_what_msrun_is_called_with(
     (tmp_path / "msrun").write_text('#!/bin/sh\necho "msrun $*"\n')
     (tmp_path / "msrun").chmod(0o755)
     config = tmp_path / "my file.yaml"
-    config.touch()
-    command = f"run_mindformer.py --config '{config}' --seed 1"
+    config.write_text(f"base_config: {ROOT}/research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny.yaml\n")
+    (tmp_path / "0").touch()  # which [400,0,0] would be replaced with if the command were a pattern
+    words = "--train_dataset.data_loader.sizes [400,0,0] --output_dir 'x$(touch ran)`touch ran`'"
+    command = f"run_mindformer.py --config '{config}' {words} --seed 1"
     script = f'PATH={tmp_path}:$PATH bash {LAUNCHER[1]} "$@"'
-    result = run_command(["bash", "-c", script, "launcher", command, *arguments], ROOT)
+    result = run_command(["bash", "-c", script, "launcher", command, *arguments], tmp_path)
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout
-    assert f"run_mindformer.py --config {config} --seed 1 --use_parallel True" in result.stdout
+    words = "--train_dataset.data_loader.sizes [400,0,0] --output_dir x$(touch ran)`touch ran`"
+    assert f"run_mindformer.py --config {config} {words} --seed 1 --use_parallel True" in result.stdout
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_server_answers_this_machine_only(tmp_path: Path) -> None:
+    """A recording python takes the place of vLLM's; the last of two --host counts."""
+    environment = tmp_path / "vllm"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "ready").touch()
+    (environment / "bin" / "python").write_text('#!/bin/sh\necho "$*"\n')
+    (environment / "bin" / "python").chmod(0o755)
+    (tmp_path / "config.json").touch()
+    serve = f'VLLM_VENV={environment} VLLM_OPTIONS="$0" bash {ROOT}/scripts/serve_vllm.sh {tmp_path} 8001'
+    hosts = [run_command(["bash", "-c", serve, more], tmp_path).stdout for more in ("", "--host 0.0.0.0")]
+    assert [re.findall(r"--host (\S+)", line) for line in hosts] == [["127.0.0.1"], ["127.0.0.1", "0.0.0.0"]]
 
 
 @pytest.mark.parametrize(

@@ -93,16 +93,18 @@ def test_background_save_holds_the_values_of_its_step(tmp_path) -> None:
 
 def test_background_failure_stops_the_next_save(tmp_path, monkeypatch) -> None:
     saver = Saver(tmp_path, in_background=True)
-    saver.save(Meta(1, 1), {"w": piece([1])})
+    saved = []
+    saver.save(Meta(1, 1), {"w": piece([1])}, saved=lambda: saved.append(1))
     saver.wait()
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer.os, "fsync", full)
-    saver.save(Meta(2, 1), {"w": piece([2])})
+    saver.save(Meta(2, 1), {"w": piece([2])}, saved=lambda: saved.append(2))
     with pytest.raises(TrainingStopped, match="cannot save step 2: No space left on device; make room"):
         saver.wait()
+    assert saved == [1]
     monkeypatch.undo()
     check_whole(tmp_path)
     assert open_source(tmp_path).meta.step == 1

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dataset_tools.make_sample_corpus import reference_articles, to_wikitext
 from dataset_tools.train_tokenizer import train
 from dataset_tools.unigram_entropy import unigram_entropy
 from mindformers_ext.bin_dataset.text_sources import is_heading
+from mindformers_ext.training import run_modes
 from mindformers_ext.training.device_peak import ASCEND_910B_TFLOPS, device_peak
 from mindformers_ext.training.metrics import keep_lines_until, plot
 from mindformers_ext.training.text_generation import generate, pick_token
@@ -106,3 +108,11 @@ def test_the_context_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.M
     _MSContextApplier()._apply_set_context_remaining({"dataset_broadcast_opt_level": 3})
     assert read == [{"dataset_broadcast_opt_level": 3}]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_more_data_workers_than_cores():
+    """The YAMLs of the large models ask for 8; MindSpore refuses more than the machine has."""
+    config = {"train_dataset": {"num_parallel_workers": 10**6}, "eval_dataset": {"num_parallel_workers": 1}}
+    run_modes.limit_workers(config)
+    assert config["train_dataset"]["num_parallel_workers"] == os.cpu_count()
+    assert config["eval_dataset"]["num_parallel_workers"] == 1

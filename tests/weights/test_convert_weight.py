@@ -15,7 +15,7 @@ from helpers.hf_folders import V2_LITE_CONFIG, V3_CONFIG, quantise, random_tenso
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mindformers_ext.errors import ConfigError
+from mindformers_ext.errors import ConfigError, exit_code_of
 from mindformers_ext.files import safetensors_format as safetensors_files
 
 NO_MTP = {**V3_CONFIG, "num_nextn_predict_layers": 0}
@@ -281,3 +281,17 @@ def test_any_part_of_a_parameter_equals_that_part_of_the_whole(tmp_path):
             cuts = [np.sort(rng.integers(0, size + 1, 2)) for size in whole.shape]
             part = tuple(slice(*map(int, cut)) for cut in cuts)
             assert np.array_equal(weights.read(name)[part], whole[part]), (name, part)
+
+
+@pytest.mark.parametrize("options,words", [("size=200k", "No space left on device; make room ("), ("ro", "Read-only")])
+def test_a_full_or_read_only_disk_is_a_sentence(tmp_path, mounted, options, words, capsys):
+    out = mounted(options)
+    source = write_folder(tmp_path / "hf", V3_CONFIG, random_tensors(V3_CONFIG))
+    assert exit_code_of(lambda: convert_weight.convert(["--input", str(source), "--output", str(out / "ours")])) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {out}/ours") and words in error
+    convert_weight.convert(["--input", str(source), "--output", str(tmp_path / "ours")])
+    back = ["--input", str(tmp_path / "ours"), "--output", str(out / "back"), "--hf_assets_path", str(source)]
+    assert exit_code_of(lambda: convert_reversed.convert(back)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {out}/back") and words in error
