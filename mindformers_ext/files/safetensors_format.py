@@ -1,7 +1,8 @@
 """Read parts of safetensors files and write folders of them without holding more than one piece in memory.
 
-The safetensors package knows no numpy bfloat16 and writes a file only from tensors that are all in memory; the format
-itself is an 8-byte length, a JSON header and the bytes of the tensors. Types are those of ml_dtypes.
+The safetensors package knows no numpy bfloat16 and writes a file only from tensors that are all in memory, so it reads
+the headers only. The format is an 8-byte length, a JSON header and the bytes of the tensors. Types are those of
+ml_dtypes.
 """
 
 import hashlib
@@ -18,11 +19,13 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files.atomic import whole_file, write_json
 from mindformers_ext.files.direct import DirectFile
+from mindformers_ext.files.json_files import read_object
 
 DTYPES = {
     "F64": np.float64,
@@ -37,6 +40,7 @@ DTYPES = {
 }
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
+MAX_VALUES = 2**60  # numpy's limit in bytes is 2**63, counted without the dimensions that are 0
 Piece = Callable[[], np.ndarray]  # makes a part of a tensor
 
 
@@ -62,34 +66,33 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Tensors and metadata of one file.
+    """Tensors and metadata of one file, read by the safetensors package, which checks that the tensors fill the file.
 
     Raises:
-        ConfigError: the file is cut short or is no safetensors file.
+        ConfigError: the file is cut short, is no safetensors file or holds a type that is unknown here.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
         if length > min(size - 8, MAX_HEADER):
             raise ConfigError(f"{file}: not a whole safetensors file ({size} bytes): copy it again")
-        try:
-            header = json.loads(stream.read(length))
-            metadata = header.pop("__metadata__", {})
-            tensors = {name: stored(file, entry, 8 + length, size) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{file}: not a safetensors file: {error}; copy it again") from None
-    return tensors, metadata
-
-
-def stored(file: Path, entry: dict, start: int, size: int) -> StoredTensor:
-    """One entry of a header; ValueError when its bytes do not fit its shape or the file."""
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"type {entry['dtype']} is unknown")
-    begin, end = entry["data_offsets"]
-    tensor = StoredTensor(file, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), start + begin)
-    if end - begin != tensor.nbytes or start + end > size or begin < 0:
-        raise ValueError(f"bytes {begin} to {end} do not hold shape {entry['shape']}, or lie beyond the file's end")
-    return tensor
+        tensors, offset = {}, 8 + length
+        with safe_open(file, "numpy") as header:
+            for name in header.offset_keys():  # without gaps, or the package would have refused the file
+                part = header.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise ConfigError(f"{file}: tensor {name!r} has type {part.get_dtype()}, which is unknown here")
+                dtype, shape = np.dtype(DTYPES[part.get_dtype()]), tuple(part.get_shape())
+                if math.prod(size or 1 for size in shape) > MAX_VALUES:
+                    raise ConfigError(f"{file}: tensor {name!r} has shape {shape}, which no array can have")
+                tensors[name] = StoredTensor(file, dtype, shape, offset)
+                offset += tensors[name].nbytes
+            return tensors, header.metadata() or {}
+    except SafetensorError as error:
+        raise ConfigError(f"{file}: not a safetensors file: {error}; copy it again") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
 def read_folder(folder: Path, index: str) -> dict[str, StoredTensor]:
@@ -117,13 +120,15 @@ def read_folder(folder: Path, index: str) -> dict[str, StoredTensor]:
 
 def read_index(path: Path) -> dict[str, str]:
     """The `weight_map` of an index file: tensor to file."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not all(Path(file).name == file for file in weight_map.values()):
-            raise ValueError("a file name leads out of the folder")
-        return weight_map
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not a safetensors index: {error}") from None
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(
+            f"{path}: not a safetensors index: weight_map is {weight_map!r}, but must name tensors' files"
+        )
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ConfigError(f"{path}: not a safetensors index: {name!r} is in {file!r}, which is no file's name")
+    return weight_map
 
 
 @dataclass(frozen=True)
