@@ -6,14 +6,18 @@ not name is refused, because a key that is passed over may have meant other numb
 
 import json
 import re
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from mindformers_ext.errors import ConfigError
 
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Whole = Annotated[int, msgspec.Meta(ge=0)]
+PositiveNumber = Annotated[float, msgspec.Meta(gt=0, le=sys.float_info.max)]  # finite
 SHOWN = 5  # problems in a sentence
 
 
