@@ -45,6 +45,9 @@ class Readable(Protocol):
 
     def __getitem__(self, index: Any) -> np.ndarray: ...
 
+    def stored(self) -> Iterator[StoredTensor]:
+        """The tensors in files that it is made of."""
+
 
 class Source(Protocol):
     """Parameters by our names, from a checkpoint of any kind."""
@@ -175,6 +178,11 @@ class SavedTensor:
                 part = self.checkpoint.part(piece.rank)[self.name][within(common, piece.ranges)]
                 result[within(common, wanted)] = part
         return result[dropped]
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """The parts that the ranks saved."""
+        for piece in self.entry.pieces:
+            yield self.checkpoint.part(piece.rank)[self.name]
 
 
 def box(index: Any, shape: tuple[int, ...]) -> tuple[Ranges, tuple]:

@@ -25,6 +25,7 @@ from weights import Entry, boxes, name_table, overlap
 from mindformers_ext.config.model import FFN_TARGETS, LoraConfig
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files.atomic import whole_file, write_json
+from mindformers_ext.files.safetensors_format import StoredTensor
 from mindformers_ext.sharded_checkpoint.reader import Source
 
 __all__ = [
@@ -253,6 +254,10 @@ class MergedParameter:
                 delta = b[part[2]].astype(np.float32) @ a[:, part[1]].astype(np.float32)
                 result[place] += scale * delta.T
         return result
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """The base's; an adapter's values were checked when it was read."""
+        return self.base.stored()
 
 
 def adapter_values(network: nn.Cell) -> dict[str, np.ndarray]:
