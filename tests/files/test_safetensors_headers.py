@@ -1,12 +1,12 @@
 """A header is read as the safetensors package reads it, or refused with the file's name: never a traceback."""
 
-import copy
 import json
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.json_variants import variants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -23,7 +23,6 @@ HEADER = {
     "scalar": {"dtype": "I64", "shape": [], "data_offsets": [32, 40]},
 }
 DATA = np.random.default_rng(0).integers(0, 256, 40).astype(np.uint8).tobytes()
-WRONG = [None, -1, "x", [], {}, 1e99, True, 0, 2**64, [0, 2**63], [[]], 1.5]
 
 
 def write(path: Path, header: object, data: bytes = DATA) -> Path:
@@ -47,19 +46,6 @@ def check(path: Path) -> bool:
             if part.get_dtype() != "BF16":  # which numpy lacks
                 assert tensor[...].tobytes() == theirs.get_tensor(name).tobytes()
     return True
-
-
-def variants(value: object):
-    """Copies of a JSON value with each value in it replaced by each of WRONG, and with each key removed or renamed."""
-    if isinstance(value, (dict, list)):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            for other in [*WRONG, *variants(value[key])]:
-                changed = copy.copy(value)
-                changed[key] = other
-                yield changed
-            changed = copy.copy(value)
-            del changed[key]
-            yield changed
 
 
 def test_a_good_header_is_read_with_its_values(tmp_path):
