@@ -3,7 +3,8 @@
     python scripts/compare_hf.py --hf_dir HF_DIR --checkpoint CHECKPOINT [--prompts "Hello" "def f(x):"] [--tokens 16]
 
 --checkpoint is a HuggingFace folder, a folder of convert_weight.py or a checkpoint of a training run; the model is
-built from HF_DIR's config.json. Both run in float32 on CPU. Needs the folder's tokenizer, torch and transformers.
+built from HF_DIR's config.json. Both run in float32 on CPU. Needs torch and transformers; without a tokenizer in the
+folder, random token ids stand for the prompts.
 
 transformers 4.57 leaves DeepSeek's own code in two places, which then show here: it masks losing expert groups with 0,
 which wins over negative biased scores, and leaves out V2's YaRN temperature.
@@ -20,6 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "research/deepseek3")]
 
 from mindformers_ext.errors import ConfigError, exit_code_of  # noqa: E402 (after the project is on the path)
 
+TOKENIZERS = ("tokenizer.*", "*.tiktoken", "tiktoken.model", "vocab.*", "spiece.model")  # files of a tokenizer
+RANDOM_TOKENS = 24
 PROMPTS = ["The assert statement", "What is a list?"]
 
 
@@ -39,8 +42,16 @@ class Reference:
     def __init__(self, folder: Path):
         torch, transformers = import_reference()
         self.torch = torch
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        named = any(file for pattern in TOKENIZERS for file in folder.glob(pattern))
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if named else None
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def tokens(self, prompt: str, number: int) -> list[int]:
+        """Ids of a prompt; without a tokenizer random ones, the same for the same number."""
+        if self.tokenizer:
+            return self.tokenizer.encode(prompt)
+        vocab = self.model.config.vocab_size
+        return np.random.default_rng(number).integers(0, vocab, RANDOM_TOKENS).tolist()
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """(S, V) float32."""
@@ -107,8 +118,10 @@ def run(arguments: list[str] | None = None) -> bool:
     args = parser.parse_args(arguments)
     reference, ours = Reference(args.hf_dir), Ours(args.hf_dir, args.checkpoint)
     same = True
-    for prompt in args.prompts:
-        tokens = reference.tokenizer.encode(prompt)
+    if not reference.tokenizer:
+        print(f"{args.hf_dir} has no tokenizer: {RANDOM_TOKENS} random token ids stand for each prompt")
+    for number, prompt in enumerate(args.prompts):
+        tokens = reference.tokens(prompt, number)
         difference, kl = compare(reference.logits(tokens), ours.logits(tokens))
         first, second = greedy(reference, tokens, args.tokens), greedy(ours, tokens, args.tokens)
         same &= first == second

@@ -18,7 +18,12 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "research/deepseek3")]
 
-from hf_config import config_to_hf, read_config, sections_from_hf  # noqa: E402 (after the project is on the path)
+from hf_config import (  # noqa: E402 (after the project is on the path)
+    config_from_hf,
+    config_to_hf,
+    read_config,
+    sections_from_hf,
+)
 
 from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER  # noqa: E402
 from mindformers_ext.config.model import FAMILIES, ModelConfig  # noqa: E402
@@ -74,7 +79,9 @@ def run(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write, a YAML file with --hf_dir")
     args = parser.parse_args(arguments)
     if args.hf_dir:
-        sections = sections_from_hf(read_config(args.hf_dir), args.hf_dir / "config.json")
+        values, where = read_config(args.hf_dir), args.hf_dir / "config.json"
+        config_from_hf(values, 0, where)  # what does not go together is refused before it is written
+        sections = sections_from_hf(values, where)
         write_text(args.output, yaml.safe_dump(sections, sort_keys=False))
     elif args.config and args.tokenizer_file:
         if not args.tokenizer_file.is_file():

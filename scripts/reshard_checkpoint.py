@@ -9,7 +9,6 @@ needs none of this: a checkpoint of any layout loads into any other. Exit code 2
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mindformers_ext.errors import ConfigError, UserError, exit_code_of
+from mindformers_ext.files.json_files import read_object
 from mindformers_ext.sharded_checkpoint.layout import Piece, Slot, compiled_slots
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, check_names, load, open_source
 from mindformers_ext.sharded_checkpoint.writer import Saver
@@ -28,12 +28,16 @@ def target(like: str | None, source: Checkpoint) -> list[dict[str, Slot]]:
     """What every rank of the new layout holds."""
     if like is None:
         return [{name: Slot.whole(source.read(name).shape) for name in source.names()}]
-    compiled = sorted(Path(like).glob("rank_*/compiled.json"), key=lambda path: int(path.parent.name[5:]))
+    compiled = sorted(Path(like).glob("rank_*/compiled.json"), key=lambda path: (len(str(path)), path))
     if compiled:
-        contents = [json.loads(path.read_text(encoding="utf-8")) for path in compiled]
-        if len(contents) != contents[0]["device_num"]:
-            raise ConfigError(f"{like}: has {len(contents)} compiled ranks of {contents[0]['device_num']}; compile all")
-        return [compiled_slots(content) for content in contents]
+        contents = [read_object(path) for path in compiled]
+        if len(contents) != contents[0].get("device_num"):
+            count = contents[0].get("device_num")
+            raise ConfigError(f"{like}: has {len(contents)} compiled ranks of {count}; compile all")
+        try:
+            return [compiled_slots(content) for content in contents]
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ConfigError(f"{like}: compiled.json is damaged: {error!r}; compile again") from None
     other = open_source(like)
     if not isinstance(other, Checkpoint):
         raise ConfigError(f"{like}: is neither a checkpoint of ours nor a folder of compiled ranks")

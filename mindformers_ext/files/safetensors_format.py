@@ -1,13 +1,15 @@
 """Read parts of safetensors files and write folders of them without holding more than one piece in memory.
 
-The safetensors package knows no numpy bfloat16 and writes a file only from tensors that are all in memory; the format
-itself is an 8-byte length, a JSON header and the bytes of the tensors. Types are those of ml_dtypes.
+The safetensors package knows no numpy bfloat16 and writes a file only from tensors that are all in memory, so it reads
+the headers only. The format is an 8-byte length, a JSON header and the bytes of the tensors. Types are those of
+ml_dtypes.
 """
 
 import hashlib
 import json
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +20,13 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files.atomic import whole_file, write_json
 from mindformers_ext.files.direct import DirectFile
+from mindformers_ext.files.json_files import read_object
 
 DTYPES = {
     "F64": np.float64,
@@ -37,6 +41,8 @@ DTYPES = {
 }
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
+SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")  # how HuggingFace and we name one of several files
+MAX_VALUES = 2**60  # numpy's limit in bytes is 2**63, counted without the dimensions that are 0
 Piece = Callable[[], np.ndarray]  # makes a part of a tensor
 
 
@@ -44,6 +50,7 @@ Piece = Callable[[], np.ndarray]  # makes a part of a tensor
 class StoredTensor:
     """A tensor in a file; indexing reads (maps) the asked part only."""
 
+    name: str
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -60,70 +67,103 @@ class StoredTensor:
         raw = np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,))
         return np.asarray(raw).view(self.dtype).reshape(self.shape)[slices]
 
+    def stored(self) -> Iterator["StoredTensor"]:
+        """The tensors in files that this one is made of: itself."""
+        yield self
+
 
 def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Tensors and metadata of one file.
+    """Tensors and metadata of one file, read by the safetensors package, which checks that the tensors fill the file.
 
     Raises:
-        ConfigError: the file is cut short or is no safetensors file.
+        ConfigError: the file is cut short, is no safetensors file or holds a type that is unknown here.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
         if length > min(size - 8, MAX_HEADER):
             raise ConfigError(f"{file}: not a whole safetensors file ({size} bytes): copy it again")
-        try:
-            header = json.loads(stream.read(length))
-            metadata = header.pop("__metadata__", {})
-            tensors = {name: stored(file, entry, 8 + length, size) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{file}: not a safetensors file: {error}; copy it again") from None
-    return tensors, metadata
-
-
-def stored(file: Path, entry: dict, start: int, size: int) -> StoredTensor:
-    """One entry of a header; ValueError when its bytes do not fit its shape or the file."""
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"type {entry['dtype']} is unknown")
-    begin, end = entry["data_offsets"]
-    tensor = StoredTensor(file, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), start + begin)
-    if end - begin != tensor.nbytes or start + end > size or begin < 0:
-        raise ValueError(f"bytes {begin} to {end} do not hold shape {entry['shape']}, or lie beyond the file's end")
-    return tensor
+        tensors, offset = {}, 8 + length
+        with safe_open(file, "numpy") as header:
+            for name in header.offset_keys():  # without gaps, or the package would have refused the file
+                part = header.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise ConfigError(f"{file}: tensor {name!r} has type {part.get_dtype()}, which is unknown here")
+                dtype, shape = np.dtype(DTYPES[part.get_dtype()]), tuple(part.get_shape())
+                if math.prod(size or 1 for size in shape) > MAX_VALUES:
+                    raise ConfigError(f"{file}: tensor {name!r} has shape {shape}, which no array can have")
+                tensors[name] = StoredTensor(name, file, dtype, shape, offset)
+                offset += tensors[name].nbytes
+            return tensors, header.metadata() or {}
+    except SafetensorError as error:
+        raise ConfigError(f"{file}: not a safetensors file: {error}; copy it again") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
 def read_folder(folder: Path, index: str) -> dict[str, StoredTensor]:
     """Every tensor of the files that the index `index` names; of all *.safetensors files where there is no index.
 
     Raises:
-        ConfigError: a file is missing or damaged, or the index and the files disagree.
+        ConfigError: a file is missing or damaged, the index and the files disagree, or two files hold one tensor, so
+            that one of them is of another time than the rest.
     """
+    files = sorted(folder.glob("*.safetensors"))
     if not (folder / index).exists():
-        files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise ConfigError(f"{folder}: holds no .safetensors file")
-        return {name: tensor for file in files for name, tensor in read_header(file)[0].items()}
+        part = next((file.name for file in files if SHARD.search(file.name)), None)
+        if part:
+            raise ConfigError(
+                f"{folder}: holds {part}, a part of several, but not {index}; the download or conversion was not "
+                "finished: do it again"
+            )
+        return joined(files)
     weight_map = read_index(folder / index)
-    tensors: dict[str, StoredTensor] = {}
-    for name in sorted(set(weight_map.values())):
+    named = set(weight_map.values())
+    for name in sorted(named):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder / index}: names the file {name!r}, which is not in the folder; copy it there")
-        tensors |= read_header(folder / name)[0]
-    absent = sorted(set(weight_map) - set(tensors))
-    if absent:
-        raise ConfigError(f"{folder / index}: tensor {absent[0]!r} is not in its file {weight_map[absent[0]]!r}")
+    tensors = joined([folder / name for name in sorted(named)])
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise ConfigError(f"{folder / index}: tensor {name!r} is not in its file {file!r}; copy the folder again")
+    for file in files:
+        twins = [] if file.name in named else sorted(tensors.keys() & read_header(file)[0].keys())
+        if twins:
+            raise ConfigError(
+                f"{folder}: {twins[0]!r} is in {file.name} and in {weight_map[twins[0]]}, which {index} names; one of "
+                "them is of another time: remove it"
+            )
+    return tensors
+
+
+def joined(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of several files. Raises ConfigError when two hold the same one."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in read_header(file)[0].items():
+            if name in tensors:
+                raise ConfigError(
+                    f"{file.parent}: {name!r} is in {tensors[name].file.name} and in {file.name}; remove the file that "
+                    "is not of this model"
+                )
+            tensors[name] = tensor
     return tensors
 
 
 def read_index(path: Path) -> dict[str, str]:
     """The `weight_map` of an index file: tensor to file."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not all(Path(file).name == file for file in weight_map.values()):
-            raise ValueError("a file name leads out of the folder")
-        return weight_map
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not a safetensors index: {error}") from None
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(
+            f"{path}: not a safetensors index: weight_map is {weight_map!r}, but must name tensors' files"
+        )
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ConfigError(f"{path}: not a safetensors index: {name!r} is in {file!r}, which is no file's name")
+    return weight_map
 
 
 @dataclass(frozen=True)
@@ -164,11 +204,18 @@ def write_folder(
 
     A file gets its name when it is whole and on the disk, the index comes last. A file that is there already with the
     same fingerprint (its tensors, types and `source`, a text that changes with the source) is not written again.
-    Memory: two pieces for each worker.
+    What an earlier call wrote and this one does not is removed, so that nobody reads old tensors: its index before the
+    first new file, its files before the new index. Memory: two pieces for each worker.
+
+    Raises:
+        ConfigError: the folder holds weights `{prefix}*.safetensors` that this function did not write.
     """
+    old = written_before(folder, prefix)
     shards = split(outputs, shard_bytes)
     names = [f"{prefix}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    index_file = folder / f"{prefix}.safetensors.index.json"
+    index_file.unlink(missing_ok=True)
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc=folder.name) as bar,
         ThreadPoolExecutor(workers) as pool,
@@ -179,9 +226,27 @@ def write_folder(
             for name, shard in zip(names, shards, strict=True)
         )
     weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / f"{prefix}.safetensors.index.json", index, durable=True)
+    for file in old:
+        if file.name not in names:
+            file.unlink()
+    write_json(index_file, {"metadata": {"total_size": total}, "weight_map": weight_map}, durable=True)
     return Written(len(weight_map), total, len(shards), kept)
+
+
+def written_before(folder: Path, prefix: str) -> list[Path]:
+    """The files that an earlier `write_folder` left. Raises ConfigError when another program's are there."""
+    files = [file for file in folder.glob(f"{prefix}*.safetensors") if file.is_file()]
+    for file in files:
+        try:
+            ours = "fingerprint" in read_header(file)[1]
+        except ConfigError:
+            continue  # no weights that anybody could read
+        if not ours:
+            raise ConfigError(
+                f"{folder}: holds {file.name}, which was not written here and would be read in place of the new files "
+                "or among them; remove it or give another folder"
+            )
+    return files
 
 
 def split(outputs: Iterable[Output], shard_bytes: int) -> list[list[Output]]:

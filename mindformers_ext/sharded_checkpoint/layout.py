@@ -12,6 +12,8 @@ import xxhash
 
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files.atomic import write_json
+from mindformers_ext.files.json_files import convert, read_object
+from mindformers_ext.files.safetensors_format import DTYPES
 from mindformers_ext.sharded_checkpoint.shards import GRADIENT_BUFFERS, layout_for, shard_of
 
 Ranges = tuple[tuple[int, int], ...]  # half-open, one for every dimension
@@ -112,18 +114,28 @@ class Layout:
         return {"entries": {name: asdict(entry) for name, entry in self.entries.items()}, "files": files}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Layout":
-        """What to_json returned."""
-        entries = {
-            name: Entry(tuple(entry["shape"]), entry["dtype"], [_piece(piece) for piece in entry["pieces"]])
-            for name, entry in content["entries"].items()
-        }
-        return cls(entries, {int(rank): StoredFile(**file) for rank, file in content["files"].items()})
+    def from_json(cls, content: Mapping[str, Any], where: str | Path) -> "Layout":
+        """What to_json returned. Raises ConfigError that begins with `where` when it is something else."""
+        return convert(content, cls, where)
 
-
-def _piece(content: Mapping[str, Any]) -> StoredPiece:
-    ranges = tuple((begin, end) for begin, end in content["ranges"])
-    return StoredPiece(content["rank"], ranges, tuple(content["checksums"]))
+    def check(self, ranks: int) -> None:
+        """Check that the layout can be of a checkpoint of this many ranks. Raises ValueError."""
+        if len(self.files) != ranks or not all(0 <= rank < ranks for rank in self.files):
+            raise ValueError(f"it has the files of ranks {sorted(self.files)[:8]}, not of {ranks} ranks")
+        for name, entry in self.entries.items():
+            if entry.dtype not in DTYPES:
+                raise ValueError(f"'{name}' has the unknown type {entry.dtype}")
+            size = np.dtype(DTYPES[entry.dtype]).itemsize
+            for piece in entry.pieces:
+                inside = len(piece.ranges) == len(entry.shape) and all(
+                    0 <= begin <= end <= full for (begin, end), full in zip(piece.ranges, entry.shape, strict=True)
+                )
+                count = math.prod(end - begin for begin, end in piece.ranges) if inside else -1
+                if piece.rank not in self.files or len(piece.checksums) != -(-count * size // BLOCK_BYTES):
+                    raise ValueError(f"'{name}' {piece.ranges} of {entry.shape} on rank {piece.rank} cannot be")
+        lost = self.incomplete()
+        if lost:
+            raise ValueError(f"no rank holds some elements of '{lost[0]}'")
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,14 @@ class Meta:
     model: dict[str, int] = field(default_factory=dict)  # sizes, see model_facts
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
+
+    def check(self) -> None:
+        """Check that its numbers can be. Raises ValueError."""
+        for name in ("step", "epoch", "consumed_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} of meta.json is {getattr(self, name)}, but must be at least 0")
+        if self.ranks < 1:
+            raise ValueError(f"ranks of meta.json is {self.ranks}, but must be at least 1")
 
 
 def is_state(name: str) -> bool:
@@ -204,14 +224,13 @@ def read_signed_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing or was changed.
     """
+    if not path.exists():
+        raise ConfigError(f"{path.parent}: {path.name} is missing; the checkpoint is not whole, use another")
     try:
-        content = json.loads(path.read_bytes())
-        checksum = content.pop("checksum")
-    except FileNotFoundError:
-        raise ConfigError(f"{path.parent}: {path.name} is missing; the checkpoint is not whole, use another") from None
-    except (ValueError, KeyError, AttributeError, OSError) as error:
-        raise ConfigError(f"{path}: damaged ({error}); use another checkpoint") from None
-    if checksum != digest(content):
+        content = read_object(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; it is damaged, use another checkpoint") from None
+    if content.pop("checksum", None) != digest(content):
         raise ConfigError(f"{path}: damaged (its checksum does not match its content); use another checkpoint")
     return content
 

@@ -17,6 +17,7 @@ import xxhash
 from tqdm import tqdm
 
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.files.json_files import convert
 from mindformers_ext.files.safetensors_format import DTYPES, StoredTensor, read_folder, read_header
 from mindformers_ext.sharded_checkpoint.layout import (
     BLOCK_BYTES,
@@ -44,6 +45,9 @@ class Readable(Protocol):
     dtype: np.dtype
 
     def __getitem__(self, index: Any) -> np.ndarray: ...
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """The tensors in files that it is made of."""
 
 
 class Source(Protocol):
@@ -87,10 +91,19 @@ class Checkpoint:
         content = read_signed_json(folder / "meta.json")
         if content.get("format") != FORMAT:
             raise ConfigError(f"{folder}: has format {content.get('format')}, but this program reads {FORMAT}")
-        self.meta = Meta(**content)
-        self.layout = Layout.from_json(read_signed_json(folder / "layout.json"))
+        self.meta = convert(content, Meta, folder / "meta.json")
+        self.layout = Layout.from_json(read_signed_json(folder / "layout.json"), folder / "layout.json")
+        try:
+            self.meta.check()
+            self.layout.check(self.meta.ranks)
+        except ValueError as error:
+            raise ConfigError(f"{folder}: damaged: {error}; use another checkpoint") from None
         self._parts: dict[int, dict[str, StoredTensor]] = {}  # by rank, opened when they are asked for
         self._private: dict[int, dict[str, Any]] = {}
+        self._held: dict[int, list[tuple[str, tuple[int, ...]]]] = {rank: [] for rank in self.layout.files}
+        for name, entry in self.layout.entries.items():
+            for piece in entry.pieces:
+                self._held[piece.rank].append((name, tuple(end - begin for begin, end in piece.ranges)))
         self._check_files()
 
     def _check_files(self) -> None:
@@ -121,8 +134,21 @@ class Checkpoint:
             if xxhash.xxh3_64_hexdigest(header) != self.layout.files[rank].header:
                 raise ConfigError(f"{path}: damaged (checksum of its header); use another checkpoint")
             self._parts[rank], metadata = read_header(path)
-            self._private[rank] = json.loads(metadata["private"])
+            self._check_part(rank)
+            try:
+                self._private[rank] = convert(json.loads(metadata["private"]), dict, path)
+            except (KeyError, ValueError, RecursionError) as error:
+                raise ConfigError(f"{path}: damaged ({error}); use another checkpoint") from None
         return self._parts[rank]
+
+    def _check_part(self, rank: int) -> None:
+        for name, shape in self._held[rank]:
+            stored, dtype = self._parts[rank].get(name), DTYPES[self.layout.entries[name].dtype]
+            if stored is None or (stored.shape, stored.dtype) != (shape, np.dtype(dtype)):
+                del self._parts[rank]
+                raise ConfigError(
+                    f"{rank_file(self.path, rank)}: does not hold '{name}' as layout.json says; use another checkpoint"
+                )
 
     def private(self, rank: int) -> dict[str, Any]:
         """What rank `rank` kept for itself; of another rank when fewer ranks saved."""
@@ -175,6 +201,11 @@ class SavedTensor:
                 part = self.checkpoint.part(piece.rank)[self.name][within(common, piece.ranges)]
                 result[within(common, wanted)] = part
         return result[dropped]
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """The parts that the ranks saved."""
+        for piece in self.entry.pieces:
+            yield self.checkpoint.part(piece.rank)[self.name]
 
 
 def box(index: Any, shape: tuple[int, ...]) -> tuple[Ranges, tuple]:
@@ -281,7 +312,7 @@ def find_step(path: Path, step: str | None = None) -> Path | None:
         return path
     steps = [folder.name for folder in saved_steps(path)] if path.is_dir() else []
     if step is None and (path / LATEST).exists():
-        step = (path / LATEST).read_text(encoding="utf-8").strip()
+        step = read_latest(path)
     elif step is None and steps:
         step = steps[-1]
     if step is None:
@@ -289,3 +320,14 @@ def find_step(path: Path, step: str | None = None) -> Path | None:
     if step not in steps:
         raise ConfigError(f"{path}: has no checkpoint {step!r}, only {', '.join(steps) or 'none'}")
     return path / step
+
+
+def read_latest(path: Path) -> str:
+    """The name of the newest step in the folder of a run's checkpoints. Raises ConfigError when it cannot be read."""
+    try:
+        return (path / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path / LATEST}: cannot be read: {getattr(error, 'strerror', None) or error}; write the name of a step "
+            "into it, or remove it"
+        ) from None

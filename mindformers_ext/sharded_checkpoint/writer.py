@@ -7,6 +7,7 @@ checkpoint is thus whole or not there, whenever the run is killed; `latest` is r
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ import xxhash
 
 from mindformers_ext.errors import TrainingStopped, free_space
 from mindformers_ext.files.atomic import flush, write_json, write_text
+from mindformers_ext.files.json_files import read_object
 from mindformers_ext.files.safetensors_format import NAMES
 from mindformers_ext.sharded_checkpoint.layout import (
     BLOCK_BYTES,
@@ -51,7 +53,7 @@ def rank_file(folder: Path, rank: int) -> Path:
 
 def saved_steps(root: Path) -> list[Path]:
     """Folders of the whole checkpoints in `root`, oldest step first."""
-    found = [path for path in root.glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
+    found = [path for path in root.glob("step_*") if re.fullmatch("[0-9]+", path.name[5:]) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -187,7 +189,7 @@ def publish(partial: Path, meta: Meta, timeout: float) -> Path:
     for rank in range(meta.ranks):
         wait_for(part_file(partial, rank), rank, meta, timeout)
         try:
-            layout.add(Layout.from_json(json.loads(part_file(partial, rank).read_bytes())))
+            layout.add(Layout.from_json(read_object(part_file(partial, rank)), part_file(partial, rank)))
         except ValueError as error:
             raise TrainingStopped(f"{partial}: step {meta.step} cannot be saved: {error}; the ranks diverged") from None
         part_file(partial, rank).unlink()

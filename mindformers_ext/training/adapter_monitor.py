@@ -17,6 +17,7 @@ from mindformers_ext.sharded_checkpoint.random_state import random_state
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint
 from mindformers_ext.sharded_checkpoint.writer import step_name
 from mindformers_ext.training.checkpoint_monitor import CheckpointMonitor
+from mindformers_ext.training.pretrained import is_huggingface
 from mindformers_ext.training.wrapper import frozen_names, real_model
 
 
@@ -28,7 +29,7 @@ class AdapterMonitor(CheckpointMonitor):
     weights are; `adapter/` in the output_dir holds the newest adapters in PEFT's format.
 
     Args:
-        base_model: base_model_name_or_path of the PEFT folder.
+        base_model: base_model_name_or_path of the PEFT folder; default the HuggingFace folder that was loaded.
         **options: CheckpointMonitor's.
     """
 
@@ -47,7 +48,8 @@ class AdapterMonitor(CheckpointMonitor):
             raise ConfigError("callbacks: AdapterMonitor saves adapters, but model_config.pet_config asks for none")
         frozen = frozen_names(network)
         kept = {name: piece for name, piece in pieces_of(network).items() if name not in frozen}
-        private = {"random_state": random_state(), "base": cb_params.get("base", "")}
+        base = cb_params.get("base", "")
+        private = {"random_state": random_state(), "base": base}
         self.saver.save(self.meta(cb_params, step), kept, private)
         self.last_saved = step
         if self.saver.rank:
@@ -55,5 +57,6 @@ class AdapterMonitor(CheckpointMonitor):
         self.saver.wait()
         saved = Checkpoint(self.saver.root / step_name(step))
         adapters = {parameter.name: saved.read(parameter.name)[:] for parameter in model.trainable_params()}
-        model.save_adapter(self.folder, adapters, self.base_model)
+        base_model = self.base_model or (base if base and is_huggingface(base) else "")  # peft reads no folder of ours
+        model.save_adapter(self.folder, adapters, base_model)
         logger.info("saved the adapters of step %d in %s", step, self.folder)

@@ -28,7 +28,7 @@ from mindformers_ext.sharded_checkpoint.network import (
     state_of,
 )
 from mindformers_ext.sharded_checkpoint.random_state import random_state, restore_random_state
-from mindformers_ext.sharded_checkpoint.reader import Source, open_source
+from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
 from mindformers_ext.sharded_checkpoint.writer import Saver
 from mindformers_ext.training.metrics import place_in_run, samples_per_step
 from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingface, resolve
@@ -159,11 +159,26 @@ class CheckpointMonitor(Callback):
 def load_weights(network: nn.Cell, source: Source) -> None:
     """Load every weight of a network for evaluation or prediction; what only training needs stays unread.
 
+    The checkpoint of a LoRA training holds the adapters; the frozen weights come from where the training had them.
+
     Raises:
         ConfigError: the checkpoint is damaged or is not of this model.
     """
     check_model(source, network.config)
     parameters = {parameter.name: parameter for parameter in network.get_parameters() if is_state(parameter.name)}
+    private = source.private(0) if isinstance(source, Checkpoint) else {}
+    if "base" in private:
+        if not frozen_names(network):
+            raise ConfigError(
+                f"{source.path}: holds LoRA adapters only; set model_config.pet_config as in their training, or merge "
+                "them first (convert_reversed.py --merge_lora) and load the merged folder"
+            )
+        if not private["base"]:
+            raise ConfigError(
+                f"{source.path}: holds adapters that were trained on random weights, which no file holds; train them "
+                "on a checkpoint (load_checkpoint)"
+            )
+        parameters = load_base(network, parameters, private["base"], source.path)
     load_into(network, parameters, source, may_leave_mtp)
 
 

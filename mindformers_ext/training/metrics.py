@@ -76,16 +76,18 @@ def as_float(value: Any) -> float | None:
 
 def keep_lines_until(path: Path, step: int) -> None:
     """Drop the lines of a metrics file after `step`, which a resumed run writes again; all of them for step 0."""
-    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if step and path.exists() else []
     write_text(path, "".join(line + "\n" for line in lines if step_of(line) <= step))
 
 
 def step_of(line: str) -> float:
-    """The step of a line of metrics; infinite for half a line, the last thing a killed run wrote."""
+    """The step of a line of metrics; infinite for half a line, the last thing a killed run wrote, or for no record."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
         return math.inf
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else math.inf
 
 
 def stop_when_refused(tensorboard: SummaryWriter) -> None:

@@ -9,6 +9,7 @@ scripts/make_hf_assets.py); config.json is corrected to what the files hold. Int
 """
 
 import argparse
+import ast
 import os
 import shutil
 import sys
@@ -28,20 +29,26 @@ from weights import Entry, boxes, name_table, write_part
 
 from mindformers_ext.errors import ConfigError, exit_code_of
 from mindformers_ext.files.atomic import whole_file, write_json
-from mindformers_ext.files.safetensors_format import Output, write_folder
-from mindformers_ext.sharded_checkpoint.layout import is_state
-from mindformers_ext.sharded_checkpoint.reader import Source, open_source
+from mindformers_ext.files.json_files import read_object
+from mindformers_ext.files.safetensors_format import Output, write_folder, written_before
+from mindformers_ext.sharded_checkpoint.layout import Slot, is_state
+from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
 from mindformers_ext.training.pretrained import fingerprint, is_huggingface
 
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+PREFIX = HF_INDEX.partition(".")[0]
 ASSETS = (
     "tokenizer*",
+    "tokenization_*.py",
+    "*.tiktoken",
+    "tiktoken.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
     "chat_template*",
     "generation_config.json",
+    "LICENSE*",
 )
 
 
@@ -105,12 +112,46 @@ def cut(box: tuple, rows: int) -> list[tuple]:
 
 def piece(entry: Entry, ours, box: tuple, dtype: np.dtype, name: str) -> np.ndarray:
     """The part of a HuggingFace tensor that lies at `box` of ours."""
-    return cast(write_part(entry, ours, box), dtype, name)
+    return cast(write_part(entry, ours, box), dtype, name, ours)
+
+
+def assets_of(folder: Path) -> list[Path]:
+    """The tokenizer's files in a folder: the usual names, and the Python files of a tokenizer that brings its own."""
+    files = {file for pattern in ASSETS for file in folder.glob(pattern) if file.is_file()}
+    waiting = [file for file in files if file.suffix == ".py"] + modules_named(folder / "tokenizer_config.json")
+    while waiting:
+        file = waiting.pop()
+        files.add(file)
+        waiting += [other for other in imported(file) if other not in files]
+    return sorted(files)
+
+
+def modules_named(path: Path) -> list[Path]:
+    """The Python files that the auto_map of a tokenizer_config.json names: `module.Class`, one or a list."""
+    auto_map = read_object(path).get("auto_map") if path.is_file() else None
+    values = list(auto_map.values()) if isinstance(auto_map, dict) else []
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    modules = [name.partition(".")[0] for name in names if isinstance(name, str)]  # `repository--module` lies elsewhere
+    files = [path.with_name(f"{module}.py") for module in modules if module.isidentifier()]
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"{path}: auto_map names {file.name}, which is not in the folder; copy it there")
+    return files
+
+
+def imported(file: Path) -> list[Path]:
+    """The files beside a Python file that it imports (`from .x import y`), which transformers loads with it."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (ValueError, SyntaxError):  # transformers will say so
+        return []
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return [other for name in names if name and (other := file.with_name(f"{name.partition('.')[0]}.py")).is_file()]
 
 
 def copy_assets(source: Path, output: Path) -> list[str]:
     """Copy the tokenizer's files; return their names."""
-    files = sorted({file for pattern in ASSETS for file in source.glob(pattern) if file.is_file()})
+    files = assets_of(source)
     for file in files:
         if not (output / file.name).exists() or not file.samefile(output / file.name):
             with whole_file(output / file.name) as temporary:
@@ -131,22 +172,25 @@ def convert(arguments: list[str] | None = None) -> None:
     mtp_depth = int(any(name.startswith("mtp.") for name in weights.names()))
     entries = list(name_table(config_from_hf(values, mtp_depth, args.hf_assets_path / "config.json")))
     left_out = audit(entries, weights, args.input)
+    if isinstance(weights, Checkpoint):  # the only source with checksums
+        weights.verify({entry.ours: Slot.whole(entry.shape) for entry in entries})
     source = f"{fingerprint(weights)} {args.export_dtype}"
     if args.merge_lora:
         weights = MergedWeights(weights, entries, args.merge_lora)
         source += fingerprint(weights.adapter)
     print(f"{args.input}: {len(entries):,} parameters used once each, {left_out:,} other tensors left out", flush=True)
+    written_before(args.output, PREFIX)  # before anything is written
+    config = corrected(values, mtp_depth, TORCH_NAMES[args.export_dtype])
+    write_json(args.output / "config.json", config)
+    copied = copy_assets(args.hf_assets_path, args.output)
     done = write_folder(
         args.output,
         outputs(entries, weights, DTYPES[args.export_dtype]),
-        HF_INDEX.partition(".")[0],
+        PREFIX,
         source,
         {"format": "pt"},
         args.workers,
     )
-    config = corrected(values, mtp_depth, TORCH_NAMES[args.export_dtype])
-    write_json(args.output / "config.json", config)
-    copied = copy_assets(args.hf_assets_path, args.output)
     seconds = time.perf_counter() - start
     print(
         f"wrote {done.tensors:,} tensors, {done.bytes / 1e9:.2f} GB, to {done.files} files of {args.output} "

@@ -22,7 +22,7 @@ from hf_weights import DTYPES, HuggingFaceWeights, audit_index, outputs
 
 from mindformers_ext.errors import ConfigError, exit_code_of
 from mindformers_ext.files.atomic import write_text
-from mindformers_ext.files.safetensors_format import write_folder
+from mindformers_ext.files.safetensors_format import write_folder, written_before
 from mindformers_ext.training.pretrained import fingerprint
 
 PREFIX = "model"  # of the files of our checkpoints; unlike HuggingFace's there is no config.json beside them
@@ -48,16 +48,19 @@ def convert(arguments: list[str] | None = None) -> None:
         return
     if args.output is None or args.workers < 1:
         raise ConfigError("--output needs a folder, and --workers a number of at least 1")
+    if args.output.resolve() == args.input.resolve():
+        raise ConfigError(f"--output {args.output} is the input; give another folder")
     start = time.perf_counter()
     weights = HuggingFaceWeights(args.input)
     print(f"{args.input}: {weights.audit}", flush=True)
     source = f"{fingerprint(weights)} {args.dtype}"
-    done = write_folder(
-        args.output, outputs(weights, DTYPES[args.dtype]), PREFIX, source, {"format": "np"}, args.workers
-    )
+    written_before(args.output, PREFIX)  # before anything is written
     sections = sections_from_hf(read_config(args.input), args.input / "config.json")
     sections["model"]["model_config"]["mtp_depth"] = weights.config.mtp_depth
     write_text(args.output / CONFIG, yaml.safe_dump(sections, sort_keys=False))
+    done = write_folder(
+        args.output, outputs(weights, DTYPES[args.dtype]), PREFIX, source, {"format": "np"}, args.workers
+    )
     seconds = time.perf_counter() - start
     print(
         f"wrote {done.tensors:,} parameters, {done.bytes / 1e9:.2f} GB, to {done.files} files of {args.output} "

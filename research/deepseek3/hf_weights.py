@@ -1,9 +1,10 @@
 """Read a HuggingFace folder as our parameters: by name, any part of each, FP8 dequantised, audited first."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from ml_dtypes import bfloat16
 from weights import Entry, from_huggingface, name_table
 
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.files.finite import all_finite
 from mindformers_ext.files.safetensors_format import Output, StoredTensor, read_folder, read_index
-from mindformers_ext.sharded_checkpoint.reader import Source
+from mindformers_ext.sharded_checkpoint.reader import Readable, Source
 
 __all__ = ["Audit", "Dequantised", "HuggingFaceWeights", "audit_names"]
 
@@ -22,6 +24,8 @@ BLOCK = 128  # rows and columns that share one FP8 scale (DeepSeek-V3 README_WEI
 SCALE = "_scale_inv"  # of X.weight: X.weight_scale_inv
 FP8 = np.dtype("float8_e4m3fn")
 FLOATS = ("float32", "float16", "bfloat16")
+# Tables that old versions of transformers stored and all recompute, whatever is in the file.
+STALE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 BIAS = "e_score_correction_bias"
 PIECE_BYTES = 2**20  # of rows that lie the same way in both, read and written at a time; fits into a cache
 DTYPES = {"bf16": np.dtype(bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
@@ -36,9 +40,11 @@ class Audit:
     copies: int  # of the tensors: stored again by HuggingFace (embedding and head of the MTP layer)
     parameters: int
     left_out: int  # tensors of an MTP layer that the model does not have
+    stale: int = 0  # rotary tables, which nobody reads
 
     def __str__(self) -> str:
         left_out = f", {self.left_out:,} of the MTP layer left out" if self.left_out else ""
+        left_out += f", {self.stale:,} stale rotary_emb.inv_freq left out" if self.stale else ""
         return (
             f"{self.tensors:,} tensors ({self.copies} of them stored copies) and {self.scales:,} FP8 scales used once "
             f"each{left_out}; {self.parameters:,} parameters filled once each"
@@ -51,7 +57,8 @@ def audit_names(entries: list[Entry], names: Iterable[str], where: str | Path, s
     Raises:
         ConfigError: names the first tensor that is unknown, missing, wanted twice, or a scale without its weight.
     """
-    names = set(names)
+    stale = {name for name in names if STALE.fullmatch(name)}
+    names = set(names) - stale
     left_out = {name for name in names if skip and name.startswith(skip)}
     scales = {name for name in names - left_out if name.endswith(SCALE)}
     tensors = names - left_out - scales
@@ -67,7 +74,7 @@ def audit_names(entries: list[Entry], names: Iterable[str], where: str | Path, s
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise ConfigError(f"{where}: tensor {min(found)!r}{more} {problem}; check config.json and the files")
-    return Audit(len(tensors), len(scales), len(tensors & copies), len(entries), len(left_out))
+    return Audit(len(tensors), len(scales), len(tensors & copies), len(entries), len(left_out), len(stale))
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,10 @@ class Dequantised:
             result[rows] *= scale[block, columns]
         return result
 
+    def stored(self) -> Iterator[StoredTensor]:
+        """The matrix and its scales."""
+        yield from (self.weight, self.scale)
+
 
 @dataclass(frozen=True)
 class LazyParameter:
@@ -111,14 +122,21 @@ class LazyParameter:
         """Ours."""
         return self.entry.shape
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype:
-        """The stored type; float32 for what is stored as FP8."""
-        return self.load(self.entry.theirs[0]).dtype
+        """The stored type; float32 for what is stored as FP8, or in several types."""
+        types = {self.load(name).dtype for name in self.entry.theirs}
+        return types.pop() if len(types) == 1 else np.dtype(np.float32)
 
     def __getitem__(self, slices) -> np.ndarray:
         slices = slices if isinstance(slices, tuple) else (slices,)
-        return from_huggingface(self.entry, self.load, () if slices == (...,) else slices)
+        values = from_huggingface(self.entry, self.load, () if slices == (...,) else slices)
+        return values.astype(self.dtype, copy=False)
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """The HuggingFace tensors that lie in it, scales included."""
+        for name in self.entry.theirs:
+            yield from self.load(name).stored()
 
 
 class HuggingFaceWeights(Source):
@@ -252,19 +270,23 @@ def outputs(weights: HuggingFaceWeights, dtype: np.dtype) -> Iterator[Output]:
 
 def piece(parameter: LazyParameter, slices: tuple[slice, ...], dtype: np.dtype, name: str) -> np.ndarray:
     """Part of a parameter in `dtype`."""
-    return cast(parameter[slices], dtype, name)
+    return cast(parameter[slices], dtype, name, parameter)
 
 
-def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Values in another type, rounded to nearest even.
+def cast(values: np.ndarray, dtype: np.dtype, name: str, parameter: Readable) -> np.ndarray:
+    """Values of a parameter in another type, rounded to nearest even.
 
     Raises:
-        ConfigError: a value is beyond float16.
+        ConfigError: a value is NaN or infinite, or beyond the type; names the tensor and its file.
     """
-    if values.dtype == dtype:
-        return values
-    with np.errstate(over="ignore"):
-        result = values.astype(dtype)
-    if dtype == np.float16 and not np.isfinite(result).all():
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = values if values.dtype == dtype else values.astype(dtype)
+    if all_finite(result):
+        return result
+    if all_finite(values) and dtype == np.float16:
         raise ConfigError(f"{name}: has values that float16 cannot hold (65504 at most); choose bf16 or fp32")
-    return result
+    if all_finite(values):
+        raise ConfigError(f"{name}: has values that {dtype.name} cannot hold; choose fp32")
+    parts = list(parameter.stored())
+    wrong = next((part for part in parts if not all_finite(part[...])), parts[0])
+    raise ConfigError(f"{wrong.file}: {wrong.name} has values that are not finite; get the file again")

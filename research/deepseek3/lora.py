@@ -7,9 +7,7 @@ a format that nobody else reads; a pet_config with `pet_type` would start it and
 Shapes are PEFT's: lora_a (rank, in), lora_b (out, rank), of routed experts with the experts' axis in front.
 """
 
-import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 from mindspore import Parameter, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Uniform, initializer
+from peft_folder import ADAPTER_CONFIG, ADAPTER_FILE, PEFT_PREFIX, PeftFolder
 from safetensors.numpy import save_file
 from sharding import shard
 from weights import Entry, boxes, name_table, overlap
@@ -26,7 +25,7 @@ from weights import Entry, boxes, name_table, overlap
 from mindformers_ext.config.model import FFN_TARGETS, LoraConfig
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files.atomic import whole_file, write_json
-from mindformers_ext.files.safetensors_format import StoredTensor, read_header
+from mindformers_ext.files.safetensors_format import StoredTensor
 from mindformers_ext.sharded_checkpoint.reader import Source
 
 __all__ = [
@@ -40,19 +39,7 @@ __all__ = [
     "save_peft",
 ]
 
-ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PEFT_PREFIX = "base_model.model."
-PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-# Options of PEFT that change the arithmetic and that merging here does not know.
-UNSUPPORTED = (
-    "use_dora",
-    "use_rslora",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "fan_in_fan_out",
-)
+PROJECTIONS = ("_proj", "_proj_with_mqa", "lm_head")  # how the names of nn.Linear end, which peft can adapt
 
 
 def parameters_of(lora: LoraConfig, in_dim: int, out_dim: int, *experts: int) -> tuple[Parameter, Parameter]:
@@ -205,60 +192,26 @@ def save_peft(folder: str | Path, config, values: dict[str, np.ndarray], base: s
     write_json(folder / ADAPTER_CONFIG, settings)
 
 
-class PeftFolder:
-    """The adapter in a PEFT folder: (lora_A, lora_B) by HuggingFace module, and alpha / rank.
-
-    Raises:
-        ConfigError: not an adapter of LoRA, one half missing, or an option that is not known here.
-    """
-
-    def __init__(self, folder: str | Path):
-        self.path = Path(folder)
-        path = self.path / ADAPTER_CONFIG
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            self.scale = settings["lora_alpha"] / settings["r"]
-        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-            raise ConfigError(f"{path}: not the configuration of a LoRA adapter: {error}") from None
-        wrong = [key for key in UNSUPPORTED if settings.get(key)]
-        wrong += [key for key, value in (("peft_type", "LORA"), ("bias", "none")) if settings.get(key, value) != value]
-        if wrong:
-            raise ConfigError(f"{path}: {wrong[0]} is {settings[wrong[0]]!r}, which merging does not support")
-        if not (self.path / ADAPTER_FILE).is_file():
-            raise ConfigError(f"{self.path / ADAPTER_FILE} is missing; give the folder that training wrote")
-        self.modules = self._read_modules(settings["r"])
-
-    def _read_modules(self, rank: int) -> dict[str, tuple[StoredTensor, StoredTensor]]:
-        halves: dict[str, dict[str, StoredTensor]] = {}
-        for name, tensor in read_header(self.path / ADAPTER_FILE)[0].items():
-            match = PEFT_NAME.fullmatch(name)
-            if not match:
-                raise ConfigError(f"{self.path / ADAPTER_FILE}: {name!r} is not of a LoRA adapter")
-            halves.setdefault(match[1], {})[match[2]] = tensor
-        for module, pair in halves.items():
-            if len(pair) < 2 or pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
-                shapes = {half: tensor.shape for half, tensor in pair.items()}
-                raise ConfigError(f"{self.path}: {module} has {shapes}, but needs A ({rank}, in) and B (out, {rank})")
-        return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
-
-
 class MergedWeights(Source):
     """A source of weights with an adapter added: W + alpha / rank * B A, in float32.
 
     Raises:
-        ConfigError: the adapter has a module that the model lacks, or of another shape.
+        ConfigError: the adapter has a module that the model lacks, or of another shape, or lacks one that it names.
     """
 
     def __init__(self, weights: Source, entries: list[Entry], folder: str | Path):
         self.weights, self.adapter, self.path = weights, PeftFolder(folder), weights.path
         self.entries = {entry.ours: entry for entry in entries}
         shapes = {name.removesuffix(".weight"): entry.their_shape for entry in entries for name in entry.theirs}
-        for module, (a, b) in self.adapter.modules.items():
+        for module, (a, b, _) in self.adapter.modules.items():
             if shapes.get(module) != (b.shape[0], a.shape[1]):
                 raise ConfigError(
                     f"{folder}: adapts {module} of shape {(b.shape[0], a.shape[1])}, but the model has "
                     f"{shapes.get(module, 'no such module')}; give the adapter of this model"
                 )
+        main = (entry for entry in entries if not entry.ours.startswith("mtp."))  # HuggingFace's models have no MTP
+        named = (name.removesuffix(".weight") for entry in main for name in entry.theirs)
+        self.adapter.check_complete(module for module in named if module.endswith(PROJECTIONS))
 
     def names(self) -> list[str]:
         """The base's."""
@@ -290,17 +243,21 @@ class MergedParameter:
         wanted = tuple(part.indices(size)[:2] for part, size in zip(slices, self.shape, strict=True))
         result = self.base[slices].astype(np.float32)
         for name, box in boxes(self.entry, *wanted[0]):
-            pair = self.adapter.modules.get(name.removesuffix(".weight"))
-            common = overlap(wanted, box) if pair else None
+            adapter = self.adapter.modules.get(name.removesuffix(".weight"))
+            common = overlap(wanted, box) if adapter else None
             if common is None:
                 continue
-            (place, part), (a, b) = common, pair
+            (place, part), (a, b, scale) = common, adapter
             if self.entry.layout == "same":
-                result[place] += self.adapter.scale * (b[part[0]].astype(np.float32) @ a[:, part[1]].astype(np.float32))
+                result[place] += scale * (b[part[0]].astype(np.float32) @ a[:, part[1]].astype(np.float32))
             else:
                 delta = b[part[2]].astype(np.float32) @ a[:, part[1]].astype(np.float32)
-                result[place] += self.adapter.scale * delta.T
+                result[place] += scale * delta.T
         return result
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """The base's; an adapter's values were checked when it was read."""
+        return self.base.stored()
 
 
 def adapter_values(network: nn.Cell) -> dict[str, np.ndarray]:

@@ -151,7 +151,8 @@ def boxes(entry: Entry, first: int, last: int) -> Iterator[tuple[str, Box]]:
 def from_huggingface(entry: Entry, load: Callable[[str], Any], slices: tuple[slice, ...] = ()) -> np.ndarray:
     """Our parameter of `entry`, or the part `slices` of it (one slice of step 1 for each leading axis).
 
-    `load` returns a HuggingFace tensor by name; only the needed part of it is indexed, so it may read lazily.
+    `load` returns a HuggingFace tensor by name; only the needed part of it is indexed, so it may read lazily. Where
+    the tensors of the part have several types, it is float32.
     """
     slices = slices + (slice(None),) * (len(entry.shape) - len(slices))
     wanted = tuple(part.indices(size)[:2] for part, size in zip(slices, entry.shape, strict=True))
@@ -166,6 +167,8 @@ def from_huggingface(entry: Entry, load: Callable[[str], Any], slices: tuple[sli
         values = load(name)[(experts, columns, rows) if entry.layout == "stacked" else (columns, rows)]
         if result is None:
             result = np.empty([max(stop - start, 0) for start, stop in wanted], values.dtype)
+        elif values.dtype != result.dtype:  # experts of several types
+            result, values = (array.astype(np.float32, copy=False) for array in (result, values))
         for one, value in zip(result[place], values.reshape(-1, *values.shape[-2:]), strict=True):
             _transpose.transpose_into(one, value)
     return np.empty([max(b - a, 0) for a, b in wanted], np.float32) if result is None else result

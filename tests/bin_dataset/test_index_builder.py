@@ -26,5 +26,5 @@ def test_blends_that_cannot_be_are_refused(weights, sizes, words):
 
 @pytest.mark.parametrize("weight", ["nan", "inf", "-1", "0"])
 def test_a_weight_in_data_path_is_a_positive_number(weight):
-    with pytest.raises(ValueError, match=f"weight '{weight}' .* of prefix b must be a positive number"):
+    with pytest.raises(ValueError, match=f"data_path gives b the weight {float(weight):g}"):
         parse_blend(["1", "a", weight, "b"])

@@ -274,3 +274,47 @@ def test_adapters_without_their_base_are_refused(tmp_path):
     rest = set(load_base(network, parameters, "", "step_4"))  # began with random weights
     assert {name for name in rest if is_adapter(name)} == {p.name for p in network.trainable_params()}
     assert "model.layers.1.mlp.gate.e_score_correction_bias" in rest and "lm_head.weight" not in rest
+
+
+def lora_checkpoint(root, base: str):
+    """A checkpoint as AdapterMonitor writes it, its adapters all 0.25, and its network."""
+    from mindformers_ext.sharded_checkpoint.layout import Meta
+    from mindformers_ext.sharded_checkpoint.network import pieces_of
+    from mindformers_ext.sharded_checkpoint.reader import open_source
+    from mindformers_ext.sharded_checkpoint.writer import Saver
+
+    network = DeepseekV3ForCausalLM(lora_config(["o_proj"]))
+    for parameter in network.trainable_params():
+        parameter.set_data(Tensor(np.full(parameter.shape, 0.25, np.float32)))
+    frozen = network.frozen_names()
+    kept = {name: piece for name, piece in pieces_of(network).items() if name not in frozen}
+    Saver(root).save(Meta(1, 1), kept, {"base": base})
+    return network, open_source(root)
+
+
+def test_evaluation_loads_adapters_with_their_base_or_says_what_to_do(tmp_path):
+    from mindformers_ext.sharded_checkpoint.layout import Meta
+    from mindformers_ext.sharded_checkpoint.network import pieces_of
+    from mindformers_ext.sharded_checkpoint.writer import Saver
+    from mindformers_ext.training.checkpoint_monitor import load_weights
+
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    base = DeepseekV3ForCausalLM(v3_config())
+    Saver(tmp_path / "base").save(Meta(1, 1), pieces_of(base))
+    _, source = lora_checkpoint(tmp_path / "adapters", str(tmp_path / "base"))
+    network = DeepseekV3ForCausalLM(lora_config(["o_proj"]))
+    load_weights(network, source)
+    parameters = base.parameters_dict()
+    for name, parameter in network.parameters_dict().items():
+        if is_adapter(name):
+            assert (parameter.asnumpy() == 0.25).all()
+        elif name in network.frozen_names():
+            assert np.array_equal(parameter.asnumpy(), parameters[name].asnumpy()), name
+
+    with pytest.raises(
+        ConfigError, match="holds LoRA adapters only; set model_config.pet_config .* or merge them first"
+    ):
+        load_weights(DeepseekV3ForCausalLM(v3_config()), source)
+    _, rootless = lora_checkpoint(tmp_path / "rootless", "")
+    with pytest.raises(ConfigError, match="were trained on random weights"):
+        load_weights(network, rootless)

@@ -7,6 +7,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
+from helpers.json_variants import variants
 from helpers.layouts import Degrees, save, values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -103,6 +104,56 @@ def test_any_flipped_bit_is_found(copy, where: float, bit: int, file: int) -> No
             np.testing.assert_array_equal(source.read(name)[...], value)
     finally:
         path.write_bytes(original)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"-1", b"null", b"\xff\xfe", b"{", b'{"a":' * 100_000, b"{}", b"NaN", b""])
+@pytest.mark.parametrize("name", ["layout.json", "meta.json"])
+def test_a_description_that_is_something_else(copy, name: str, content: bytes) -> None:
+    (copy / STEP / name).write_bytes(content)
+    refuse(copy, f"{name}: .*use another checkpoint")
+
+
+def test_a_description_that_is_a_folder(copy) -> None:
+    (copy / STEP / "meta.json").unlink()
+    (copy / STEP / "meta.json").mkdir()
+    refuse(copy, "meta.json: cannot be read: Is a directory")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"../x", b"step_000007\0", b"a" * 5000])
+def test_a_latest_that_is_no_name(copy, content: bytes) -> None:
+    (copy / "latest").write_bytes(content)
+    refuse(copy, "latest: cannot be read|has no checkpoint")
+
+
+def test_a_latest_that_is_a_folder(copy) -> None:
+    (copy / "latest").unlink()
+    (copy / "latest").mkdir()
+    refuse(copy, "latest: cannot be read: Is a directory; write the name of a step into it")
+    (copy / "latest").rmdir()
+    (copy / "step_²").mkdir()  # a digit for Python, but not for int()
+    verify_all(open_source(copy))
+
+
+@pytest.mark.parametrize("name", ["layout.json", "meta.json"])
+def test_every_value_of_a_description_replaced(copy, name: str) -> None:
+    """With a true checksum, as another program might write it: refused by name, or the same values are read."""
+    path = copy / STEP / name
+    content = json.loads(path.read_text())
+    del content["checksum"]
+    if name == "layout.json":  # one parameter is as good as all
+        kept = dict(list(content["entries"].items())[:2])
+        content["entries"] = kept
+    wrong = list(variants(content))
+    rng = np.random.default_rng(0)
+    for changed in [wrong[i] for i in rng.choice(len(wrong), min(len(wrong), 150), replace=False)]:
+        write_signed_json(path, changed) if isinstance(changed, dict) else path.write_text(json.dumps(changed))
+        try:
+            source = open_source(copy)
+            verify_all(source)
+            for parameter in source.names():
+                assert np.array_equal(source.read(parameter)[...], values()[parameter])
+        except ConfigError as error:
+            assert str(copy) in str(error)
 
 
 def test_only_what_is_read_is_checked(tmp_path) -> None:

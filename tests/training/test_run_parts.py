@@ -36,6 +36,14 @@ def test_a_resumed_run_rewrites_the_steps_after_its_start(tmp_path: Path) -> Non
     assert path.read_text() == ""
 
 
+def test_lines_that_are_no_records_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [b"[]", b"{}", b"null", b'{"step": "x"}', b'{"step": null}', b"\xff\xfe", b"[" * 100_000, b""]
+    path.write_bytes(b"\n".join([b'{"step": 1}', *lines, b'{"step": 2}', b'{"step": 3, "lo']))
+    keep_lines_until(path, 6)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
 def test_plot_without_mtp_and_experts(tmp_path: Path) -> None:
     record = {"step": 1, "loss": 2.0, "main_loss": 2.0, "mtp_loss": None, "expert_load": {}}
     plot([record, record | {"step": 2, "loss": 1.5}], {}, tmp_path / "p.png")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -61,6 +62,13 @@ def test_our_checkpoint_and_its_export_are_the_same_model(folder, capsys):
     for line in lines:
         difference, kl = (float(line.rpartition(word)[2].split()[0].rstrip(",")) for word in ("at most", "KL"))
         assert difference <= 1e-4 and abs(kl) <= 1e-6
+
+
+def test_a_folder_without_a_tokenizer_is_compared_on_random_tokens(folder, tmp_path, capsys):
+    bare = Path(shutil.copytree(folder / "hf", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*")))
+    arguments = ["--hf_dir", str(bare), "--checkpoint", str(folder / "ours"), "--tokens", "1", "--prompts", "abc"]
+    assert script("compare_hf").run(arguments)
+    assert "bare has no tokenizer: 24 random token ids stand for each prompt" in capsys.readouterr().out
 
 
 @pytest.mark.slow
