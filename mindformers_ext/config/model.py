@@ -97,9 +97,9 @@ class LoraConfig:
         """True for a target, such as `q_a_proj` or `shared_experts.up_proj`, that has adapters."""
         return self.lora_rank > 0 and (target in self.target_modules or target.split(".")[-1] in self.target_modules)
 
-    def expert_matrices(self) -> int:
-        """LoRA matrices of a layer's routed experts: two for each of gate, up and down that is adapted."""
-        return 2 * sum(self.has(f"experts.{part}") for part in FFN_TARGETS)
+    def adapts_experts(self) -> bool:
+        """True when a matrix of the routed experts has adapters."""
+        return any(self.has(f"experts.{part}") for part in FFN_TARGETS)
 
 
 @dataclass(kw_only=True)

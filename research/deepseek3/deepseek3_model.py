@@ -3,7 +3,8 @@
 Legend as in deepseek2_model.py.
 """
 
-from deepseek2_model import DecoderLayer, DeepseekV2ForCausalLM, Linear, RMSNorm, no_loss
+from balance_loss import no_loss
+from deepseek2_model import DecoderLayer, DeepseekV2ForCausalLM, Linear, RMSNorm
 from deepseek3_config import DeepseekV3Config
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import nn, ops
