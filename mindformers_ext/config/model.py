@@ -239,8 +239,8 @@ class ModelConfig:
     checkpoint_name_or_path: str | None = ""
     pet_config: LoraConfig | None = None
     # multi-token prediction (V3 only: 0 here)
-    mtp_depth: Annotated[Literal[0, 1], Meta(description="0 or 1 more token to predict")] = 0
-    mtp_loss_factor: NotNegativeNumber = 0.3
+    mtp_depth: Annotated[int, Only(0, "only DeepSeek-V3 predicts further")] = 0
+    mtp_loss_factor: NotNegativeNumber = 0.3  # lambda, of the mean over depths
     # text generation
     max_decode_length: Positive = 1024
     do_sample: bool = False
@@ -258,6 +258,7 @@ class ModelConfig:
         self.extend_method = self.extend_method or "None"
         self.pet_config = self.pet_config or LoraConfig()
         self._check_sizes()
+        self._check_gates()
         self._check_lora()
 
     @property
@@ -300,8 +301,21 @@ class ModelConfig:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value, rule = getattr(self, key), f"must be a token id below vocab_size = {self.vocab_size}"
             require(value < self.vocab_size, f"{MODEL}.{key}", value, rule)
+        rule = f"a depth k predicts token k + 1 after each, so it must be below seq_length = {self.seq_length}"
+        require(self.mtp_depth < self.seq_length, f"{MODEL}.mtp_depth", self.mtp_depth, rule)
         extends = self.extend_method == "YARN" or self.scaling_factor is None
         require(extends, f"{MODEL}.scaling_factor", self.scaling_factor, "only extend_method: YARN uses it")
+
+    def _check_gates(self) -> None:
+        """DeepSeek-V2's own modeling_deepseek.py normalises the gates of K > 1 or scales them; V3's does both."""
+        moe = self.moe_config
+        both = moe.norm_topk_prob and moe.routed_scaling_factor != 1 and moe.num_experts_chosen > 1
+        rule = (
+            "must be 1 with norm_topk_prob: True, because DeepSeek-V2's own code normalises gates or scales them, never "
+            "both"
+        )
+        fits = self.model_type != "deepseekv2" or not both
+        require(fits, f"{MOE}.routed_scaling_factor", moe.routed_scaling_factor, rule)
 
     def _check_lora(self) -> None:
         """Every target must exist: an adapter that is asked for and missing would go unnoticed."""
@@ -339,7 +353,7 @@ class V3ModelConfig(ModelConfig):
     bos_token_id: NotNegative = 0
     eos_token_id: NotNegative = 1
     pad_token_id: NotNegative = 1
-    mtp_depth: Annotated[Literal[0, 1], Meta(description="0 or 1 more token to predict")] = 1
+    mtp_depth: NotNegative = 1  # tokens predicted beyond the next one
 
 
 # The model classes by the `type` of model_config.

@@ -166,15 +166,17 @@ def sequence_over_devices(plan: Run) -> Iterator[Violation]:
 
 def capacity_groups(plan: Run) -> Iterator[Violation]:
     moe = plan.model.moe_config
-    if moe.expert_num == 1 or moe.use_gmm or not moe.expert_group_size:
+    if moe.expert_num == 1 or moe.use_gmm:
         return
+    group = moe.expert_group_size or plan.model.seq_length
     tokens = plan.batch_size * plan.model.seq_length // (plan.cp * plan.mp)
-    if tokens > moe.expert_group_size and tokens % moe.expert_group_size:
+    if tokens % group:
+        named = f"expert_group_size {group}" if moe.expert_group_size else f"its default, a sequence of {group}, which"
         yield Violation(
             "moe_config.expert_group_size",
-            f"capacity is counted over groups that stay on one device, so expert_group_size must divide the tokens of "
-            f"a device, batch_size x seq_length / (context_parallel x model_parallel), but {moe.expert_group_size} "
-            f"does not divide {tokens}; {divisors_near(moe.expert_group_size, tokens)}",
+            f"capacity is counted over groups of tokens that stay on one device, so that no layout drops others, and "
+            f"must divide the tokens of a device, batch_size x seq_length / (context_parallel x model_parallel), but "
+            f"{named} does not divide {tokens}; {divisors_near(group, tokens)}",
         )
 
 

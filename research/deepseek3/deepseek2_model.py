@@ -37,6 +37,8 @@ from mindformers_ext.layers.router import TopkRouterV2
 
 __all__ = ["DeepseekV2ForCausalLM", "DeepseekV2Model"]
 
+LATENT_EPS = 1e-6  # of the latents' norms: DeepSeek leaves it at its norm's default, whatever rms_norm_eps (facts 9)
+
 
 def weight(config, *shape: int) -> Parameter:
     """A trainable matrix, normal with `initializer_range`; nothing is allocated before it is needed."""
@@ -45,13 +47,13 @@ def weight(config, *shape: int) -> Parameter:
 
 
 class RMSNorm(nn.Cell):
-    """Root-mean-square norm over the last axis, computed in `layernorm_compute_type` (facts 9)."""
+    """Root-mean-square norm over the last axis, computed in `layernorm_compute_type`; eps None is rms_norm_eps."""
 
-    def __init__(self, config, dim: int, axes: str):
+    def __init__(self, config, dim: int, axes: str, eps: float | None = None):
         super().__init__()
         self.weight = Parameter(initializer("ones", (dim,), getattr(mstype, config.param_init_type)), name="weight")
         self.compute_type = getattr(mstype, config.layernorm_compute_type)
-        self.norm = rms_norm(config)
+        self.norm = rms_norm(config, config.rms_norm_eps if eps is None else eps)
         shard(self.norm, axes, config)
 
     def construct(self, x):
@@ -97,11 +99,11 @@ class MultiHeadLatentAttention(nn.Cell):
             self.q_proj = Linear(config, hidden, query, "column_parallel", "q_proj")
         else:
             self.q_a_proj = Linear(config, hidden, config.q_lora_rank, "latent", "q_a_proj")
-            self.q_a_layernorm = RMSNorm(config, config.q_lora_rank, "latent_norm")
+            self.q_a_layernorm = RMSNorm(config, config.q_lora_rank, "latent_norm", LATENT_EPS)
             self.q_b_proj = Linear(config, config.q_lora_rank, query, "column_parallel", "q_b_proj")
         self.has_q_lora = config.q_lora_rank is not None
         self.kv_a_proj_with_mqa = Linear(config, hidden, self.latent + self.rope, "latent", "kv_a_proj_with_mqa")
-        self.kv_a_layernorm = RMSNorm(config, self.latent, "latent_norm")
+        self.kv_a_layernorm = RMSNorm(config, self.latent, "latent_norm", LATENT_EPS)
         self.kv_b_proj = Linear(
             config, self.latent, heads * (self.nope + self.value_dim), "column_parallel", "kv_b_proj"
         )

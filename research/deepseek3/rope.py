@@ -60,7 +60,7 @@ class RotaryEmbedding(nn.Cell):
         self.rotary_dtype = getattr(mstype, config.rotary_dtype)
         cos, sin = rope_tables(config)
         self.cos, self.sin = Tensor(cos, self.rotary_dtype), Tensor(sin, self.rotary_dtype)
-        self.rotary, self.rotary_at = rotary(config), rotary(config)  # tables of one sequence, tables of each
+        self.rotary, self.rotary_at = rotary(config), rotary(config, by_sample=True)
         shard(self.rotary, axes, config)
         shard(self.rotary_at, f"{axes}_at", config)
 
@@ -76,6 +76,5 @@ class RotaryEmbedding(nn.Cell):
         if position_ids is None:
             shape = (1, 1, seq, self.cos.shape[1])
             return self.cos[:seq].reshape(shape), self.sin[:seq].reshape(shape)
-        return ops.gather(self.cos, position_ids, 0).expand_dims(1), ops.gather(self.sin, position_ids, 0).expand_dims(
-            1
-        )
+        cos, sin = ops.gather(self.cos, position_ids, 0), ops.gather(self.sin, position_ids, 0)
+        return cos.expand_dims(1), sin.expand_dims(1)
