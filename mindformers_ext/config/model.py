@@ -131,7 +131,7 @@ class MoeConfig:
     use_gmm: bool = False  # True: dropless, sorted tokens, grouped matmul; False: capacity
     use_fused_ops_permute: bool = False  # fused token permute/unpermute where the device has it
     capacity_factor: PositiveNumber = 1.1  # capacity = ceil(K * group tokens * factor / experts), capped at the group
-    expert_group_size: Positive | None = None  # consecutive tokens over which capacity is counted; None = a sequence
+    expert_group_size: Positive | None = None  # tokens of a sequence over which capacity is counted; None = all
     enable_sdrop: bool = False  # overflow drops the last tokens (True) or the lowest-ranked choices (False)
     group_wise_a2a: bool = False  # all-to-all in two hops: inside the model-parallel group, then across
     expert_model_parallel: Annotated[
@@ -311,8 +311,8 @@ class ModelConfig:
         moe = self.moe_config
         both = moe.norm_topk_prob and moe.routed_scaling_factor != 1 and moe.num_experts_chosen > 1
         rule = (
-            "must be 1 with norm_topk_prob: True, because DeepSeek-V2's own code normalises gates or scales them, never "
-            "both"
+            "must be 1 with norm_topk_prob: True, because DeepSeek-V2's own code normalises gates or scales them, "
+            "never both"
         )
         fits = self.model_type != "deepseekv2" or not both
         require(fits, f"{MOE}.routed_scaling_factor", moe.routed_scaling_factor, rule)

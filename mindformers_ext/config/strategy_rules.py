@@ -170,13 +170,15 @@ def capacity_groups(plan: Run) -> Iterator[Violation]:
         return
     group = moe.expert_group_size or plan.model.seq_length
     tokens = plan.batch_size * plan.model.seq_length // (plan.cp * plan.mp)
-    if tokens % group:
-        named = f"expert_group_size {group}" if moe.expert_group_size else f"its default, a sequence of {group}, which"
+    common = gcd(plan.model.seq_length, tokens)
+    if common % group:
+        which = f"{group}" if moe.expert_group_size else f"the default, a sequence of {group},"
         yield Violation(
             "moe_config.expert_group_size",
-            f"capacity is counted over groups of tokens that stay on one device, so that no layout drops others, and "
-            f"must divide the tokens of a device, batch_size x seq_length / (context_parallel x model_parallel), but "
-            f"{named} does not divide {tokens}; {divisors_near(group, tokens)}",
+            f"capacity is counted over groups of tokens that cross neither sequences nor devices, so that every layout "
+            f"drops the same: expert_group_size must divide seq_length and the tokens of a device, batch_size x "
+            f"seq_length / (context_parallel x model_parallel) = {tokens}, but {which} does not divide {common}; "
+            f"{divisors_near(group, common)}",
         )
 
 

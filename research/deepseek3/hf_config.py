@@ -51,6 +51,8 @@ FAMILIES = {
 FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
     "tie_word_embeddings": False,
     "moe_layer_freq": 1,
     "rope_interleave": True,
@@ -63,7 +65,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a HuggingFace folder.
 
     Raises:
-        ConfigError: it is missing, is not JSON or is not of a DeepSeek V2 or V3.
+        ConfigError: it is missing, is not JSON or is not of a DeepSeek V2 or V3 that this model can be.
     """
     path = folder / "config.json"
     try:
@@ -76,6 +78,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, value in FIXED.items():
         if values.get(key, value) != value:
             raise ConfigError(f"{path}: {key} is {values[key]!r}, but this model has {value!r} only")
+    heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if shared not in (None, heads):
+        raise ConfigError(
+            f"{path}: num_key_value_heads is {shared!r}, but MLA has one for each of the {heads} num_attention_heads"
+        )
+    if family == "deepseek_v2" and values.get("norm_topk_prob"):
+        # modeling_deepseek.py beside DeepSeek's V2 weights: gates / sum, else gates * routed_scaling_factor.
+        raise ConfigError(
+            f"{path}: norm_topk_prob is {values['norm_topk_prob']!r}, but with it DeepSeek's own V2 code normalises "
+            "the gates and does not scale them, and transformers' scales and does not normalise; set it to False"
+        )
     return values
 
 
@@ -121,7 +134,7 @@ def positions_from_hf(rope: dict[str, Any], where: str | Path) -> dict[str, Any]
 
 
 def config_from_hf(values: dict[str, Any], mtp_depth: int, where: str | Path = "config.json") -> DeepseekV2Config:
-    """The model's configuration object; `mtp_depth` says whether the files hold the MTP layer."""
+    """The model's configuration object; `mtp_depth` is how many MTP layers the files hold."""
     sections = sections_from_hf(values, where)
     model = {k: v for k, v in sections["model"]["model_config"].items() if k not in ("type", "auto_register")}
     length = values.get("max_position_embeddings") or 4096
@@ -156,7 +169,6 @@ def config_to_hf(config: DeepseekV2Config, mtp_depth: int, dtype: str = "bfloat1
         "scoring_func": "sigmoid" if moe.use_gating_sigmoid else "softmax",
         "num_nextn_predict_layers": mtp_depth,
         "rope_scaling": None,
-        "attention_dropout": 0.0,
         "torch_dtype": dtype,
         "use_cache": True,
     }
