@@ -207,6 +207,7 @@ class ModelConfig:
     qk_rope_head_dim: Positive = 64
     qk_nope_head_dim: Positive = 128
     v_head_dim: Positive = 128
+    tie_word_embeddings: bool = False  # embedding and head are one matrix
     # numerics
     rms_norm_eps: PositiveNumber = 1e-6
     initializer_range: PositiveNumber = 0.02

@@ -262,6 +262,23 @@ def plain_pipeline(plan: Run) -> Iterator[Violation]:
         )
 
 
+def tied_embeddings(plan: Run) -> Iterator[Violation]:
+    if not plan.model.tie_word_embeddings:
+        return
+    if plan.pp > 1:
+        yield Violation(
+            "model.model_config.tie_word_embeddings",
+            f"a parameter lies on one pipeline stage, and the embedding is used on the first and the head on the last "
+            f"of {plan.pp}; nearest legal: False, or pipeline_stage 1",
+        )
+    elif plan.mp > 1 and plan.vocab_emb_dp:
+        yield Violation(
+            "parallel_config.vocab_emb_dp",
+            f"a tied embedding is split as the head is, over model_parallel = {plan.mp}, and vocab_emb_dp keeps it "
+            "whole; nearest legal: False",
+        )
+
+
 def optimizer_shards(plan: Run) -> Iterator[Violation]:
     size, stage = plan.optimizer_shard_size, plan.devices_per_stage
     if plan.shard_optimizer and size != -1 and (size < 1 or stage % size):
@@ -317,6 +334,7 @@ RULES = (
     plain_pipeline,
     offset_list,
     recompute_lists,
+    tied_embeddings,
     optimizer_shards,
     dataset_strategy,
 )

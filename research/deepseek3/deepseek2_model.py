@@ -344,6 +344,8 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         self.model = DeepseekV2Model(config)
         self.lm_head = Linear(config, config.hidden_size, config.vocab_size, "lm_head")
         self.lm_head.pipeline_stage = config.pipeline_stage_of(config.num_layers)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
         self.loss, self.head_loss = CrossEntropyLoss(loss_axes(config)), head_loss(config)
         self.loss_parts = Parameter(
             Tensor(np.zeros(4), mstype.float32), name="loss_parts", requires_grad=False, parallel_optimizer=False

@@ -19,7 +19,7 @@ class MultiTokenPredictor(nn.Cell):
 
     eh_proj takes [enorm(embedding) ; hnorm(hidden)], in the order of the released weights. The hidden states of depth 1
     come from after the main model's final norm, as serving stacks (vLLM) feed them, those of a further depth likewise
-    from after the norm of the depth before it: each depth begins with what the head sees.
+    from after the norm of the depth before it (as in megatron-core 0.16): each depth begins with what the head sees.
 
     Args:
         index: of its decoder layer, counted on from the main model's.

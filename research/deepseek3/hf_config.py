@@ -29,6 +29,7 @@ MODEL = {
     "rope_theta": "theta",
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
+    "tie_word_embeddings": "tie_word_embeddings",
 }
 # ... and in moe_config
 MOE = {
@@ -53,7 +54,6 @@ FIXED = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "mlp_bias": False,
-    "tie_word_embeddings": False,
     "moe_layer_freq": 1,
     "rope_interleave": True,
 }
@@ -99,7 +99,7 @@ def sections_from_hf(values: dict[str, Any], where: str | Path = "config.json") 
         ConfigError: a size is missing, or positions are extended in another way than YaRN.
     """
     name, defaults = FAMILIES[values["model_type"]]
-    values = {**defaults, **values}
+    values = {"tie_word_embeddings": False, **defaults, **values}
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}  # the second name is transformers 5's
     values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
     module = name.replace("Deepseek", "deepseek").replace("V", "")  # deepseek3

@@ -65,6 +65,10 @@ ILLEGAL = [
         ],
         ["= 8192, but 8192 does not divide 4096", "nearest legal: 4096"],
     ),
+    (
+        [("model.model_config.tie_word_embeddings", True)],
+        ["a parameter lies on one pipeline stage", "the last of 16", "nearest legal: False, or pipeline_stage 1"],
+    ),
     ([("parallel.pipeline_config.pipeline_interleave", True)], ["one run; nearest legal: False"]),
     ([("moe_config.num_experts_chosen", 300)], ["num_experts_chosen is 300", "expert_num = 256"]),
     ([("moe_config.topk_group", 9)], ["topk_group is 9", "n_group = 8", "nearest legal: 8"]),

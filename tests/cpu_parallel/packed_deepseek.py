@@ -10,6 +10,7 @@ from mindformers_ext.cpu_parallel.verify import Layout
 LAYOUTS = [
     Layout("dp2-packed", {"parallel": {"data_parallel": 2}}, world_size=2),
     Layout("dp2-mp2-packed", {"parallel": {"data_parallel": 2, "model_parallel": 2}}, world_size=4),
+    Layout("dp2-cp2-packed", {"parallel": {"data_parallel": 2, "context_parallel": 2}}, world_size=4),
 ]
 
 

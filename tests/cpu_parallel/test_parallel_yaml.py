@@ -60,6 +60,14 @@ def test_two_depths_of_multi_token_prediction_equal_one_process(tmp_path, name):
     check(RunProblem.of(command, tmp_path, steps=3), name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dp2-optimizer", "mp2-vocab"])
+def test_tied_embeddings_equal_one_process(tmp_path, name):
+    tied = ["--model.model_config.tie_word_embeddings", "True"]
+    command = ["--config", str(FOLDER / "pretrain_deepseek3_tiny.yaml"), *SIZES, *tied]
+    check(RunProblem.of(command, tmp_path, steps=3), name)
+
+
 def test_layout_that_does_not_fit_is_a_sentence(problem):
     layout = problem.layouts()["mp4"]
     layout.arguments["overrides"]["parallel_config"]["model_parallel"] = 8

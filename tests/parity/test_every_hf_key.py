@@ -74,6 +74,7 @@ CHANGED = dict(
     rope_scaling=YARN,
     initializer_range=0.5,
     use_cache=False,
+    tie_word_embeddings=True,
     pad_token_id=3,
     bos_token_id=5,
     eos_token_id=7,
@@ -86,7 +87,6 @@ BY_FAMILY = {
 REFUSED = dict(
     num_key_value_heads=1,
     hidden_act="gelu",
-    tie_word_embeddings=True,
     attention_bias=True,
     attention_dropout=0.1,
 )

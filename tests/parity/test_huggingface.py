@@ -37,10 +37,12 @@ V3 = {
     "odd_sizes": v3_config(**ODD, moe=dict(moe_intermediate_size=13)),
     "moonlight_norms": v3_config(rms_norm_eps=1e-5, theta=50000.0),
     "large_eps": v3_config(rms_norm_eps=0.03, theta=500.0),  # of all norms but the latents'
+    "tied_embeddings": v3_config(tie_word_embeddings=True),
     "capacity_suffices": v3_config(moe=dict(use_gmm=False, capacity_factor=8.0)),
     "fused": v3_config(**FUSED, moe=FUSED_MOE),
     "fused_negative_bias": v3_config(**FUSED, moe=FUSED_MOE),
     "fused_yarn": v3_config(**YARN, **FUSED, moe=FUSED_MOE),
+    "fused_tied_embeddings": v3_config(tie_word_embeddings=True, **FUSED, moe=FUSED_MOE),
     "fused_large_eps": v3_config(rms_norm_eps=0.03, theta=500.0, **FUSED, moe=FUSED_MOE),
     "fused_odd_sizes": v3_config(**ODD, **FUSED, moe=dict(moe_intermediate_size=13) | FUSED_MOE),
 }

@@ -61,6 +61,7 @@ CASES = {
     "v3_mtp_left_out": (V3_CONFIG, 0),
     "v3_second_depth_left_out": (TWO_DEPTHS, 1),
     "v3": (NO_MTP, 0),
+    "v3_tied": ({**V3_CONFIG, "tie_word_embeddings": True}, 1),
     "v2_lite": (V2_LITE_CONFIG, 0),
 }
 
