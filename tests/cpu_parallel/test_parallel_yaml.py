@@ -54,7 +54,7 @@ def test_layout_equals_one_process(problem, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mp2", "dp2-mp2-pp2-ep2"])
+@pytest.mark.parametrize("name", ["mp2", "pp2"])
 def test_two_depths_of_multi_token_prediction_equal_one_process(tmp_path, name):
     command = ["--config", str(FOLDER / "pretrain_deepseek3_tiny.yaml"), *SIZES, "--model.model_config.mtp_depth", "2"]
     check(RunProblem.of(command, tmp_path, steps=3), name)
