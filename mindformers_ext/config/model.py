@@ -97,9 +97,9 @@ class LoraConfig:
         """True for a target, such as `q_a_proj` or `shared_experts.up_proj`, that has adapters."""
         return self.lora_rank > 0 and (target in self.target_modules or target.split(".")[-1] in self.target_modules)
 
-    def expert_matrices(self) -> int:
-        """LoRA matrices of a layer's routed experts: two for each of gate, up and down that is adapted."""
-        return 2 * sum(self.has(f"experts.{part}") for part in FFN_TARGETS)
+    def adapts_experts(self) -> bool:
+        """True when a matrix of the routed experts has adapters."""
+        return any(self.has(f"experts.{part}") for part in FFN_TARGETS)
 
 
 @dataclass(kw_only=True)
@@ -131,7 +131,7 @@ class MoeConfig:
     use_gmm: bool = False  # True: dropless, sorted tokens, grouped matmul; False: capacity
     use_fused_ops_permute: bool = False  # fused token permute/unpermute where the device has it
     capacity_factor: PositiveNumber = 1.1  # capacity = ceil(K * group tokens * factor / experts), capped at the group
-    expert_group_size: Positive | None = None  # consecutive tokens over which capacity is counted; None = a sequence
+    expert_group_size: Positive | None = None  # tokens of a sequence over which capacity is counted; None = all
     enable_sdrop: bool = False  # overflow drops the last tokens (True) or the lowest-ranked choices (False)
     group_wise_a2a: bool = False  # all-to-all in two hops: inside the model-parallel group, then across
     expert_model_parallel: Annotated[
@@ -207,6 +207,7 @@ class ModelConfig:
     qk_rope_head_dim: Positive = 64
     qk_nope_head_dim: Positive = 128
     v_head_dim: Positive = 128
+    tie_word_embeddings: bool = False  # embedding and head are one matrix
     # numerics
     rms_norm_eps: PositiveNumber = 1e-6
     initializer_range: PositiveNumber = 0.02
@@ -239,8 +240,8 @@ class ModelConfig:
     checkpoint_name_or_path: str | None = ""
     pet_config: LoraConfig | None = None
     # multi-token prediction (V3 only: 0 here)
-    mtp_depth: Annotated[Literal[0, 1], Meta(description="0 or 1 more token to predict")] = 0
-    mtp_loss_factor: NotNegativeNumber = 0.3
+    mtp_depth: Annotated[int, Only(0, "only DeepSeek-V3 predicts further")] = 0
+    mtp_loss_factor: NotNegativeNumber = 0.3  # lambda, of the mean over depths
     # text generation
     max_decode_length: Positive = 1024
     do_sample: bool = False
@@ -258,6 +259,7 @@ class ModelConfig:
         self.extend_method = self.extend_method or "None"
         self.pet_config = self.pet_config or LoraConfig()
         self._check_sizes()
+        self._check_gates()
         self._check_lora()
 
     @property
@@ -300,8 +302,21 @@ class ModelConfig:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value, rule = getattr(self, key), f"must be a token id below vocab_size = {self.vocab_size}"
             require(value < self.vocab_size, f"{MODEL}.{key}", value, rule)
+        rule = f"a depth k predicts token k + 1 after each, so it must be below seq_length = {self.seq_length}"
+        require(self.mtp_depth < self.seq_length, f"{MODEL}.mtp_depth", self.mtp_depth, rule)
         extends = self.extend_method == "YARN" or self.scaling_factor is None
         require(extends, f"{MODEL}.scaling_factor", self.scaling_factor, "only extend_method: YARN uses it")
+
+    def _check_gates(self) -> None:
+        """DeepSeek-V2's own modeling_deepseek.py normalises the gates of K > 1 or scales them; V3's does both."""
+        moe = self.moe_config
+        both = moe.norm_topk_prob and moe.routed_scaling_factor != 1 and moe.num_experts_chosen > 1
+        rule = (
+            "must be 1 with norm_topk_prob: True, because DeepSeek-V2's own code normalises gates or scales them, "
+            "never both"
+        )
+        fits = self.model_type != "deepseekv2" or not both
+        require(fits, f"{MOE}.routed_scaling_factor", moe.routed_scaling_factor, rule)
 
     def _check_lora(self) -> None:
         """Every target must exist: an adapter that is asked for and missing would go unnoticed."""
@@ -339,7 +354,7 @@ class V3ModelConfig(ModelConfig):
     bos_token_id: NotNegative = 0
     eos_token_id: NotNegative = 1
     pad_token_id: NotNegative = 1
-    mtp_depth: Annotated[Literal[0, 1], Meta(description="0 or 1 more token to predict")] = 1
+    mtp_depth: NotNegative = 1  # tokens predicted beyond the next one
 
 
 # The model classes by the `type` of model_config.

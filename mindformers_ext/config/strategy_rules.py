@@ -166,15 +166,19 @@ def sequence_over_devices(plan: Run) -> Iterator[Violation]:
 
 def capacity_groups(plan: Run) -> Iterator[Violation]:
     moe = plan.model.moe_config
-    if moe.expert_num == 1 or moe.use_gmm or not moe.expert_group_size:
+    if moe.expert_num == 1 or moe.use_gmm:
         return
+    group = moe.expert_group_size or plan.model.seq_length
     tokens = plan.batch_size * plan.model.seq_length // (plan.cp * plan.mp)
-    if tokens > moe.expert_group_size and tokens % moe.expert_group_size:
+    common = gcd(plan.model.seq_length, tokens)
+    if common % group:
+        which = f"{group}" if moe.expert_group_size else f"the default, a sequence of {group},"
         yield Violation(
             "moe_config.expert_group_size",
-            f"capacity is counted over groups that stay on one device, so expert_group_size must divide the tokens of "
-            f"a device, batch_size x seq_length / (context_parallel x model_parallel), but {moe.expert_group_size} "
-            f"does not divide {tokens}; {divisors_near(moe.expert_group_size, tokens)}",
+            f"capacity is counted over groups of tokens that cross neither sequences nor devices, so that every layout "
+            f"drops the same: expert_group_size must divide seq_length and the tokens of a device, batch_size x "
+            f"seq_length / (context_parallel x model_parallel) = {tokens}, but {which} does not divide {common}; "
+            f"{divisors_near(group, common)}",
         )
 
 
@@ -258,6 +262,32 @@ def plain_pipeline(plan: Run) -> Iterator[Violation]:
         )
 
 
+def one_depth_in_a_pipeline(plan: Run) -> Iterator[Violation]:
+    if plan.pp > 1 and plan.model.mtp_depth > 1:
+        yield Violation(
+            "model.model_config.mtp_depth",
+            f"MindSpore 2.9 does not compile the last of {plan.pp} pipeline stages with several depths (the shapes of "
+            "the loss and of the second depth's labels differ); nearest legal: 1, or pipeline_stage 1",
+        )
+
+
+def tied_embeddings(plan: Run) -> Iterator[Violation]:
+    if not plan.model.tie_word_embeddings:
+        return
+    if plan.pp > 1:
+        yield Violation(
+            "model.model_config.tie_word_embeddings",
+            f"a parameter lies on one pipeline stage, and the embedding is used on the first and the head on the last "
+            f"of {plan.pp}; nearest legal: False, or pipeline_stage 1",
+        )
+    elif plan.mp > 1 and plan.vocab_emb_dp:
+        yield Violation(
+            "parallel_config.vocab_emb_dp",
+            f"a tied embedding is split as the head is, over model_parallel = {plan.mp}, and vocab_emb_dp keeps it "
+            "whole; nearest legal: False",
+        )
+
+
 def optimizer_shards(plan: Run) -> Iterator[Violation]:
     size, stage = plan.optimizer_shard_size, plan.devices_per_stage
     if plan.shard_optimizer and size != -1 and (size < 1 or stage % size):
@@ -313,6 +343,8 @@ RULES = (
     plain_pipeline,
     offset_list,
     recompute_lists,
+    one_depth_in_a_pipeline,
+    tied_embeddings,
     optimizer_shards,
     dataset_strategy,
 )

@@ -136,12 +136,12 @@ class Rotary(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        back = custom("Rotary", lambda x, c, s: x, lambda x, c, s: x, direction=-1)
+        back = custom("Rotary", lambda x, c, s: x, lambda x, c, s: x, direction=-1, halves=False)
 
         def bprop(x, cos, sin, out, dout):
             return back(dout, cos, sin), ops.zeros_like(cos), ops.zeros_like(sin)
 
-        self.rotary = custom("Rotary", lambda x, c, s: x, lambda x, c, s: x, bprop, direction=1)
+        self.rotary = custom("Rotary", lambda x, c, s: x, lambda x, c, s: x, bprop, direction=1, halves=False)
 
     def construct(self, x, cos, sin):
         return self.rotary(x, cos, sin)

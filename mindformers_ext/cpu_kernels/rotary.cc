@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kRows = 256;  // of a task
 
 // Inputs x (B, N, S, D), cos and sin (1 or B, 1, S, D), each angle twice; output y (B, N, S, D).
-// Attribute direction: 1, or -1 for the backward.
+// Attributes: direction, 1, or -1 for the backward; halves, 1 where a pair is (x_i, x_i+D/2).
 void rotary(const Call& call) {
   const Input x(call[0]), cos(call[1]), sin(call[2]);
   Output y(call[3]);
@@ -18,10 +18,11 @@ void rotary(const Call& call) {
   const int64_t heads = shape.at(1), length = shape.at(2), width = shape.at(3);
   const bool per_sequence = call[1].shape.at(0) > 1;
   const float direction = static_cast<float>(call.number("direction"));
+  const auto turn = call.number("halves") != 0 ? turn_halves : turn_row;
   parallel_ranges(call[0].rows(), kRows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t place = i % length + (per_sequence ? i / (heads * length) * length : 0);
-      turn_row(x + i * width, cos + place * width, sin + place * width, direction, width, y + i * width);
+      turn(x + i * width, cos + place * width, sin + place * width, direction, width, y + i * width);
     }
   });
   y.store();
@@ -30,4 +31,4 @@ void rotary(const Call& call) {
 }  // namespace
 }  // namespace cpu_kernels
 
-CPU_KERNEL(Rotary, cpu_kernels::rotary, "direction")
+CPU_KERNEL(Rotary, cpu_kernels::rotary, "direction", "halves")

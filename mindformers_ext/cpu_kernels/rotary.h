@@ -1,6 +1,7 @@
-// Interleaved rotary embedding of one row: each pair (a, b) = (x_2i, x_2i+1) is turned by its angle,
-//   y_2i = a cos - b sin,  y_2i+1 = b cos + a sin.
-// cos and sin hold each angle twice; direction -1 turns back, which is the gradient.
+// Rotary embedding of one row: each pair (a, b) is turned by its angle,
+//   a cos - b sin,  b cos + a sin.
+// turn_row has interleaved pairs (x_2i, x_2i+1), turn_halves pairs (x_i, x_i+width/2). cos and sin hold each angle twice,
+// where its pair lies; direction -1 turns back, which is the gradient.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,15 @@ inline void turn_row(const float* x, const float* cos, const float* sin, float d
     const float a = x[j], b = x[j + 1], turn = direction * sin[j];
     y[j] = a * cos[j] - b * turn;
     y[j + 1] = b * cos[j] + a * turn;
+  }
+}
+
+inline void turn_halves(const float* x, const float* cos, const float* sin, float direction, int64_t width, float* y) {
+  const int64_t half = width / 2;
+  for (int64_t j = 0; j < half; ++j) {
+    const float a = x[j], b = x[j + half], turn = direction * sin[j];
+    y[j] = a * cos[j] - b * turn;
+    y[j + half] = b * cos[j] + a * turn;
   }
 }
 

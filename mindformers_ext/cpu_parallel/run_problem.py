@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,10 @@ class RunProblem:
             "runner_config.batch_size": max(self.plan.global_batch // parts, 1),
             "runner_config.gradient_accumulation_steps": degrees["accumulation"],
         }
+        if model.get("moe_config.use_gmm") is False:  # the same groups as in one process
+            length = self.plan.model.seq_length
+            tokens = overrides["runner_config.batch_size"] * length // (degrees["cp"] * degrees["mp"])
+            model = model | {"moe_config.expert_group_size": math.gcd(length, tokens)}
         world_size = degrees["dp"] * degrees["cp"] * degrees["mp"] * degrees["pp"]
         return Layout(name, {"overrides": overrides | other, "model": model}, world_size, degrees["pp"])
 

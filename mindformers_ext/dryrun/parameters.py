@@ -53,7 +53,8 @@ def _base_weights(plan: Run) -> Iterator[Weight]:
             if layer < model.num_layers:
                 yield from _layer(plan, f"model.layers.{layer}.", layer, stage)
     yield Weight("model.norm.weight", (model.hidden_size,), last)
-    yield Weight("lm_head.weight", table, last, 0, plan.mp)
+    if not model.tie_word_embeddings:
+        yield Weight("lm_head.weight", table, last, 0, plan.mp)
     for depth in range(model.mtp_depth):
         prefix = f"mtp.{depth}."
         for name in ("enorm", "hnorm", "shared_head_norm"):

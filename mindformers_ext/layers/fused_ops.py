@@ -24,6 +24,7 @@ from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 from mindformers_ext.cpu_kernels import cells
 
+HALVES, INTERLEAVED = 0, 1  # modes of RotaryPositionEmbedding
 MASKED = -3.0e38  # added to a float32 score that may not be attended
 
 
@@ -133,14 +134,34 @@ class BasicRotary(nn.Cell):
 
 
 class FusedRotary(nn.Cell):
-    """Ascend's RotaryPositionEmbedding, interleaved mode."""
+    """Ascend's RotaryPositionEmbedding, interleaved mode; cos and sin (1, 1, S, D)."""
 
     def __init__(self):
         super().__init__()
         self.rotary = RotaryPositionEmbedding()
 
     def construct(self, x, cos, sin):
-        return self.rotary(x, cos, sin, 1)
+        return self.rotary(x, cos, sin, INTERLEAVED)
+
+
+class FusedRotaryBySample(nn.Cell):
+    """Ascend's RotaryPositionEmbedding with tables of each sequence, cos and sin (B, 1, S, D).
+
+    Interleaved mode takes one table for all (CANN: rope_interleaved_tiling.cpp), half mode takes these, and turns
+    (x_i, x_{i + D/2}): pairs are sorted first. The result keeps that order, as BasicRotary's does.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.cat = ops.StridedSlice(), ops.StridedSlice(), ops.Concat(-1)
+        self.rotary = RotaryPositionEmbedding()
+
+    def construct(self, x, cos, sin):
+        a = self.first(x, (0, 0, 0, 0), x.shape, (1, 1, 1, 2))
+        b = self.second(x, (0, 0, 0, 1), x.shape, (1, 1, 1, 2))
+        cos, sin = cos[..., ::2], sin[..., ::2]  # the tables hold each angle twice, side by side
+        cos, sin = ops.concat((cos, cos), -1), ops.concat((sin, sin), -1)
+        return self.rotary(self.cat((a, b)), cos, sin, HALVES)
 
 
 class BasicSwiGlu(nn.Cell):
@@ -322,11 +343,11 @@ def block_rows(rows: int, experts: int) -> int:
     return min(block, rows)
 
 
-def rms_norm(config) -> nn.Cell:
+def rms_norm(config, eps: float) -> nn.Cell:
     """Cell (x, weight) -> x's shape."""
     if on_cpu(config.use_fused_rms_norm):
-        return cells.RmsNorm(config.rms_norm_eps)
-    return FusedRmsNorm(config.rms_norm_eps) if fused(config.use_fused_rms_norm) else BasicRmsNorm(config.rms_norm_eps)
+        return cells.RmsNorm(eps)
+    return FusedRmsNorm(eps) if fused(config.use_fused_rms_norm) else BasicRmsNorm(eps)
 
 
 def core_attention(config, scale: float) -> nn.Cell:
@@ -377,11 +398,16 @@ def additive_mask(seq: int, attention_mask=None):
     return ops.cast(attention_mask, mstype.float32) * MASKED
 
 
-def rotary(config) -> nn.Cell:
-    """Cell (x (B, N, S, D), cos, sin (., 1, S, D)) -> x's shape; dtype rotary_dtype."""
+def rotary(config, by_sample: bool = False) -> nn.Cell:
+    """Cell (x (B, N, S, D), cos, sin (1, 1, S, D), `by_sample` (B, 1, S, D)) -> x's shape; dtype rotary_dtype.
+
+    The order of the result's columns is the cell's own: queries and keys must come from the same kind.
+    """
     if on_cpu(config.use_fused_rope):
         return cells.Rotary()
-    return FusedRotary() if fused(config.use_fused_rope) else BasicRotary()
+    if fused(config.use_fused_rope):
+        return FusedRotaryBySample() if by_sample else FusedRotary()
+    return BasicRotary()
 
 
 def swiglu(config) -> nn.Cell:

@@ -90,8 +90,8 @@ class CapacityDispatch(nn.Cell):
     """Each expert takes at most C rows from every group of tokens; the rest of its rows are dropped.
 
     C = ceil(K * group * capacity_factor / E), at most the group. Overflow drops the lowest-ranked choices first, or
-    with `enable_sdrop` the last tokens of the group first. Groups never cross devices, so what is dropped does not
-    depend on the parallel layout.
+    with `enable_sdrop` the last tokens of the group first. Groups cross neither sequences nor devices, so what is
+    dropped does not depend on the parallel layout; `strategy_rules.capacity_groups` refuses layouts where they would.
     """
 
     def __init__(self, config, group: ExpertGroup):
@@ -122,7 +122,7 @@ class CapacityDispatch(nn.Cell):
     def run(self, x, topk_weights, topk_ids, gate_up, down):
         """Mix the experts' outputs; arguments and result as `DroplessDispatch.run`."""
         tokens, hidden = x.shape
-        group = min(self.group_tokens, tokens)
+        group = min(self.group_tokens, tokens)  # fewer tokens than a group: a short text, or a layout that is refused
         groups, capacity = tokens // group, self.capacity(group)
         slot, kept = self._slots(topk_ids, groups, group, capacity)  # (T*K,) in [0, groups*E*C]
         token = ops.arange(tokens * self.topk) // self.topk

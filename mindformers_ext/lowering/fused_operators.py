@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import mindspore.train.mind_ir_pb2 as pb
 
+from mindformers_ext.layers.fused_ops import HALVES, INTERLEAVED
 from mindformers_ext.lowering.graph import Graph
 from mindformers_ext.rank_compiler import mindir
 
@@ -88,11 +89,19 @@ def _untransposed(graph: Graph, name: str) -> str | None:
     return node.input[0] if kind == "TransposeExtView" else None
 
 
+def turning(graph: Graph, node: pb.NodeProto, direction: int, mode: int) -> dict[str, float]:
+    """Attributes of the rotary kernel; input `mode` of Ascend's operator says which values make a pair."""
+    pairs = graph.constant(node.input[mode])
+    if pairs not in (HALVES, INTERLEAVED):
+        raise ValueError(f"'{node.name}' has mode {pairs}; CPU knows {HALVES} (half) and {INTERLEAVED} (interleaved)")
+    return {"direction": direction, "halves": pairs == HALVES}
+
+
 FUSED_REWRITES: dict[str, Callable] = {
     "RmsNorm": Same("RmsNorm", (0, 1), lambda graph, node: {"eps": graph.constant(node.input[2])}),
     "RmsNormGrad": Same("RmsNormGrad", (0, 1, 2, 3)),
-    "RotaryPositionEmbedding": Same("Rotary", (0, 1, 2), lambda *_: {"direction": 1}),
-    "RotaryPositionEmbeddingGrad": Same("Rotary", (0, 1, 2), lambda *_: {"direction": -1}),
+    "RotaryPositionEmbedding": Same("Rotary", (0, 1, 2), lambda graph, node: turning(graph, node, 1, 3)),
+    "RotaryPositionEmbeddingGrad": Same("Rotary", (0, 1, 2), lambda graph, node: turning(graph, node, -1, 4)),
     "Swiglu": Same("SwiGluHalves", (0,)),
     "SwigluGrad": Same("SwiGluHalvesGrad", (0, 1)),
     "FlashAttentionScore": flash_attention,

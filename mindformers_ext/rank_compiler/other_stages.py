@@ -38,4 +38,4 @@ def leave_out_other_stages(model: nn.Cell, stage: int) -> None:
             layers._cells[str(index)] = Elsewhere(layer, f"elsewhere.{index}")  # its setter renames what it finds
     for depth, predictor in enumerate(getattr(model, "mtp", ())):
         if predictor.layer.pipeline_stage != stage:
-            predictor.layer = Elsewhere(predictor.layer, f"elsewhere.mtp.{depth}")
+            predictor._cells["layer"] = Elsewhere(predictor.layer, f"elsewhere.mtp.{depth}")

@@ -169,7 +169,7 @@ def convert(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     values = read_config(args.hf_assets_path)
     weights: Source = HuggingFaceWeights(args.input) if is_huggingface(args.input) else open_source(args.input)
-    mtp_depth = int(any(name.startswith("mtp.") for name in weights.names()))
+    mtp_depth = len({name.split(".")[1] for name in weights.names() if name.startswith("mtp.")})
     entries = list(name_table(config_from_hf(values, mtp_depth, args.hf_assets_path / "config.json")))
     left_out = audit(entries, weights, args.input)
     if isinstance(weights, Checkpoint):  # the only source with checksums

@@ -5,21 +5,20 @@ V vocabulary. Hidden states are kept flat, (T, H), so that any split of the toke
 How operators are split lives in sharding.py, what checkpoints call the weights in weights.py.
 """
 
-import math
-
 import numpy as np
+from balance_loss import BalanceLoss, no_loss
 from deepseek2_config import DeepseekV2Config
-from hf_weights import HuggingFaceWeights
-from lora import ExpertAdapters, LoraAdapter, freeze_base, frozen_names, save_peft
+from lora import ExpertAdapters, LoraAdapter, freeze_base
 from mindformers.core.loss import CrossEntropyLoss
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
-from sharding import expert_group, loss_axes, place, run_locally, shard, share_graph
+from rope import RotaryEmbedding, softmax_scale
+from sharding import expert_group, experts_plan, loss_axes, place, run_locally, shard, share_graph
+from training_interface import TrainingInterface
 
-from mindformers_ext.config.flops import flops_per_token
 from mindformers_ext.layers.fused_ops import (
     activation_type,
     core_attention,
@@ -29,7 +28,6 @@ from mindformers_ext.layers.fused_ops import (
     latent_attention,
     matrix_product,
     rms_norm,
-    rotary,
     score_mask,
     split_columns,
     swiglu,
@@ -39,6 +37,8 @@ from mindformers_ext.layers.router import TopkRouterV2
 
 __all__ = ["DeepseekV2ForCausalLM", "DeepseekV2Model"]
 
+LATENT_EPS = 1e-6  # of the latents' norms: DeepSeek leaves it at its norm's default, whatever rms_norm_eps (facts 9)
+
 
 def weight(config, *shape: int) -> Parameter:
     """A trainable matrix, normal with `initializer_range`; nothing is allocated before it is needed."""
@@ -47,13 +47,13 @@ def weight(config, *shape: int) -> Parameter:
 
 
 class RMSNorm(nn.Cell):
-    """Root-mean-square norm over the last axis, computed in `layernorm_compute_type` (facts 9)."""
+    """Root-mean-square norm over the last axis, computed in `layernorm_compute_type`; eps None is rms_norm_eps."""
 
-    def __init__(self, config, dim: int, axes: str):
+    def __init__(self, config, dim: int, axes: str, eps: float | None = None):
         super().__init__()
         self.weight = Parameter(initializer("ones", (dim,), getattr(mstype, config.param_init_type)), name="weight")
         self.compute_type = getattr(mstype, config.layernorm_compute_type)
-        self.norm = rms_norm(config)
+        self.norm = rms_norm(config, config.rms_norm_eps if eps is None else eps)
         shard(self.norm, axes, config)
 
     def construct(self, x):
@@ -62,104 +62,29 @@ class RMSNorm(nn.Cell):
 
 
 class Linear(nn.Cell):
-    """x W^T in compute_dtype, as the type of activations; the weight is (out, in) as in HuggingFace."""
+    """x W^T in compute_dtype, as the type of activations; the weight is (out, in) as in HuggingFace.
 
-    def __init__(self, config, in_dim: int, out_dim: int, axes: str):
+    Where pet_config names `target`, a LoRA adapter lies beside the weight.
+    """
+
+    def __init__(self, config, in_dim: int, out_dim: int, axes: str, target: str = ""):
         super().__init__()
         self.weight = weight(config, out_dim, in_dim)
         self.compute_dtype, self.out_type = getattr(mstype, config.compute_dtype), activation_type(config)
         self.matmul = matrix_product()
         shard(self, axes, config)
-
-    def construct(self, x):
-        y = self.matmul(ops.cast(x, self.compute_dtype), ops.cast(self.weight, self.compute_dtype))
-        return ops.cast(y, self.out_type)
-
-
-class AdaptedLinear(Linear):
-    """A Linear with a LoRA adapter beside its weight."""
-
-    def __init__(self, config, in_dim: int, out_dim: int, axes: str):
-        super().__init__(config, in_dim, out_dim, axes)
-        self.lora = LoraAdapter(config, in_dim, out_dim, axes)
-        self.add_lora = ops.Add()
-        shard(self, f"adapted_{axes}", config)
+        self.adapted = config.lora.has(target)
+        if self.adapted:
+            self.lora = LoraAdapter(config, in_dim, out_dim, axes)
+            self.add_lora = ops.Add()
+            shard(self, f"adapted_{axes}", config)
 
     def construct(self, x):
         x = ops.cast(x, self.compute_dtype)
-        y = self.add_lora(self.matmul(x, ops.cast(self.weight, self.compute_dtype)), self.lora(x))
+        y = self.matmul(x, ops.cast(self.weight, self.compute_dtype))
+        if self.adapted:
+            y = self.add_lora(y, self.lora(x))
         return ops.cast(y, self.out_type)
-
-
-def projection(config, target: str, in_dim: int, out_dim: int, axes: str) -> Linear:
-    """A Linear, with an adapter if pet_config names `target`."""
-    return (AdaptedLinear if config.lora.has(target) else Linear)(config, in_dim, out_dim, axes)
-
-
-def rope_tables(config) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin (max_position_embeddings, rope_dim) float32, each angle twice for its pair (facts 7, 8)."""
-    dim, yarn = config.qk_rope_head_dim, config.yarn
-    freq = config.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    scale = 1.0
-    if yarn:
-        freq = yarn_frequencies(freq, dim, config.theta, yarn)
-        scale = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
-    angles = np.repeat(np.outer(np.arange(config.max_position_embeddings), freq), 2, axis=1)
-    return (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(np.float32)
-
-
-def yarn_frequencies(freq: np.ndarray, dim: int, theta: float, yarn) -> np.ndarray:
-    """Blend extrapolated (fast) and interpolated (slow) frequencies linearly over the correction range (YaRN 3.2)."""
-
-    def dimension(rotations: float) -> float:
-        return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / 2 / math.log(theta)
-
-    low = max(math.floor(dimension(yarn.beta_fast)), 0)
-    high = min(math.ceil(dimension(yarn.beta_slow)), dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
-    return freq * (1 - ramp) + freq / yarn.factor * ramp
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """Attention temperature of a context extended by `factor` (YaRN eq. 22)."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def softmax_scale(config) -> float:
-    """What query-key products are multiplied with (facts 8): 0.135234 for released V3, 0.0721688 without YaRN."""
-    scale = config.qk_head_dim**-0.5
-    if config.yarn and config.yarn.mscale_all_dim:
-        scale *= yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
-    return scale
-
-
-class RotaryEmbedding(nn.Cell):
-    """Turn interleaved pairs of the last axis by their position (facts 7)."""
-
-    def __init__(self, config, axes: str):
-        super().__init__()
-        self.rotary_dtype = getattr(mstype, config.rotary_dtype)
-        cos, sin = rope_tables(config)
-        self.cos, self.sin = Tensor(cos, self.rotary_dtype), Tensor(sin, self.rotary_dtype)
-        self.rotary, self.rotary_at = rotary(config), rotary(config)  # tables of one sequence, tables of each
-        shard(self.rotary, axes, config)
-        shard(self.rotary_at, f"{axes}_at", config)
-
-    def construct(self, x, position_ids=None):
-        """x (B, N, S, D); position_ids (B, S) or None for 0..S-1."""
-        y = ops.cast(x, self.rotary_dtype)
-        cos, sin = self.tables(x.shape[2], position_ids)
-        rotary = self.rotary if position_ids is None else self.rotary_at
-        return ops.cast(rotary(y, cos, sin), x.dtype)
-
-    def tables(self, seq, position_ids=None):
-        """cos and sin of the first `seq` positions, (1, 1, S, D), or of each sequence's own, (B, 1, S, D)."""
-        if position_ids is None:
-            shape = (1, 1, seq, self.cos.shape[1])
-            return self.cos[:seq].reshape(shape), self.sin[:seq].reshape(shape)
-        return ops.gather(self.cos, position_ids, 0).expand_dims(1), ops.gather(self.sin, position_ids, 0).expand_dims(
-            1
-        )
 
 
 class MultiHeadLatentAttention(nn.Cell):
@@ -171,18 +96,18 @@ class MultiHeadLatentAttention(nn.Cell):
         self.num_heads, self.nope, self.rope = heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         self.value_dim, self.latent = config.v_head_dim, config.kv_lora_rank
         if config.q_lora_rank is None:
-            self.q_proj = projection(config, "q_proj", hidden, query, "column_parallel")
+            self.q_proj = Linear(config, hidden, query, "column_parallel", "q_proj")
         else:
-            self.q_a_proj = projection(config, "q_a_proj", hidden, config.q_lora_rank, "latent")
-            self.q_a_layernorm = RMSNorm(config, config.q_lora_rank, "latent_norm")
-            self.q_b_proj = projection(config, "q_b_proj", config.q_lora_rank, query, "column_parallel")
+            self.q_a_proj = Linear(config, hidden, config.q_lora_rank, "latent", "q_a_proj")
+            self.q_a_layernorm = RMSNorm(config, config.q_lora_rank, "latent_norm", LATENT_EPS)
+            self.q_b_proj = Linear(config, config.q_lora_rank, query, "column_parallel", "q_b_proj")
         self.has_q_lora = config.q_lora_rank is not None
-        self.kv_a_proj_with_mqa = projection(config, "kv_a_proj_with_mqa", hidden, self.latent + self.rope, "latent")
-        self.kv_a_layernorm = RMSNorm(config, self.latent, "latent_norm")
-        self.kv_b_proj = projection(
-            config, "kv_b_proj", self.latent, heads * (self.nope + self.value_dim), "column_parallel"
+        self.kv_a_proj_with_mqa = Linear(config, hidden, self.latent + self.rope, "latent", "kv_a_proj_with_mqa")
+        self.kv_a_layernorm = RMSNorm(config, self.latent, "latent_norm", LATENT_EPS)
+        self.kv_b_proj = Linear(
+            config, self.latent, heads * (self.nope + self.value_dim), "column_parallel", "kv_b_proj"
         )
-        self.o_proj = projection(config, "o_proj", heads * self.value_dim, hidden, "row_parallel")
+        self.o_proj = Linear(config, heads * self.value_dim, hidden, "row_parallel", "o_proj")
         self.query_rotary = RotaryEmbedding(config, "query_rotary")
         self.key_rotary = RotaryEmbedding(config, "key_rotary")
         self.core_attention = core_attention(config, softmax_scale(config))
@@ -242,9 +167,9 @@ class FeedForward(nn.Cell):
 
     def __init__(self, config, width: int, place: str = "mlp"):
         super().__init__()
-        self.gate_proj = projection(config, f"{place}.gate_proj", config.hidden_size, width, "column_parallel")
-        self.up_proj = projection(config, f"{place}.up_proj", config.hidden_size, width, "column_parallel")
-        self.down_proj = projection(config, f"{place}.down_proj", width, config.hidden_size, "row_parallel")
+        self.gate_proj = Linear(config, config.hidden_size, width, "column_parallel", f"{place}.gate_proj")
+        self.up_proj = Linear(config, config.hidden_size, width, "column_parallel", f"{place}.up_proj")
+        self.down_proj = Linear(config, width, config.hidden_size, "row_parallel", f"{place}.down_proj")
         self.swiglu = swiglu(config)
         shard(self.swiglu, "feed_forward", config)
         adapted = any(config.lora.has(f"{place}.{name}_proj") for name in ("gate", "up", "down"))
@@ -269,13 +194,15 @@ class Experts(nn.Cell):
         experts, hidden, width = moe.expert_num, config.hidden_size, moe.moe_intermediate_size
         self.gate_up_proj = Parameter(initializer(init, (experts, hidden, 2 * width), dtype), name="gate_up_proj")
         self.down_proj = Parameter(initializer(init, (experts, width, hidden), dtype), name="down_proj")
-        self.adapted = config.lora.expert_matrices() > 0
+        self.compute_dtype = getattr(mstype, config.compute_dtype)
+        self.adapted = config.lora.adapts_experts()
         if self.adapted:
             self.lora = ExpertAdapters(config)
 
-    def adapters(self):
-        """The LoRA adapters' matrices, () without."""
-        return self.lora() if self.adapted else ()
+    def construct(self):
+        """Both in the compute dtype, LoRA's adapters added."""
+        gate_up, down = ops.cast(self.gate_up_proj, self.compute_dtype), ops.cast(self.down_proj, self.compute_dtype)
+        return self.lora(gate_up, down) if self.adapted else (gate_up, down)
 
 
 class MixtureOfExperts(nn.Cell):
@@ -301,20 +228,15 @@ class MixtureOfExperts(nn.Cell):
         self.balance = BalanceLoss(config)
         self.counts_unbiased = self.balance.active and self.gate.has_bias
         self.compute_dtype, self.out_type = getattr(mstype, config.compute_dtype), activation_type(config)
-        programs = {0: self._local, 2: self._with_one, 4: self._with_two, 6: self._with_three}  # adapters' matrices
-        program = programs[config.lora.expert_matrices()]
-        self.local = run_locally(program, self._local_shapes, self._local_types, config)
+        self.local = run_locally(self._local, self._local_shapes, self._local_types, experts_plan(), config)
         self.count_mul, self.count = ops.Mul(), ops.ReduceSum()
         self.add_load = ops.AssignAdd().recompute(False)  # a recomputed forward must not count again
         shard(self, "mixture_of_experts", config)
 
     def construct(self, x, token_mask, batch):
         """x (T, H), token_mask (T, 1) float32 (0 on padding) -> y (T, H) and this layer's balance loss, (1,)."""
-        gate_up = ops.cast(self.experts.gate_up_proj, self.compute_dtype)
-        down = ops.cast(self.experts.down_proj, self.compute_dtype)
-        y, chosen, counted, scores, logits = self.local(
-            x, self.gate.weight, self.gate.bias(), gate_up, down, *self.experts.adapters()
-        )
+        gate_up, down = self.experts()
+        y, chosen, counted, scores, logits = self.local(x, self.gate.weight, self.gate.bias(), gate_up, down)
         loss = no_loss()
         if self.training:
             self.add_load(self.gate.expert_load, self.count(self.count_mul(ops.stop_gradient(chosen), token_mask), 0))
@@ -322,20 +244,6 @@ class MixtureOfExperts(nn.Cell):
         if self.has_shared:
             y = self.add_shared(y, self.shared_experts(x))
         return y, loss
-
-    # `_local` with adapters on one, two or all three matrices of the experts; programs of any width do not compile.
-
-    def _with_one(self, x, gate_weight, bias, gate_up, down, a, b):
-        return self._adapted(x, gate_weight, bias, gate_up, down, (a, b))
-
-    def _with_two(self, x, gate_weight, bias, gate_up, down, a, b, a2, b2):
-        return self._adapted(x, gate_weight, bias, gate_up, down, (a, b, a2, b2))
-
-    def _with_three(self, x, gate_weight, bias, gate_up, down, a, b, a2, b2, a3, b3):
-        return self._adapted(x, gate_weight, bias, gate_up, down, (a, b, a2, b2, a3, b3))
-
-    def _adapted(self, x, gate_weight, bias, gate_up, down, adapters):
-        return self._local(x, gate_weight, bias, *self.experts.lora.add_to(gate_up, down, adapters))
 
     def _local(self, x, gate_weight, bias, gate_up, down):
         """(y (T, H); chosen, counted, scores, logits (T, E)) of this device's tokens.
@@ -353,66 +261,6 @@ class MixtureOfExperts(nn.Cell):
 
     def _local_types(self, *_):
         return (self.out_type,) + (mstype.float32,) * 4
-
-
-class BalanceLoss(nn.Cell):
-    """Auxiliary losses that spread tokens over experts (arXiv 2412.19437 eq. 17-20; arXiv 2405.04434 eq. 23-31).
-
-    expert: alpha * sum_i f_i P_i in each sequence, then the mean over sequences. device, comm: the same for groups of
-    experts. All are sums over global tokens, so they do not depend on the parallel layout.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        moe = config.moe_config
-        self.topk, self.num_experts, self.n_group = moe.num_experts_chosen, moe.expert_num, moe.n_group
-        self.topk_group, self.z_factor = moe.topk_group, moe.z_loss_factor
-        self.factors = (
-            dict(zip(moe.aux_loss_types, moe.aux_loss_factors, strict=True)) if config.return_extra_loss else {}
-        )
-        self.active = bool(self.factors) or (self.z_factor > 0 and config.return_extra_loss)
-        self.is_sigmoid = moe.use_gating_sigmoid
-        self.sum_experts = ops.ReduceSum(keep_dims=True)
-        self.normalize, self.mask_mul, self.sum_tokens = ops.RealDiv(), ops.Mul(), ops.ReduceSum()
-        shard(self, "balance_loss", config)
-
-    def construct(self, scores, logits, counted, token_mask, batch):
-        """scores, logits, counted (T, E), token_mask (T, 1) -> (1,) float32."""
-        loss = no_loss()
-        if not self.active:
-            return loss
-        if self.is_sigmoid:
-            scores = self.normalize(scores, self.sum_experts(scores, -1))
-        count = self._per_sequence(token_mask, batch)  # (B, 1) tokens
-        frequency = self._per_sequence(self.mask_mul(ops.stop_gradient(counted), token_mask), batch)
-        frequency = frequency * (self.num_experts / self.topk) / count  # f (B, E)
-        probability = self._per_sequence(self.mask_mul(scores, token_mask), batch) / count  # P (B, E)
-        if "expert" in self.factors:
-            loss = loss + self.factors["expert"] * (frequency * probability).sum(-1).mean()
-        if "device" in self.factors:
-            groups = frequency.reshape((batch, self.n_group, -1)).mean(-1)
-            loss = loss + self.factors["device"] * (groups * self._by_group(probability, batch)).sum(-1).mean()
-        if "comm" in self.factors:
-            hit = counted.reshape((-1, self.n_group, self.num_experts // self.n_group)).sum(-1) > 0
-            hit = ops.cast(hit, mstype.float32)  # token sent to a group of experts
-            sent = self._per_sequence(hit * token_mask, batch) * (self.n_group / self.topk_group) / count
-            loss = loss + self.factors["comm"] * (sent * self._by_group(probability, batch)).sum(-1).mean()
-        if self.z_factor > 0:
-            z = ops.logsumexp(logits, -1, True)
-            loss = loss + self.z_factor * (z * z * token_mask).sum() / token_mask.sum()
-        return loss
-
-    def _per_sequence(self, x, batch):
-        """Sum over the tokens of each sequence: (B, X) <- (T, X)."""
-        return self.sum_tokens(x.reshape((batch, -1, x.shape[-1])), 1)
-
-    def _by_group(self, probability, batch):
-        return probability.reshape((batch, self.n_group, -1)).sum(-1)
-
-
-def no_loss():
-    """A loss of 0, (1,) float32: a tensor, because pipeline stages send losses on, and cannot send a number."""
-    return ops.zeros((1,), mstype.float32)
 
 
 class DecoderLayer(nn.Cell):
@@ -477,7 +325,7 @@ class DeepseekV2Model(nn.Cell):
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)
-class DeepseekV2ForCausalLM(PreTrainedModel):
+class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
     """A DeepSeek-V2 language model and its training loss.
 
     Args:
@@ -496,6 +344,8 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
         self.model = DeepseekV2Model(config)
         self.lm_head = Linear(config, config.hidden_size, config.vocab_size, "lm_head")
         self.lm_head.pipeline_stage = config.pipeline_stage_of(config.num_layers)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
         self.loss, self.head_loss = CrossEntropyLoss(loss_axes(config)), head_loss(config)
         self.loss_parts = Parameter(
             Tensor(np.zeros(4), mstype.float32), name="loss_parts", requires_grad=False, parallel_optimizer=False
@@ -567,32 +417,3 @@ class DeepseekV2ForCausalLM(PreTrainedModel):
         last = ops.logical_or(labels == self.pad_token_id, labels == self.ignore_token_id)
         padding = ops.logical_and(input_ids == self.pad_token_id, last)
         return ops.cast(ops.logical_not(padding), mstype.float32).reshape((-1, 1))
-
-    def decoder_layers(self) -> list[tuple[str, nn.Cell]]:
-        """(name, layer) of every decoder layer, MTP's included, by depth."""
-        return [(f"layers.{i}", layer) for i, layer in enumerate(self.model.layers)]
-
-    def moe_routers(self) -> list[tuple[str, TopkRouterV2]]:
-        """(layer name, router) of every MoE layer."""
-        return [(name, layer.mlp.gate) for name, layer in self.decoder_layers() if layer.is_moe]
-
-    def update_topk_bias(self) -> None:
-        """Move every router's bias one step towards balance (facts 4); once per optimizer step, before saving."""
-        for _, router in self.moe_routers():
-            router.update_bias()
-
-    def huggingface_weights(self, folder: str) -> HuggingFaceWeights:
-        """The weights of this model in a HuggingFace folder. Raises ConfigError where the folder does not fit."""
-        return HuggingFaceWeights(folder, self.config)
-
-    def frozen_names(self) -> set[str]:
-        """Names of the weights that a LoRA training leaves as they were loaded; none without LoRA."""
-        return frozen_names(self.config)
-
-    def save_adapter(self, folder: str, values: dict[str, np.ndarray], base: str = "") -> None:
-        """Write LoRA adapters, whole arrays by our names, as a folder of the peft package."""
-        save_peft(folder, self.config, values, base)
-
-    def flops_per_token(self, seq_length: int | None = None) -> float:
-        """Forward and backward FLOPs of one token at the given (default: the configured) sequence length."""
-        return flops_per_token(self.config, seq_length or self.config.seq_length)

@@ -3,9 +3,11 @@
 Legend as in deepseek2_model.py.
 """
 
-from deepseek2_model import DecoderLayer, DeepseekV2ForCausalLM, Linear, RMSNorm, no_loss
+from balance_loss import no_loss
+from deepseek2_model import DecoderLayer, DeepseekV2ForCausalLM, Linear, RMSNorm
 from deepseek3_config import DeepseekV3Config
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindspore import dtype as mstype
 from mindspore import nn, ops
 from sharding import place, shard, share_graph
 
@@ -15,16 +17,20 @@ __all__ = ["DeepseekV3ForCausalLM"]
 class MultiTokenPredictor(nn.Cell):
     """Hidden states that predict one token further (facts 10).
 
-    eh_proj takes [enorm(embedding) ; hnorm(hidden)], in the order of the released weights. The hidden states come
-    from after the main model's final norm, as serving stacks (vLLM) feed them.
+    eh_proj takes [enorm(embedding) ; hnorm(hidden)], in the order of the released weights. The hidden states of depth 1
+    come from after the main model's final norm, as serving stacks (vLLM) feed them, those of a further depth likewise
+    from after the norm of the depth before it (as in megatron-core 0.16): each depth begins with what the head sees.
+
+    Args:
+        index: of its decoder layer, counted on from the main model's.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, index: int):
         super().__init__()
         self.enorm = RMSNorm(config, config.hidden_size, "token_norm")
         self.hnorm = RMSNorm(config, config.hidden_size, "token_norm")
         self.eh_proj = Linear(config, 2 * config.hidden_size, config.hidden_size, "latent")
-        self.layer = DecoderLayer(config, config.is_moe_layer(config.num_layers))
+        self.layer = DecoderLayer(config, config.is_moe_layer(index))
         self.shared_head_norm = RMSNorm(config, config.hidden_size, "token_norm")
         self.cat = ops.Concat(-1)
         shard(self, "multi_token_predictor", config)
@@ -65,18 +71,20 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
     @share_graph
     def __init__(self, config):
         super().__init__(config)
-        self.mtp = nn.CellList([MultiTokenPredictor(config) for _ in range(config.mtp_depth)])
+        indices = range(config.num_layers, config.num_layers + config.mtp_depth)
+        self.mtp = nn.CellList([MultiTokenPredictor(config, index) for index in indices])
+        self.depths = max(config.mtp_depth, 1)
         self.shift_left = ShiftLeft(config)
-        for predictor in self.mtp:
-            predictor.pipeline_stage = config.pipeline_stage_of(config.num_layers)
-            place(predictor.layer, config.num_layers, config)
+        for index, predictor in zip(indices, self.mtp, strict=True):
+            predictor.pipeline_stage = config.pipeline_stage_of(index)
+            place(predictor.layer, index, config)
 
     def mtp_factor(self) -> float:
-        """lambda / depth (eq. 25)."""
-        return self.config.mtp_loss_factor / max(self.config.mtp_depth, 1)
+        """lambda (eq. 25)."""
+        return self.config.mtp_loss_factor
 
     def mtp_loss(self, hidden, labels, loss_mask, mask, token_mask, position_ids):
-        """Sum over depths of the cross entropy of the token after next, and the layers' balance loss."""
+        """Mean over depths of the cross entropy, depth k of the token k after the next; the layers' balance loss."""
         loss, balance = no_loss(), no_loss()
         for predictor in self.mtp:
             embedding = self.model.embed_tokens(ops.maximum(labels, 0).reshape((-1,)))
@@ -84,7 +92,13 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
             labels, loss_mask = self.shift_left(labels, self.ignore_token_id), self.shift_left(loss_mask, 0)
             loss = loss + self.token_loss(hidden, labels, loss_mask)
             balance = balance + extra
-        return loss, balance
+            token_mask = self.token_mask_further(token_mask, labels)
+        return loss / self.depths, balance
+
+    def token_mask_further(self, token_mask, labels):
+        """The next depth's token_mask: it has no token where the one that it would look at is past the sequence."""
+        real = ops.cast(token_mask.reshape(labels.shape), mstype.float32)
+        return (real * self.shift_left(real, 0)).reshape((-1, 1))
 
     def decoder_layers(self) -> list[tuple[str, nn.Cell]]:
         """(name, layer) of every decoder layer, MTP's included, by depth."""

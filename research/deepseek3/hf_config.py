@@ -34,6 +34,7 @@ MODEL = {
     "rope_theta": "theta",
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
+    "tie_word_embeddings": "tie_word_embeddings",
 }
 # ... and in moe_config
 MOE = {
@@ -58,18 +59,24 @@ FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
     "moe_layer_freq": 1,
     "rope_interleave": True,
     "partial_rotary_factor": 1.0,
 }
-WRITTEN_FIXED = ("hidden_act", "attention_bias", "tie_word_embeddings", "moe_layer_freq", "rope_interleave")
+WRITTEN_FIXED = (
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "attention_dropout",
+    "moe_layer_freq",
+    "rope_interleave",
+)
 SCORES = {"sigmoid": True, "softmax": False}
 NOT_WEIGHTS = ("initializer_range", "bos_token_id", "eos_token_id")  # may differ from the YAML
 # What transformers (and DeepSeek's own code) assume where config.json does not say. Sizes have no default here:
 # transformers would take another model's.
 LENGTHS = {"deepseek_v2": 2048, "deepseek_v3": 4096}  # max_position_embeddings
-DEFAULTS = {"rope_theta": 10000.0, "initializer_range": 0.02}
+DEFAULTS = {"rope_theta": 10000.0, "initializer_range": 0.02, "tie_word_embeddings": False}
 
 Count = Annotated[int, Meta(ge=1, le=1000)]  # of layers: a larger one would fill the memory with names
 Experts = Annotated[int, Meta(ge=1, le=10_000)]
@@ -81,6 +88,7 @@ NotNegative = Annotated[float, Meta(ge=0, le=1e9)]
 KEYS = {
     "model_type": str,
     "vocab_size": Size,
+    "tie_word_embeddings": bool,
     "hidden_size": Size,
     "num_hidden_layers": Count,
     "num_attention_heads": Size,
@@ -209,7 +217,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a HuggingFace folder, as it is written there.
 
     Raises:
-        ConfigError: it is missing, is not JSON or is not of a DeepSeek V2 or V3.
+        ConfigError: it is missing, is not JSON or is not of a DeepSeek V2 or V3 that this model can be.
     """
     values = read_object(folder / "config.json")
     typed(values, folder / "config.json")
@@ -240,6 +248,12 @@ def typed(values: dict[str, Any], where: str | Path) -> dict[str, Any]:
     ):
         if found.get(key) not in (None, value):
             raise ConfigError(f"{where}: {key} is {found[key]}, but must be {value}, which follows from other keys")
+    if family == "deepseek_v2" and found["norm_topk_prob"]:
+        # modeling_deepseek.py beside DeepSeek's V2 weights: gates / sum, else gates * routed_scaling_factor.
+        raise ConfigError(
+            f"{where}: norm_topk_prob is True, but with it DeepSeek's own V2 code normalises the gates and does not "
+            "scale them, and transformers' scales and does not normalise; set it to False"
+        )
     if found["scoring_func"] not in SCORES:
         raise ConfigError(f"{where}: scoring_func is {found['scoring_func']!r}, but must be sigmoid or softmax")
     if found.get("quantization_config"):
@@ -352,7 +366,7 @@ def yarn_from_hf(given: dict[str, Any], where: str | Path, name: str) -> dict[st
 
 
 def config_from_hf(values: dict[str, Any], mtp_depth: int, where: str | Path = "config.json") -> DeepseekV2Config:
-    """The model's configuration object; `mtp_depth` says whether the files hold the MTP layer."""
+    """The model's configuration object; `mtp_depth` is how many MTP layers the files hold."""
     sections = sections_from_hf(values, where)
     model = {k: v for k, v in sections["model"]["model_config"].items() if k not in ("type", "auto_register")}
     length = values.get("max_position_embeddings") or LENGTHS[values["model_type"]]
@@ -387,7 +401,6 @@ def config_to_hf(config: DeepseekV2Config, mtp_depth: int, dtype: str = "bfloat1
         "scoring_func": "sigmoid" if moe.use_gating_sigmoid else "softmax",
         "num_nextn_predict_layers": mtp_depth,
         "rope_scaling": None,
-        "attention_dropout": 0.0,
         "pad_token_id": config.pad_token_id,
         "torch_dtype": dtype,
         "use_cache": True,

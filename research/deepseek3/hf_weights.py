@@ -39,11 +39,11 @@ class Audit:
     scales: int  # FP8
     copies: int  # of the tensors: stored again by HuggingFace (embedding and head of the MTP layer)
     parameters: int
-    left_out: int  # tensors of an MTP layer that the model does not have
+    left_out: int  # tensors of MTP layers that the model does not have
     stale: int = 0  # rotary tables, which nobody reads
 
     def __str__(self) -> str:
-        left_out = f", {self.left_out:,} of the MTP layer left out" if self.left_out else ""
+        left_out = f", {self.left_out:,} of MTP layers left out" if self.left_out else ""
         left_out += f", {self.stale:,} stale rotary_emb.inv_freq left out" if self.stale else ""
         return (
             f"{self.tensors:,} tensors ({self.copies} of them stored copies) and {self.scales:,} FP8 scales used once "
@@ -51,15 +51,15 @@ class Audit:
         )
 
 
-def audit_names(entries: list[Entry], names: Iterable[str], where: str | Path, skip: str = "") -> Audit:
-    """Compare the tensors of a source with the name table; `skip` is the prefix of a layer to leave out.
+def audit_names(entries: list[Entry], names: Iterable[str], where: str | Path, skip: tuple[str, ...] = ()) -> Audit:
+    """Compare the tensors of a source with the name table; `skip` are prefixes of layers to leave out.
 
     Raises:
         ConfigError: names the first tensor that is unknown, missing, wanted twice, or a scale without its weight.
     """
     stale = {name for name in names if STALE.fullmatch(name)}
     names = set(names) - stale
-    left_out = {name for name in names if skip and name.startswith(skip)}
+    left_out = {name for name in names if name.startswith(skip)}
     scales = {name for name in names - left_out if name.endswith(SCALE)}
     tensors = names - left_out - scales
     wanted = [name for entry in entries for name in entry.theirs]
@@ -161,7 +161,8 @@ class HuggingFaceWeights(Source):
         compare(self.config, values, self.path / "config.json")
         entries = list(name_table(self.config, is_stacked(self.tensors)))
         self.entries = {entry.ours: entry for entry in entries}
-        skip = "" if self.config.mtp_depth else mtp_prefix(self.config.num_layers)
+        depths = range(self.config.mtp_depth, mtp_depth_of(self.tensors, self.config.num_layers))
+        skip = tuple(mtp_prefix(self.config.num_layers, depth) for depth in depths)
         self.audit = audit_names(entries, self.tensors, self.path, skip)
         self._check_tensors()
 
@@ -227,15 +228,24 @@ def is_stacked(names: Iterable[str]) -> bool:
     return any(name.endswith("mlp.experts.gate_up_proj") for name in names)
 
 
-def mtp_prefix(num_layers: int) -> str:
-    """How the names of the MTP layer begin (facts 11)."""
-    return f"model.layers.{num_layers}."
+def mtp_prefix(num_layers: int, depth: int) -> str:
+    """How the names of the MTP layer of a depth, from 0, begin (facts 11)."""
+    return f"model.layers.{num_layers + depth}."
+
+
+def mtp_depth_of(names: Iterable[str], num_layers: int) -> int:
+    """How many MTP layers follow the main model's layers in the files."""
+    depths = 0
+    names = [name for name in names if name.startswith("model.layers.")]
+    while any(name.startswith(mtp_prefix(num_layers, depths)) for name in names):
+        depths += 1
+    return depths
 
 
 def config_from_files(folder: Path, values: dict, names: Iterable[str]):
-    """The configuration of a HuggingFace folder; whether it has an MTP layer is read from its tensors."""
-    prefix = mtp_prefix(values.get("num_hidden_layers", 0))
-    return config_from_hf(values, int(any(name.startswith(prefix) for name in names)), folder / "config.json")
+    """The configuration of a HuggingFace folder; how many MTP layers it has is read from its tensors."""
+    depth = mtp_depth_of(names, values.get("num_hidden_layers", 0))
+    return config_from_hf(values, depth, folder / "config.json")
 
 
 def audit_index(folder: Path) -> Audit:

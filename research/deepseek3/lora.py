@@ -19,7 +19,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import Uniform, initializer
 from peft_folder import ADAPTER_CONFIG, ADAPTER_FILE, PEFT_PREFIX, PeftFolder
 from safetensors.numpy import save_file
-from sharding import shard
+from sharding import adapter_plan, run_locally, shard
 from weights import Entry, boxes, name_table, overlap
 
 from mindformers_ext.config.model import FFN_TARGETS, LoraConfig
@@ -71,16 +71,41 @@ class LoraAdapter(nn.Cell):
         return self.up(latent, ops.cast(self.lora_b, self.compute_dtype))
 
 
-class AdapterPair(nn.Cell):
-    """lora_a (E, rank, in) and lora_b (E, out, rank) of one of the routed experts' matrices."""
+class ExpertAdapter(nn.Cell):
+    """alpha / rank * (B A)^T of every routed expert, to be added to one of its matrices, `part` of FFN_TARGETS.
 
-    def __init__(self, config, in_dim: int, out_dim: int):
+    lora_a (E, rank, in) and lora_b (E, out, rank) lie with their experts; each device makes those that it holds.
+    """
+
+    def __init__(self, config, part: str):
         super().__init__()
-        self.lora_a, self.lora_b = parameters_of(config.lora, in_dim, out_dim, config.moe_config.expert_num)
+        hidden, width = config.hidden_size, config.moe_config.moe_intermediate_size
+        sizes = (width, hidden) if part == "down_proj" else (hidden, width)
+        self.lora_a, self.lora_b = parameters_of(config.lora, *sizes, config.moe_config.expert_num)
+        self.part, self.width = part, width
+        self.scale, self.compute_dtype = config.lora.scale, getattr(mstype, config.compute_dtype)
+        self.product = ops.BatchMatMul(transpose_a=True, transpose_b=True)
+        self.add = run_locally(self._add, self._as_weight, self._as_weight, adapter_plan(), config)
+
+    def construct(self, weight):
+        """weight (E, in, out) with the adapter added; of `gate_up_proj` (E, H, 2F) to the half that is `part`."""
+        return self.add(weight, ops.cast(self.lora_a, self.compute_dtype), ops.cast(self.lora_b, self.compute_dtype))
+
+    def _add(self, weight, a, b):
+        delta = self.product(a, b) * self.scale
+        if self.part == "gate_proj":
+            return ops.concat((weight[:, :, : self.width] + delta, weight[:, :, self.width :]), -1)
+        if self.part == "up_proj":
+            return ops.concat((weight[:, :, : self.width], weight[:, :, self.width :] + delta), -1)
+        return weight + delta
+
+    def _as_weight(self, weight, *_):
+        """Shape and type of the result."""
+        return weight
 
 
 class ExpertAdapters(nn.Cell):
-    """alpha / rank * (B A)^T for every routed expert, added to its weights before they meet the tokens.
+    """The adapters of the routed experts, added to their weights before these meet the tokens.
 
     So the dispatch stays as it is, at the price of one more copy of a layer's local experts. Dropout, which would act
     on tokens, is not possible here.
@@ -88,35 +113,19 @@ class ExpertAdapters(nn.Cell):
 
     def __init__(self, config):
         super().__init__()
-        hidden, width = config.hidden_size, config.moe_config.moe_intermediate_size
-        self.scale, self.compute_dtype = config.lora.scale, getattr(mstype, config.compute_dtype)
-        self.width = width
         parts = [part for part in FFN_TARGETS if config.lora.has(f"experts.{part}")]
         for part in parts:
-            sizes = (width, hidden) if part == "down_proj" else (hidden, width)
-            self.insert_child_to_cell(part, AdapterPair(config, *sizes))
-        self.gate, self.up, self.down = (2 * parts.index(p) if p in parts else -1 for p in FFN_TARGETS)
-        self.pairs = [self._cells[part] for part in parts]
-        self.product = ops.BatchMatMul(transpose_a=True, transpose_b=True)
+            self.insert_child_to_cell(part, ExpertAdapter(config, part))
+        self.of_gate_up = [self._cells[part] for part in parts if part != "down_proj"]
+        self.of_down = [self._cells[part] for part in parts if part == "down_proj"]
 
-    def construct(self):
-        """lora_a and lora_b of each adapted matrix, in the compute dtype."""
-        matrices = ()
-        for pair in self.pairs:
-            a, b = ops.cast(pair.lora_a, self.compute_dtype), ops.cast(pair.lora_b, self.compute_dtype)
-            matrices = matrices + (a, b)
-        return matrices
-
-    def add_to(self, gate_up, down, matrices):
-        """gate_up (L, H, 2F) and down (L, F, H) with the adapters of the same L experts added."""
-        gate = self._product(matrices, self.gate, gate_up[:, :, : self.width])
-        up = self._product(matrices, self.up, gate_up[:, :, self.width :])
-        return gate_up + ops.concat((gate, up), -1), down + self._product(matrices, self.down, down)
-
-    def _product(self, matrices, place, like):
-        if place < 0:
-            return ops.zeros_like(like)
-        return self.product(matrices[place], matrices[place + 1]) * self.scale
+    def construct(self, gate_up, down):
+        """gate_up (E, H, 2F) and down (E, F, H) with what is adapted of them."""
+        for adapter in self.of_gate_up:
+            gate_up = adapter(gate_up)
+        for adapter in self.of_down:
+            down = adapter(down)
+        return gate_up, down
 
 
 def is_adapter(name: str) -> bool:

@@ -108,14 +108,16 @@ def lora_plans(tokens: tuple, width: tuple) -> dict[str, dict[str, tuple]]:
     }
 
 
-def experts_plan(adapters: int = 0) -> tuple:
-    """Layouts of the per-device MoE program on the grid (edp, ep): inputs, then outputs.
+def experts_plan() -> tuple:
+    """Layouts of the per-device MoE program on the grid (edp, ep): inputs, then outputs."""
+    tokens, experts = (("edp", "ep"), NONE), ("ep", NONE, NONE)
+    return (tokens, (NONE, NONE), (NONE,), experts, experts), (tokens,) * 5
 
-    `adapters`: number of LoRA matrices (E, ., .), which lie with their experts.
-    """
-    tokens = (("edp", "ep"), NONE)
-    inputs = (tokens, (NONE, NONE), (NONE,)) + (("ep", NONE, NONE),) * (2 + adapters)
-    return inputs, (tokens,) * 5
+
+def adapter_plan() -> tuple:
+    """Layouts of the program that adds a LoRA adapter to the experts it belongs to."""
+    experts = ("ep", NONE, NONE)
+    return (experts,) * 3, (experts,)
 
 
 def rms_norm_plan(x: tuple) -> dict[str, tuple]:
@@ -245,14 +247,17 @@ def in_grid_order(axes: tuple, sizes: dict[str, int]) -> bool:
     return split == sorted(split)
 
 
-def run_locally(function, shapes, types, config):
-    """`function` as every device runs it on its own part of the MoE's inputs; itself where nothing is split."""
+def run_locally(function, shapes, types, plan: tuple, config):
+    """`function` as every device runs it on its own part of the MoE's inputs; itself where nothing is split.
+
+    `shapes` and `types` give those of the results from the inputs', `plan` is one of the plans on the grid (edp, ep).
+    """
     if not is_sharded():
         return function
     p = config.parallel_config
     devices = p.data_parallel * p.context_parallel * p.model_parallel
     grid = Layout((devices // p.expert_parallel, p.expert_parallel), ("edp", "ep"))
-    inputs, outputs = experts_plan(config.lora.expert_matrices())
+    inputs, outputs = plan
     morph = ops.Morph(function, shapes, types).add_prim_attr("self_define_shard", True)
     morph.shard(in_strategy=tuple(grid(*x) for x in inputs), out_strategy=tuple(grid(*x) for x in outputs))
     return morph

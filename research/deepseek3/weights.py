@@ -52,13 +52,16 @@ def name_table(config, stacked: bool = False) -> Iterator[Entry]:
     """
     hidden, vocab = config.hidden_size, config.vocab_size
     aliases = [f"model.layers.{i}" for i in range(config.num_layers, config.num_layers + config.mtp_depth)]
-    copies = tuple(f"{alias}.embed_tokens.weight" for alias in aliases)
+    embeddings = tuple(f"{alias}.embed_tokens.weight" for alias in aliases)
+    heads = tuple(f"{alias}.shared_head.head.weight" for alias in aliases)
+    tied = config.tie_word_embeddings
+    copies = embeddings + heads if tied else embeddings
     yield Entry("model.embed_tokens.weight", (vocab, hidden), ("model.embed_tokens.weight",), copies=copies)
     for i in range(config.num_layers):
         yield from layer_table(config, i, f"model.layers.{i}", f"model.layers.{i}", stacked)
     yield Entry("model.norm.weight", (hidden,), ("model.norm.weight",))
-    copies = tuple(f"{alias}.shared_head.head.weight" for alias in aliases)
-    yield Entry("lm_head.weight", (vocab, hidden), ("lm_head.weight",), copies=copies)
+    if not tied:
+        yield Entry("lm_head.weight", (vocab, hidden), ("lm_head.weight",), copies=heads)
     for depth, theirs in enumerate(aliases):
         ours = f"mtp.{depth}"
         yield Entry(f"{ours}.enorm.weight", (hidden,), (f"{theirs}.enorm.weight",))

@@ -53,6 +53,26 @@ ILLEGAL = [
         [("moe_config.use_gmm", False), ("moe_config.expert_group_size", 1000)],
         ["1000 does not divide 1024", "nearest legal: 512 or 1024"],
     ),
+    (  # a sequence is the default group, and lies on four devices
+        [("moe_config.use_gmm", False), ("moe_config.expert_group_size", None)],
+        ["the default, a sequence of 4096, does not divide 1024", "nearest legal: 1024"],
+    ),
+    (  # a group of two sequences: which two depends on data_parallel and micro-batches
+        [
+            ("moe_config.use_gmm", False),
+            ("moe_config.expert_group_size", 8192),
+            ("runner_config.batch_size", 8),
+        ],
+        ["= 8192, but 8192 does not divide 4096", "nearest legal: 4096"],
+    ),
+    (
+        [("model.model_config.mtp_depth", 2)],
+        ["the last of 16 pipeline stages", "nearest legal: 1, or pipeline_stage 1"],
+    ),
+    (
+        [("model.model_config.tie_word_embeddings", True)],
+        ["a parameter lies on one pipeline stage", "the last of 16", "nearest legal: False, or pipeline_stage 1"],
+    ),
     ([("parallel.pipeline_config.pipeline_interleave", True)], ["one run; nearest legal: False"]),
     ([("moe_config.num_experts_chosen", 300)], ["num_experts_chosen is 300", "expert_num = 256"]),
     ([("moe_config.topk_group", 9)], ["topk_group is 9", "n_group = 8", "nearest legal: 8"]),

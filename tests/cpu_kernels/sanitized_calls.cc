@@ -107,7 +107,8 @@ std::vector<Tensor> make(T... tensors) {
 using T = Tensor;
 
 void dense(int64_t n, int64_t d, const char* t) {
-  const Values none, eps = {{"eps", "1e-6"}}, turn = {{"direction", "1"}};
+  const Values none, eps = {{"eps", "1e-6"}}, turn = {{"direction", "1"}, {"halves", "0"}};
+  const Values turn_halves = {{"direction", "-1"}, {"halves", "1"}};
   CALL(RmsNorm, eps, T({n, d}, t), T({d}, t), T({n, d}, t), T({n}));
   CALL(RmsNormGrad, none, T({n, d}, t), T({n, d}, t), T({n}), T({d}, t), T({n, d}, t), T({d}, t));
   CALL(SwiGlu, none, T({n, d}, t), T({n, d}, t), T({n, d}, t));
@@ -115,6 +116,7 @@ void dense(int64_t n, int64_t d, const char* t) {
   CALL(SwiGluHalves, none, T({n, 2 * d}, t), T({n, d}, t));
   CALL(SwiGluHalvesGrad, none, T({n, d}, t), T({n, 2 * d}, t), T({n, 2 * d}, t));
   CALL(Rotary, turn, T({2, 3, n, 2 * d}, t), T({2, 1, n, 2 * d}), T({2, 1, n, 2 * d}), T({2, 3, n, 2 * d}, t));
+  CALL(Rotary, turn_halves, T({2, 3, n, 2 * d}, t), T({2, 1, n, 2 * d}), T({2, 1, n, 2 * d}), T({2, 3, n, 2 * d}, t));
   CALL(Linear, none, T({n, d}, t), T({7, d}, t), T({n, 7}, t));
   CALL(LinearGrad, none, T({n, 7}, t), T({n, d}, t), T({7, d}, t), T({n, d}, t), T({7, d}, t));
   CALL(FeedForward, none, T({n, d}, t), T({7, d}, t), T({7, d}, t), T({d, 7}, t), T({n, d}, t), T({n, 14}));

@@ -51,6 +51,19 @@ def test_matmul(rows, columns, inner, turned_a, turned_b):
     close(ours, (a.astype(np.float64) @ b).astype(np.float32), "product")
 
 
+@few
+@given(st.integers(1, 3), st.integers(1, 4), size, st.integers(1, 20))
+def test_rotary_of_halves_turns_the_pairs_of_the_interleaved_one(batch, heads, length, half):
+    x, angles = random(batch, heads, length, 2 * half), random(batch, 1, length, half, seed=1)
+    sorted_x = np.concatenate((x[..., ::2], x[..., 1::2]), -1)
+    a, b, cos, sin = *np.split(sorted_x.astype(np.float64), 2, -1), np.cos(angles), np.sin(angles)
+    expected = np.concatenate((a * cos - b * sin, b * cos + a * sin), -1).astype(np.float32)
+    tables = [np.concatenate((table, table), -1) for table in (cos, sin)]
+    ours = run("Rotary", x.shape, sorted_x, *tables, direction=1, halves=True)
+    close(ours, expected, "turned")
+    close(run("Rotary", x.shape, expected, *tables, direction=-1, halves=True), sorted_x, "turned back")
+
+
 def test_columns_and_masked_rows_are_copied():
     x = random(3, 5, 7)
     np.testing.assert_array_equal(run("CutColumns", (3, 5, 3), x, first=2), x[..., 2:5])

@@ -53,11 +53,36 @@ def test_layout_equals_one_process(problem, name):
     check(problem, name)
 
 
+@pytest.mark.slow
+def test_two_depths_of_multi_token_prediction_equal_one_process(tmp_path):
+    command = ["--config", str(FOLDER / "pretrain_deepseek3_tiny.yaml"), *SIZES, "--model.model_config.mtp_depth", "2"]
+    check(RunProblem.of(command, tmp_path, steps=3), "mp2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dp2-optimizer", "mp2-vocab"])
+def test_tied_embeddings_equal_one_process(tmp_path, name):
+    tied = ["--model.model_config.tie_word_embeddings", "True"]
+    command = ["--config", str(FOLDER / "pretrain_deepseek3_tiny.yaml"), *SIZES, *tied]
+    check(RunProblem.of(command, tmp_path, steps=3), name)
+
+
 def test_layout_that_does_not_fit_is_a_sentence(problem):
     layout = problem.layouts()["mp4"]
     layout.arguments["overrides"]["parallel_config"]["model_parallel"] = 8
     with pytest.raises(ConfigError, match="model_parallel must divide num_heads, .* 8 does not divide 4"):
         problem.compile(replace(layout, world_size=8), problem.folder / "mp8")
+
+
+def test_capacity_that_would_drop_by_layout_is_a_sentence(tmp_path):
+    """A sequence is the group, and lies on two devices; the layouts that check capacity take a group that fits."""
+    dropping = ["--moe_config.use_gmm", "False", "--moe_config.capacity_factor", "0.75"]
+    command = ["--config", str(FOLDER / "pretrain_deepseek3_tiny.yaml"), *SIZES, *dropping]
+    given = RunProblem.of(command, tmp_path, steps=1)
+    with pytest.raises(ConfigError, match="expert_group_size must divide .* a sequence of 32, does not divide 16"):
+        given.compile(given.layouts()["dp2-mp2-pp2-ep2"], tmp_path / "layout")
+    for name in ("ep4-mp2-a2a", "ep2-drops"):
+        assert given.layouts()[name].arguments["model"]["moe_config.expert_group_size"] <= 32
 
 
 def test_a_pipeline_gets_a_layer_for_every_stage(problem):

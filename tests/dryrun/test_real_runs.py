@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "research" / "deepseek3"
+TINY = RUNS / "deepseek3_tiny" / "pretrain_deepseek3_tiny_4p.yaml"
 ONE_BILLION = RUNS / "deepseek3_1b" / "pretrain_deepseek3_1b.yaml"
 CLUSTER = RUNS / "deepseek3_671b" / "pretrain_deepseek3_671b.yaml"
 FINETUNE = RUNS / "deepseek3_671b" / "finetune_deepseek3_671b.yaml"
@@ -73,6 +74,16 @@ def test_slice_of_671b_on_1024_ranks(tmp_path):
     experts = [row for row in report["ranks"][1]["layouts"] if row["name"] == "model.layers.2.mlp.experts.gate_up_proj"]
     assert experts[0]["full_shape"] == [256, 7168, 4096]
     assert max(r["compiled"]["peak_rss_bytes"] for r in report["ranks"]) < 3 * 2**30
+
+
+@pytest.mark.slow
+def test_two_depths_of_multi_token_prediction(tmp_path):
+    overrides = {"model.model_config.mtp_depth": "2"}
+    report = dry_run(tmp_path, TINY, "--ranks", "per-stage", "--jobs", "2", overrides=overrides)
+    assert report["parameter_check"]["differences"] == []
+    assert report["parameter_check"]["values"] == report["parameter_check"]["expected"]
+    names = {row["name"] for row in report["ranks"][0]["layouts"]}
+    assert {name.split(".")[1] for name in names if name.startswith("mtp.")} == {"0", "1"}
 
 
 @pytest.mark.slow

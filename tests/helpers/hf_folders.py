@@ -77,7 +77,9 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     hidden, heads, latent = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     found = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
-    found["lm_head.weight"] = (config["vocab_size"], hidden)
+    head = (config["vocab_size"], hidden)
+    if not config.get("tie_word_embeddings"):
+        found["lm_head.weight"] = head
     layers = config["num_hidden_layers"]
     for i in range(layers + config.get("num_nextn_predict_layers", 0)):
         layer = f"model.layers.{i}"
@@ -108,7 +110,7 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
         if i >= layers:
             found |= {f"{layer}.{norm}.weight": (hidden,) for norm in ("enorm", "hnorm", "shared_head.norm")}
             found[f"{layer}.eh_proj.weight"] = (hidden, 2 * hidden)
-            found[f"{layer}.embed_tokens.weight"] = found[f"{layer}.shared_head.head.weight"] = found["lm_head.weight"]
+            found[f"{layer}.embed_tokens.weight"] = found[f"{layer}.shared_head.head.weight"] = head
     return found
 
 
@@ -124,7 +126,7 @@ def random_tensors(config: dict, dtype: torch.dtype = torch.bfloat16, seed: int 
         if name.endswith(".embed_tokens.weight") and ".layers." in name:
             tensors[name] = tensors["model.embed_tokens.weight"].clone()
         if name.endswith("shared_head.head.weight"):
-            tensors[name] = tensors["lm_head.weight"].clone()
+            tensors[name] = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"]).clone()
     return tensors
 
 

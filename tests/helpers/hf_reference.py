@@ -38,6 +38,7 @@ def hf_model(config) -> torch.nn.Module:
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.rms_norm_eps,
         rope_theta=config.theta,
+        tie_word_embeddings=config.tie_word_embeddings,
         rope_scaling=config.yarn and {"rope_type": "yarn", **vars(config.yarn)},
         pad_token_id=None,
         attn_implementation="eager",

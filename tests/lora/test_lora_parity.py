@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from mindformers_ext.config.model import LoraConfig
+from mindformers_ext.config.model import FFN_TARGETS, LoraConfig
 from mindformers_ext.errors import ConfigError
 
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
@@ -202,7 +202,11 @@ def test_adapters_are_split_like_their_projections(monkeypatch, use_seq_parallel
         assert attention.o_proj.lora.up.in_strategy == ((2, 1), (1, 1))
         assert attention.o_proj.add_lora.in_strategy == ((tokens, 1), (tokens, 1))
         assert attention.q_a_proj.lora.up.in_strategy == ((tokens, 1), (1, 1))
-        assert len(sharding.experts_plan(network.config.lora.expert_matrices())[0]) == 5 + 6
+        for part in FFN_TARGETS:  # both halves lie with their experts, as the weight does
+            adapter = network.model.layers[1].mlp.experts.lora._cells[part]
+            layouts = (*adapter.add.attrs["in_layout"], *adapter.add.attrs["out_layout"])
+            assert [layout["alias_name"] for layout in layouts] == [("edp", "ep")] * 4
+            assert [layout["tensor_map"] for layout in layouts] == [(0, -1, -1)] * 4  # numbered from the last axis
     finally:
         ms.reset_auto_parallel_context()
 

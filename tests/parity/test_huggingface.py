@@ -35,15 +35,21 @@ V3 = {
     "dense_only": v3_config(moe=dict(expert_num=1, num_experts_chosen=1, n_group=1, topk_group=1)),
     "moe_only": v3_config(moe=dict(first_k_dense_replace=0)),
     "odd_sizes": v3_config(**ODD, moe=dict(moe_intermediate_size=13)),
+    "moonlight_norms": v3_config(rms_norm_eps=1e-5, theta=50000.0),
+    "large_eps": v3_config(rms_norm_eps=0.03, theta=500.0),  # of all norms but the latents'
+    "tied_embeddings": v3_config(tie_word_embeddings=True),
     "capacity_suffices": v3_config(moe=dict(use_gmm=False, capacity_factor=8.0)),
     "fused": v3_config(**FUSED, moe=FUSED_MOE),
     "fused_negative_bias": v3_config(**FUSED, moe=FUSED_MOE),
     "fused_yarn": v3_config(**YARN, **FUSED, moe=FUSED_MOE),
+    "fused_tied_embeddings": v3_config(tie_word_embeddings=True, **FUSED, moe=FUSED_MOE),
+    "fused_large_eps": v3_config(rms_norm_eps=0.03, theta=500.0, **FUSED, moe=FUSED_MOE),
     "fused_odd_sizes": v3_config(**ODD, **FUSED, moe=dict(moe_intermediate_size=13) | FUSED_MOE),
 }
 V2 = {
     "v2_lite": v2_config(q_lora_rank=None),
     "v2": v2_config(moe=dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=16.0)),
+    "v2_large_eps": v2_config(rms_norm_eps=0.03, theta=1e6),
     "fused_v2": v2_config(**FUSED, moe=FUSED_MOE | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2)),
 }
 

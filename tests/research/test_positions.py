@@ -5,10 +5,10 @@ import math
 import mindspore as ms
 import numpy as np
 import pytest
-from deepseek2_model import rope_tables, softmax_scale, yarn_frequencies
 from deepseek3_model import DeepseekV3ForCausalLM
 from helpers.small_models import v3_config
 from mindspore import Tensor
+from rope import rope_tables, softmax_scale, yarn_frequencies
 
 RELEASED = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, max_position_embeddings=4096)
 

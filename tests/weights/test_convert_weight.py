@@ -19,6 +19,8 @@ from mindformers_ext.errors import ConfigError, exit_code_of
 from mindformers_ext.files import safetensors_format as safetensors_files
 
 NO_MTP = {**V3_CONFIG, "num_nextn_predict_layers": 0}
+TIED = {**V3_CONFIG, "tie_word_embeddings": True}
+TWO_DEPTHS = {**V3_CONFIG, "num_nextn_predict_layers": 2}
 RELEASED = {
     **V3_CONFIG,
     **dict(hidden_size=7168, intermediate_size=18432, kv_lora_rank=512, moe_intermediate_size=2048, n_group=8),
@@ -50,7 +52,11 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> N
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("config", [V3_CONFIG, NO_MTP, V2_LITE_CONFIG], ids=["v3_mtp", "v3", "v2_lite"])
+@pytest.mark.parametrize(
+    "config",
+    [V3_CONFIG, TWO_DEPTHS, NO_MTP, TIED, V2_LITE_CONFIG],
+    ids=["v3_mtp", "v3_two_mtp", "v3", "v3_tied", "v2_lite"],
+)
 def test_round_trip_is_bit_equal(tmp_path, config, dtype, capsys):
     tensors = random_tensors(config, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     source = write_folder(tmp_path / "hf", config, tensors)

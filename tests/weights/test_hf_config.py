@@ -49,12 +49,13 @@ RELEASED_V3 = {  # deepseek-ai/DeepSeek-V3, the keys that say what the model is
 }
 
 
-@pytest.mark.parametrize("make", ["v3", "v3_yarn", "v3_mtp", "v2", "v2_q_lora"])
+@pytest.mark.parametrize("make", ["v3", "v3_yarn", "v3_mtp", "v3_tied", "v2", "v2_q_lora"])
 def test_ours_to_theirs_and_back(make):
     config = {
         "v3": v3_config(),
         "v3_yarn": v3_config(**YARN),
         "v3_mtp": v3_config(mtp_depth=1),
+        "v3_tied": v3_config(tie_word_embeddings=True),
         "v2": v2_config(q_lora_rank=None),
         "v2_q_lora": v2_config(moe=dict(topk_method="group_limited_greedy", n_group=4, topk_group=2)),
     }[make]
@@ -102,7 +103,7 @@ def test_a_given_config_is_corrected_for_export():
 
 BAD = {
     "family": ({"model_type": "llama"}, "model_type is 'llama'"),
-    "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    "tied": ({"tie_word_embeddings": 2}, "tie_word_embeddings is 2, but must be True or False"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "bias": ({"attention_bias": True}, "attention_bias is True"),
     "scores": ({"scoring_func": "tanh"}, "scoring_func is 'tanh'"),

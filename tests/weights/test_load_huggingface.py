@@ -23,6 +23,7 @@ from mindformers_ext.training.checkpoint_monitor import load_weights
 from mindformers_ext.training.pretrained import HuggingFaceFolder, resolve
 
 NO_MTP = {**V3_CONFIG, "num_nextn_predict_layers": 0}
+TWO_DEPTHS = {**V3_CONFIG, "num_nextn_predict_layers": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,9 @@ def transformers_logits(folder, ids: np.ndarray) -> np.ndarray:
 CASES = {
     "v3_mtp": (V3_CONFIG, 1),
     "v3_mtp_left_out": (V3_CONFIG, 0),
+    "v3_second_depth_left_out": (TWO_DEPTHS, 1),
     "v3": (NO_MTP, 0),
+    "v3_tied": ({**V3_CONFIG, "tie_word_embeddings": True}, 1),
     "v2_lite": (V2_LITE_CONFIG, 0),
 }
 
@@ -84,6 +87,17 @@ def test_fp8_and_mtp_weights_arrive(tmp_path):
     stack = network.mtp[0].layer.mlp.experts.gate_up_proj.asnumpy()
     expert = tensors["model.layers.2.mlp.experts.11.up_proj.weight"].float().numpy()
     assert np.array_equal(stack[11, :, 20:], expert.T)
+
+
+def test_each_depth_gets_its_own_layer(tmp_path):
+    tensors = random_tensors(TWO_DEPTHS)
+    network = network_of(write_folder(tmp_path, TWO_DEPTHS, tensors), 2)
+    load_huggingface(network, tmp_path)
+    for depth, predictor in enumerate(network.mtp):
+        layer = f"model.layers.{2 + depth}"
+        assert np.array_equal(predictor.eh_proj.weight.asnumpy(), tensors[f"{layer}.eh_proj.weight"].float().numpy())
+        gate = tensors[f"{layer}.mlp.gate.weight"].float().numpy()
+        assert np.array_equal(predictor.layer.mlp.gate.weight.asnumpy(), gate)
 
 
 MISMATCHES = {

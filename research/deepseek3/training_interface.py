@@ -1,0 +1,44 @@
+"""What a run, its callbacks and the converters ask of the model, besides its loss."""
+
+import numpy as np
+from hf_weights import HuggingFaceWeights
+from lora import frozen_names, save_peft
+from mindspore import nn
+
+from mindformers_ext.config.flops import flops_per_token
+from mindformers_ext.layers.router import TopkRouterV2
+
+__all__ = ["TrainingInterface"]
+
+
+class TrainingInterface:
+    """Methods of a causal language model; it has a `config`, and its layers in `model.layers`."""
+
+    def decoder_layers(self) -> list[tuple[str, nn.Cell]]:
+        """(name, layer) of every decoder layer, MTP's included, by depth."""
+        return [(f"layers.{i}", layer) for i, layer in enumerate(self.model.layers)]
+
+    def moe_routers(self) -> list[tuple[str, TopkRouterV2]]:
+        """(layer name, router) of every MoE layer."""
+        return [(name, layer.mlp.gate) for name, layer in self.decoder_layers() if layer.is_moe]
+
+    def update_topk_bias(self) -> None:
+        """Move every router's bias one step towards balance (facts 4); once per optimizer step, before saving."""
+        for _, router in self.moe_routers():
+            router.update_bias()
+
+    def huggingface_weights(self, folder: str) -> HuggingFaceWeights:
+        """The weights of this model in a HuggingFace folder. Raises ConfigError where the folder does not fit."""
+        return HuggingFaceWeights(folder, self.config)
+
+    def frozen_names(self) -> set[str]:
+        """Names of the weights that a LoRA training leaves as they were loaded; none without LoRA."""
+        return frozen_names(self.config)
+
+    def save_adapter(self, folder: str, values: dict[str, np.ndarray], base: str = "") -> None:
+        """Write LoRA adapters, whole arrays by our names, as a folder of the peft package."""
+        save_peft(folder, self.config, values, base)
+
+    def flops_per_token(self, seq_length: int | None = None) -> float:
+        """Forward and backward FLOPs of one token at the given (default: the configured) sequence length."""
+        return flops_per_token(self.config, seq_length or self.config.seq_length)
