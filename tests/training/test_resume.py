@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from helpers.command_line import ROOT, TOY, run_command, run_environment, run_mindformer
 from helpers.small_yaml import small_sizes
-from mindformers.tools.register import MindFormerConfig
 from safetensors.numpy import load_file, save_file
 
+from mindformers_ext.config.run import Run, read_run
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.sharded_checkpoint.audit import differences, verify_all
 from mindformers_ext.sharded_checkpoint.reader import open_source
@@ -126,14 +126,15 @@ def test_what_does_not_fit_is_one_sentence(trained: Path, toy_folder: Path, argu
 
 
 def test_what_cannot_be_resumed(trained: Path, toy_folder: Path) -> None:
-    config = MindFormerConfig(load_checkpoint=str(toy_folder / "straight/checkpoint"), resume_training="step_000099")
+    def run(source: Path, resume: bool | str) -> Run:
+        return read_run(TOY / "train_toy.yaml", None, [("load_checkpoint", str(source)), ("resume_training", resume)])
+
     with pytest.raises(ConfigError, match="y.yaml: .* has no checkpoint 'step_000099', only step_000004, step_000008"):
-        find_checkpoint(config, "y.yaml")
+        find_checkpoint(run(toy_folder / "straight/checkpoint", "step_000099"))
     plain = toy_folder / "one.safetensors"
     save_file({"w": np.zeros(2)}, plain)
-    config = MindFormerConfig(load_checkpoint=str(plain), resume_training=True)
     with pytest.raises(ConfigError, match="holds weights only; set it to False"):
-        find_checkpoint(config, "y.yaml")
+        find_checkpoint(run(plain, True))
 
 
 SHORT = ["--runner_config.epochs", "2"]

@@ -16,7 +16,8 @@ from helpers.hf_folders import random_tensors, write_folder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER, render
+from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER, Turn, render
+from mindformers_ext.config.run import read_run
 from mindformers_ext.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,19 +101,21 @@ def test_chat_template_is_that_of_the_training_data(folder):
     messages = [("system", "be brief"), ("user", "what is it"), ("assistant", "a list"), ("user", "sure")]
     chat = [{"role": role, "content": text} for role, text in messages]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert rendered == "".join(render(messages)) + USER + "sure" + ASSISTANT
+    assert rendered == "".join(render([Turn(role, text) for role, text in messages])) + USER + "sure" + ASSISTANT
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
 
 
 def test_yaml_sections_come_back(folder, tmp_path):
     script("make_hf_assets").run(["--hf_dir", str(folder / "hf"), "--output", str(tmp_path / "model.yaml")])
     sections = yaml.safe_load((tmp_path / "model.yaml").read_text())
-    tiny = yaml.safe_load(TINY.read_text())
+    tiny, model = read_run(TINY), sections["model"]["model_config"]
     for key, value in sections["moe_config"].items():
-        assert tiny["moe_config"][key] == value, key
-    for key, value in sections["model"]["model_config"].items():
+        assert getattr(tiny.model.moe_config, key) == value, key
+    for key in ("type", "auto_register"):
+        assert tiny.value(f"model.model_config.{key}") == model.pop(key)
+    for key, value in model.items():
         if key != "initializer_range":
-            assert tiny["model"]["model_config"][key] == value, key
+            assert getattr(tiny.model, key) == value, key
 
 
 def test_bad_arguments_are_refused(tmp_path):
