@@ -42,6 +42,16 @@ def what_training_needs(run: Run) -> Iterator[Violation]:
         yield Violation("model.arch", "training needs this section")
 
 
+def what_inference_needs(run: Run) -> Iterator[Violation]:
+    s = run.sections
+    if run.trains:
+        return
+    if s.use_parallel:
+        yield Violation("use_parallel", f"run_mode {s.run_mode!r} runs on one device")
+    if s.run_mode == "eval" and (not s.eval_dataset or not s.eval_dataset.data_loader or not s.eval_dataset_task):
+        yield Violation("eval_dataset", "run_mode eval needs the sections eval_dataset and eval_dataset_task")
+
+
 def dataset_in_use(run: Run) -> tuple[str, Dataset | None]:
     """Name and section of the Megatron data that the run reads: training is not refused for its eval section."""
     name = "eval_dataset" if run.sections.run_mode == "eval" else "train_dataset"
@@ -142,6 +152,7 @@ def watched_on_a_card(run: Run) -> Iterator[Violation]:
 
 RUN_RULES = (
     what_training_needs,
+    what_inference_needs,
     data_of_a_run,
     the_models_own_network,
     balancing_needs_its_callback,

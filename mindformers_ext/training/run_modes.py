@@ -85,7 +85,7 @@ def fit_to_device(run: Run, values: dict[str, Any]) -> None:
     """Leave out what only an NPU has when the run is on CPU, and accumulate gradients in our own step."""
     runner = values.setdefault("runner_config", {})
     steps = run.sections.runner_config.gradient_accumulation_steps
-    if steps > 1 and not run.is_semi_auto:
+    if run.trains and steps > 1 and not run.is_semi_auto:
         values["runner_wrapper"]["accumulation_steps"] = steps
         runner["batch_size"] = run.batch_size * steps
         runner["gradient_accumulation_steps"] = 1
@@ -148,9 +148,6 @@ def find_checkpoint(run: Run) -> Source | HuggingFaceFolder:
 
 def build_model(run: Run, settings: MindFormerConfig) -> nn.Cell:
     """Build the network for inference and load `load_checkpoint` into it."""
-    if run.sections.use_parallel:
-        mode = run.sections.run_mode
-        raise ConfigError(f"{run.path}: use_parallel is True, but run_mode {mode!r} runs on one device")
     checkpoint = find_checkpoint(run)
     build_parallel_config(settings)
     network = build_network(
@@ -180,9 +177,6 @@ def cross_entropy_sum(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray) 
 
 def evaluate(run: Run, settings: MindFormerConfig) -> dict[str, float]:
     """Print and return the loss (nats per token) and the perplexity of eval_dataset."""
-    data = run.sections.eval_dataset
-    if data is None or data.data_loader is None or run.sections.eval_dataset_task is None:
-        raise ConfigError(f"{run.path}: run_mode eval needs the sections eval_dataset and eval_dataset_task")
     check_data(run, "eval_dataset")
     network = build_model(run, settings)
     settings.eval_dataset.batch_size = run.batch_size
