@@ -29,7 +29,7 @@ from tqdm import tqdm
 import mindformers_ext.training.register  # noqa: F401 (registers our classes)
 from mindformers_ext.collectives.rank_job import is_cpu_rank
 from mindformers_ext.config.check import check_classes
-from mindformers_ext.config.data_check import check_data, check_tokenizer
+from mindformers_ext.config.data_check import check_tokenizer
 from mindformers_ext.config.one_process import as_rank
 from mindformers_ext.config.run import Run
 from mindformers_ext.errors import ConfigError
@@ -51,8 +51,6 @@ def run_mode(run: Run, predict_data: list[str] | None = None) -> None:
         TrainingStopped: the loss is no longer finite.
     """
     check_classes(run)
-    if run.trains:
-        check_data(run, "train_dataset")
     if is_cpu_rank():
         run = as_rank(run)
     settings = mindformers_settings(run)
@@ -177,7 +175,6 @@ def cross_entropy_sum(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray) 
 
 def evaluate(run: Run, settings: MindFormerConfig) -> dict[str, float]:
     """Print and return the loss (nats per token) and the perplexity of eval_dataset."""
-    check_data(run, "eval_dataset")
     network = build_model(run, settings)
     settings.eval_dataset.batch_size = run.batch_size
     settings.eval_dataset_task.dataset_config = settings.eval_dataset

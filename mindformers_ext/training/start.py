@@ -61,13 +61,17 @@ def run(arguments: list[str], description: str = "", register: Sequence[str] = (
         register: modules whose classes the run names beside those of training/register.py.
     """
     options, rest = build_parser(description).parse_known_args(arguments)
+    from mindformers_ext.config.data_check import check_data
     from mindformers_ext.config.run import read_run
-    from mindformers_ext.config.run_rules import refuse
+    from mindformers_ext.config.run_rules import dataset_in_use, refuse
     from mindformers_ext.config.strategy_rules import check_run
 
     asked = read_run(find(options.config), overrides=all_overrides(options, rest))
     forget_other_processes(asked.sections.use_parallel)
     refuse(asked, check_run(asked))
+    name, read = dataset_in_use(asked)
+    if read is not None:
+        check_data(asked, name)
     ctypes.CDLL(str(built_library(Path(__file__).parent, "_interrupt"))).end_when_interrupted()
     prepare_environment(options.register_path, asked.sections.output_dir)
     logging.raiseExceptions = False  # a log that cannot be written is no page of tracebacks
