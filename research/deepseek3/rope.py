@@ -28,14 +28,18 @@ def rope_tables(config) -> tuple[np.ndarray, np.ndarray]:
 
 
 def yarn_frequencies(freq: np.ndarray, dim: int, theta: float, yarn) -> np.ndarray:
-    """Blend extrapolated (fast) and interpolated (slow) frequencies linearly over the correction range (YaRN 3.2)."""
+    """Blend extrapolated (fast) and interpolated (slow) frequencies linearly over the correction range (YaRN 3.2).
+
+    As in DeepSeek's and transformers' code, only a range of no width is widened: one that ends before it begins (a
+    short original context, a small theta, beta_fast below beta_slow) runs backwards.
+    """
 
     def dimension(rotations: float) -> float:
         return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / 2 / math.log(theta)
 
     low = max(math.floor(dimension(yarn.beta_fast)), 0)
     high = min(math.ceil(dimension(yarn.beta_slow)), dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)
     return freq * (1 - ramp) + freq / yarn.factor * ramp
 
 

@@ -1,14 +1,17 @@
 """Rotary positions, YaRN and masks: the released models' numbers (facts 7, 8), packed samples."""
 
 import math
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
 import pytest
+import torch
 from deepseek3_model import DeepseekV3ForCausalLM
 from helpers.small_models import v3_config
 from mindspore import Tensor
 from rope import rope_tables, softmax_scale, yarn_frequencies
+from transformers.modeling_rope_utils import _compute_yarn_parameters
 
 RELEASED = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, max_position_embeddings=4096)
 
@@ -32,6 +35,36 @@ def test_yarn_interpolates_from_dimension_10_to_23_and_keeps_the_length_of_cos_s
     cos, sin = rope_tables(config)
     np.testing.assert_allclose(cos**2 + sin**2, 1, rtol=1e-5)
     assert cos.shape == (4096, 64) and math.isclose(cos[1, 0], math.cos(1.0), rel_tol=1e-6)
+
+
+# Where the correction range begins and ends, of the 4 frequencies of 8 dimensions.
+RANGES = {
+    "usual": (dict(), (1, 3)),
+    "no_width": (dict(original_max_position_embeddings=5), (0, 0)),
+    "ends_below_zero": (dict(theta=100.0, original_max_position_embeddings=1), (0, -1)),
+    "begins_past_the_last": (dict(theta=2.0), (17, 7)),
+    "betas_turned_around": (
+        dict(theta=100.0, original_max_position_embeddings=1024, beta_fast=1.0, beta_slow=32.0),
+        (4, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_yarn_follows_transformers_where_the_range_is_clipped(name):
+    """Against transformers 4.57.1, whose ramp may run backwards; the range by hand, from YaRN's formula."""
+    values, (low, high) = RANGES[name]
+    yarn = dict(factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0)
+    yarn |= {key: value for key, value in values.items() if key != "theta"}
+    theta, length = values.get("theta", 10000.0), yarn["original_max_position_embeddings"]
+    ends = [8 * math.log(length / (2 * math.pi * yarn[b])) / (2 * math.log(theta)) for b in ("beta_fast", "beta_slow")]
+    assert (max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), 7)) == (low, high)
+    theirs = SimpleNamespace(
+        rope_theta=theta, head_dim=8, hidden_size=32, num_attention_heads=4, rope_scaling={**yarn, "rope_type": "yarn"}
+    )
+    expected, _ = _compute_yarn_parameters(theirs, torch.device("cpu"))
+    ours = yarn_frequencies(theta ** (-np.arange(0, 8, 2) / 8), 8, theta, SimpleNamespace(**yarn))
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-6)
 
 
 def test_packed_documents_do_not_see_each_other():
