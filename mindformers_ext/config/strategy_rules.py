@@ -262,15 +262,6 @@ def plain_pipeline(plan: Run) -> Iterator[Violation]:
         )
 
 
-def one_depth_in_a_pipeline(plan: Run) -> Iterator[Violation]:
-    if plan.pp > 1 and plan.model.mtp_depth > 1:
-        yield Violation(
-            "model.model_config.mtp_depth",
-            f"MindSpore 2.9 does not compile the last of {plan.pp} pipeline stages with several depths (the shapes of "
-            "the loss and of the second depth's labels differ); nearest legal: 1, or pipeline_stage 1",
-        )
-
-
 def tied_embeddings(plan: Run) -> Iterator[Violation]:
     if not plan.model.tie_word_embeddings:
         return
@@ -343,7 +334,6 @@ RULES = (
     plain_pipeline,
     offset_list,
     recompute_lists,
-    one_depth_in_a_pipeline,
     tied_embeddings,
     optimizer_shards,
     dataset_strategy,

@@ -43,7 +43,12 @@ class MultiTokenPredictor(nn.Cell):
 
 
 class ShiftLeft(nn.Cell):
-    """Each sequence one token on, `fill` at its end: (B, S) <- (B, S)."""
+    """Each sequence `count` tokens on, `fill` at its end: (B, S) <- (B, S).
+
+    Never call it on its own result: where a slice follows a concatenation, MindSpore 2.9's parallel compiler
+    (MergeConcatSlice) takes one of the joined pieces instead and does not look at where the slice begins, so that in a
+    pipeline the second shift did nothing.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -51,10 +56,10 @@ class ShiftLeft(nn.Cell):
         self.cat = ops.Concat(1)
         shard(self, "shift_left", config)
 
-    def construct(self, x, fill):
+    def construct(self, x, count, fill):
         batch, seq = x.shape
-        rest = self.rest(x, (0, 1), (batch, seq), (1, 1))
-        last = self.last(x, (0, seq - 1), (batch, seq), (1, 1))
+        rest = self.rest(x, (0, count), (batch, seq), (1, 1))
+        last = self.last(x, (0, seq - count), (batch, seq), (1, 1))
         return self.cat((rest, ops.full_like(last, fill)))
 
 
@@ -86,19 +91,22 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
     def mtp_loss(self, hidden, labels, loss_mask, mask, token_mask, position_ids):
         """Mean over depths of the cross entropy, depth k of the token k after the next; the layers' balance loss."""
         loss, balance = no_loss(), no_loss()
-        for predictor in self.mtp:
-            embedding = self.model.embed_tokens(ops.maximum(labels, 0).reshape((-1,)))
+        following, real = labels, ops.cast(token_mask.reshape(labels.shape), mstype.float32)
+        for depth, predictor in enumerate(self.mtp, 1):
+            embedding = self.model.embed_tokens(ops.maximum(following, 0).reshape((-1,)))
             hidden, extra = predictor(hidden, embedding, mask, token_mask, labels.shape[0], position_ids)
-            labels, loss_mask = self.shift_left(labels, self.ignore_token_id), self.shift_left(loss_mask, 0)
-            loss = loss + self.token_loss(hidden, labels, loss_mask)
+            following = self.shift_left(labels, depth, self.ignore_token_id)
+            loss = loss + self.token_loss(hidden, following, self.shift_left(loss_mask, depth, 0))
             balance = balance + extra
-            token_mask = self.token_mask_further(token_mask, labels)
+            token_mask = self.token_mask_further(token_mask, real, depth)
         return loss / self.depths, balance
 
-    def token_mask_further(self, token_mask, labels):
-        """The next depth's token_mask: it has no token where the one that it would look at is past the sequence."""
-        real = ops.cast(token_mask.reshape(labels.shape), mstype.float32)
-        return (real * self.shift_left(real, 0)).reshape((-1, 1))
+    def token_mask_further(self, token_mask, real, depth):
+        """token_mask of the depth after `depth`: it has no token where the one it would look at is past the sequence.
+
+        `real` (B, S) is the main model's token_mask.
+        """
+        return (token_mask.reshape(real.shape) * self.shift_left(real, depth, 0)).reshape((-1, 1))
 
     def decoder_layers(self) -> list[tuple[str, nn.Cell]]:
         """(name, layer) of every decoder layer, MTP's included, by depth."""

@@ -66,10 +66,6 @@ ILLEGAL = [
         ["= 8192, but 8192 does not divide 4096", "nearest legal: 4096"],
     ),
     (
-        [("model.model_config.mtp_depth", 2)],
-        ["the last of 16 pipeline stages", "nearest legal: 1, or pipeline_stage 1"],
-    ),
-    (
         [("model.model_config.tie_word_embeddings", True)],
         ["a parameter lies on one pipeline stage", "the last of 16", "nearest legal: False, or pipeline_stage 1"],
     ),

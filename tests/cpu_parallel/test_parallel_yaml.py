@@ -54,9 +54,12 @@ def test_layout_equals_one_process(problem, name):
 
 
 @pytest.mark.slow
-def test_two_depths_of_multi_token_prediction_equal_one_process(tmp_path):
-    command = ["--config", str(FOLDER / "pretrain_deepseek3_tiny.yaml"), *SIZES, "--model.model_config.mtp_depth", "2"]
-    check(RunProblem.of(command, tmp_path, steps=3), "mp2")
+@pytest.mark.parametrize(("name", "depth"), [("mp2", 2), ("pp2", 2), ("pp2", 3)])
+def test_depths_of_multi_token_prediction_equal_one_process(tmp_path, name, depth):
+    """A pipeline's last stage shifts labels twice from depth 2 on, its first, which embeds them, from depth 3 on."""
+    depths = ["--model.model_config.mtp_depth", str(depth)]
+    command = ["--config", str(FOLDER / "pretrain_deepseek3_tiny.yaml"), *SIZES, *depths]
+    check(RunProblem.of(command, tmp_path, steps=3), name)
 
 
 @pytest.mark.slow

@@ -109,6 +109,20 @@ def test_last_stage_moves_what_the_compiler_moves():
     assert {key: found[key] for key in compiled} == pytest.approx(compiled, rel=2e-3)
 
 
+def test_every_depth_gets_its_embedding_from_the_first_stage():
+    """As in the ranks that MindSpore 2.9.0 compiled for two depths: three messages a micro-batch each way between the
+    first and the last stage, one of them the first stage's hidden states, which here go to its neighbour."""
+    plan = cluster(("model.model_config.mtp_depth", 2))
+    embedding = 4096 * 7168 * 2  # of a sequence, whole on each rank of mp
+    for stage in (0, plan.pp - 1):
+        calls = Counter()
+        for t in estimate(plan, load_profile()).stages[stage].transfers:
+            if t.purpose == "pipeline parallel":
+                calls[t.kind, t.bytes] += t.calls / plan.micro_batches
+        boundary = stage_boundary(plan).bytes
+        assert calls == {(kind, size): n for kind in ("Send", "Receive") for size, n in ((embedding, 2), (boundary, 1))}
+
+
 CAPACITY = [("moe_config.use_gmm", False)]
 
 
