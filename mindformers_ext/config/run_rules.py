@@ -67,14 +67,12 @@ def data_of_a_run(run: Run) -> Iterator[Violation]:
     section, length = f"{name}.data_loader.config", run.value("model.model_config.seq_length")
     if length is not None and dataset.megatron.config.seq_length != length:
         yield Violation(f"{section}.seq_length", f"must equal model.model_config.seq_length {length}")
-    words = {"seed": "random_seed", "compressed_eod_mask_length": "eod_pad_length"}
-    for key, other in words.items():
-        given, same = run.value(f"{section}.{key}"), run.value(f"{section}.{other}")
-        if None not in (given, same) and given != same:
-            yield Violation(f"{section}.{key}", f"{other} means the same and is {same}; leave one of them out")
+    given, same = run.value(f"{section}.seed"), run.value(f"{section}.random_seed")
+    if None not in (given, same) and given != same:
+        yield Violation(f"{section}.seed", f"random_seed means the same and is {same}; leave one of them out")
     if not dataset.megatron.config.paths:
         yield Violation(f"{section}.data_path", "must name the data: the prefix of a .bin/.idx pair")
-    ends = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_compressed_eod_mask")
+    ends = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
     asked = [key for key in ends if run.value(f"{section}.{key}")]
     if asked and run.value(f"{section}.eod") in (None, -1):
         yield Violation(f"{section}.eod", f"{asked[0]} needs the id of the token that ends a document")
@@ -124,6 +122,15 @@ def schedule_that_falls(run: Run) -> Iterator[Violation]:
     peak, end = getattr(rate, "learning_rate", None), getattr(rate, "lr_end", None)
     if run.value("lr_schedule.type") == "WarmupStableCosineStepsLR" and peak is not None and end > peak:
         yield Violation("lr_schedule.lr_end", f"must lie between 0 and learning_rate {peak}")
+
+
+def said_elsewhere(run: Run) -> Iterator[Violation]:
+    """Keys of model_config that MindFormers fills in, and nothing reads."""
+    size = run.value("model.model_config.batch_size")
+    if size is not None and size != run.batch_size:
+        yield Violation("model.model_config.batch_size", "runner_config.batch_size is read; leave it out")
+    if run.value("model.model_config.checkpoint_name_or_path"):
+        yield Violation("model.model_config.checkpoint_name_or_path", "load_checkpoint is read; leave it out")
 
 
 def data_of_a_task(run: Run) -> Iterator[Violation]:
@@ -189,6 +196,7 @@ RUN_RULES = (
     adapters_need_a_rank,
     one_saver,
     schedule_that_falls,
+    said_elsewhere,
     data_of_a_task,
     one_reader,
     keys_that_need_others,

@@ -35,7 +35,7 @@ RIGHT = {
     "None": """context.ascend_config context.ascend_config.parallel_speed_up_json_path context.jit_config
         context.max_device_memory eval_dataset eval_dataset.data_loader eval_dataset.data_loader.config.data_path
         DATASET.data_loader.config.split eval_dataset.input_columns eval_dataset_task load_checkpoint
-        lr_schedule.final_lr lr_schedule.final_start_step model.model_config.checkpoint_name_or_path
+        lr_schedule.final_lr lr_schedule.final_start_step
         model.model_config.extend_method model.model_config.intermediate_size
         model.model_config.max_position_embeddings model.model_config.n_kv_heads model.model_config.q_lora_rank
         model.model_config.scaling_factor moe_config.aux_loss_factors moe_config.expert_group_size
@@ -46,7 +46,7 @@ RIGHT = {
         processor.tokenizer recompute_config runner_config""",
     "'x'": """callbacks.N.base_model callbacks.N.prefix context.ascend_config.parallel_speed_up_json_path
         context.save_graphs_path DATASET.data_loader.config.data_path load_checkpoint
-        model.model_config.checkpoint_name_or_path output_dir processor.tokenizer.tokenizer_file trainer.model_name""",
+        output_dir processor.tokenizer.tokenizer_file trainer.model_name""",
     "[]": "callbacks moe_config.aux_loss_factors",
     "-1": "lr_schedule.total_steps model.model_config.ignore_token_id runner_config.sink_size",
 }
