@@ -35,8 +35,9 @@ TINY = ROOT / "research" / "deepseek3" / "deepseek3_tiny" / "pretrain_deepseek3_
 EFFECTS = {
     "Sections": {
         "mindformers_ext/training/run_modes.py": """
-            output_dir run_mode use_parallel load_checkpoint resume_training input_data processor eval_dataset
+            output_dir run_mode load_checkpoint resume_training input_data processor eval_dataset
             eval_dataset_task context callbacks model runner_wrapper""",
+        "mindformers_ext/training/start.py": "use_parallel",
         "mindformers_ext/training/resuming_trainer.py": "ignore_data_skip",
         "mindformers/trainer/trainer.py": """
             seed:293 trainer:310 parallel:301 profile:1116 profile_communication:1133 profile_memory:1141
