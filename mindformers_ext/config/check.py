@@ -62,10 +62,9 @@ def other_classes(run: Run) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name, (registry, section) in single.items():
         if isinstance(section, Other):
             yield registry, name, section.settings
-    for name in ("callbacks", "eval_callbacks"):
-        for index, section in enumerate(getattr(s, name)):
-            if isinstance(section, Other):
-                yield "callback", f"{name}[{index}]", section.settings
+    for index, section in enumerate(s.callbacks):
+        if isinstance(section, Other):
+            yield "callback", f"callbacks[{index}]", section.settings
 
 
 def check_class(registry: str, name: str, values: dict[str, Any]) -> Iterator[str]:

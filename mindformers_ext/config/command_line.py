@@ -33,7 +33,6 @@ OPTIONS = (
     ("use_parallel", "use_parallel", parse_bool, "run on several devices (started by scripts/msrun_launcher.sh)"),
     ("load_checkpoint", "load_checkpoint", str, "folder of checkpoints, of one step, or of safetensors files"),
     ("resume_training", "resume_training", parse_bool_or_text, "go on from load_checkpoint: True, or step_000100"),
-    ("auto_trans_ckpt", "auto_trans_ckpt", parse_bool, "change the checkpoint's parallel layout while loading"),
     ("output_dir", "output_dir", str, "folder for checkpoints, metrics and logs"),
     ("seed", "seed", int, "random seed"),
     ("device_target", "context.device_target", str, "CPU or Ascend"),

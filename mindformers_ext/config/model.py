@@ -28,6 +28,56 @@ NO_CACHE = (
     "this is a training system that keeps no key/value cache; predict recomputes the prompt (or export and serve with "
     "vLLM)"
 )
+# Other names of model_config's keys, most of them MindFormers 1.9's for its own DeepSeek, and what to write instead.
+ELSEWHERE = (
+    {
+        key: f"here it is {name}"
+        for key, name in {
+            "apply_rope_fusion": "use_fused_rope",
+            "bias_swiglu_fusion": "use_fused_swiglu",
+            "layernorm_compute_dtype": "layernorm_compute_type",
+            "moe_aux_loss_coeff": "moe_config.aux_loss_factors",
+            "moe_grouped_gemm": "moe_config.use_gmm",
+            "moe_router_bias_update_rate": "moe_config.topk_bias_update_rate",
+            "moe_router_enable_expert_bias": "moe_config.balance_via_topk_bias",
+            "moe_router_fusion": "moe_config.use_fused_ops_topkrouter",
+            "moe_router_load_balancing_type": "moe_config.aux_loss_types",
+            "moe_shared_expert_intermediate_size": "moe_config.shared_expert_num, in widths of moe_intermediate_size",
+            "moe_token_dispatcher_type": "moe_config.use_gmm: tokens go by all-to-all where experts are split",
+            "moe_token_drop_policy": "moe_config.enable_sdrop, without use_gmm",
+            "mtp_loss_scaling_factor": "mtp_loss_factor",
+            "n_routed_experts": "moe_config.expert_num",
+            "n_shared_experts": "moe_config.shared_expert_num",
+            "num_attention_heads": "num_heads",
+            "num_experts_per_tok": "moe_config.num_experts_chosen",
+            "num_hidden_layers": "num_layers",
+            "num_nextn_predict_layers": "mtp_depth",
+            "params_dtype": "param_init_type",
+            "position_embedding_type": "extend_method: YARN, or none",
+            "rope_theta": "theta",
+            "scoring_func": "moe_config.use_gating_sigmoid",
+            "softmax_compute_dtype": "softmax_compute_type",
+        }.items()
+    }
+    | {key: f"here it is scaling_factor.{key}" for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+    | {
+        key: f"here it is moe_config.{key}"
+        for key in ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace")
+        + ("moe_intermediate_size", "use_fused_ops_topkrouter")
+    }
+    | dict.fromkeys(("architectures", "model_type"), "leave it out: type says which model it is")
+    | dict.fromkeys(
+        ("add_bias_linear", "attention_dropout", "gated_linear_unit", "hidden_act", "hidden_dropout")
+        + ("multi_latent_attention", "qk_layernorm"),
+        "leave it out: DeepSeek's models have latent attention with norms, SiLU gates, no biases and no dropout",
+    )
+    | dict.fromkeys(
+        ("mla_qkv_concat", "use_attn_mask_compression", "use_fused_mla", "use_pad_tokens"),
+        "leave it out: it chooses among MindFormers' own layers",
+    )
+    | {"pp_interleave_num": "leave it out: every pipeline stage has one run of layers"}
+    | dict.fromkeys(("block_size", "num_blocks"), f"leave it out: {NO_CACHE}")
+)
 EVEN = "must be even: rotary positions turn pairs"
 
 
@@ -189,6 +239,7 @@ class ModelConfig:
     """
 
     model_type: ClassVar[str] = "deepseekv2"
+    elsewhere: ClassVar[dict[str, str]] = ELSEWHERE
     assumed_moe: ClassVar[dict[str, Any]] = {}  # of `moe_config`, where the YAML does not say
 
     # sizes

@@ -14,11 +14,14 @@ from msgspec import Meta
 
 from mindformers_ext.config.model import FAMILIES, ModelConfig, MoeConfig
 from mindformers_ext.config.sections import (
+    CHECKPOINTS,
+    NO_EVALUATION,
     Arch,
     Callback,
     Context,
     Dataset,
     DatasetTask,
+    GroupedSchedule,
     MonitorConfig,
     Optimizer,
     ParallelConfig,
@@ -28,11 +31,12 @@ from mindformers_ext.config.sections import (
     RunnerConfig,
     Schedule,
     SwapConfig,
+    Tensorboard,
     Text,
     Trainer,
     Wrapper,
 )
-from mindformers_ext.config.typed import Fraction, NotNegative, Only, Positive, Reader, dotted_keys, says
+from mindformers_ext.config.typed import NotNegative, Only, Positive, Reader, dotted_keys, only, says
 from mindformers_ext.config.yaml_files import load_yaml, lookup, override
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -40,9 +44,11 @@ SEMI_AUTO = (1, 2, "semi_auto_parallel", "auto_parallel")
 Resume = Annotated[
     bool | Annotated[str, Meta(pattern=r"^step_[0-9]+$")], Meta(description="True, False or a step as step_000100")
 ]
-NO_EVALUATION = "a training run evaluates nothing; use --run_mode eval on its checkpoints"
 TWICE = "MindFormers 1.9 adds the interleaved parts' gradients without dividing, which doubles them"
 BY_BATCH = "the loss is the mean over each micro-batch's tokens"
+GENERATION = "run_mode predict is this project's own: model.model_config says how tokens are chosen"
+HUGGINGFACE = "a HuggingFace folder to begin from is given as load_checkpoint"
+LEGACY = "the models are built of this project's own layers, for which MindFormers takes its legacy ways"
 
 
 @dataclass(kw_only=True)
@@ -51,7 +57,7 @@ class Model:
 
     model_config: dict[str, Any]
     arch: Arch | None = None
-    passed_on = {str | None: "pretrained_model_dir", dict[str, Any] | None: "generation_config"}
+    passed_on = {only(None, HUGGINGFACE): "pretrained_model_dir", only(None, GENERATION): "generation_config"}
 
 
 @dataclass(kw_only=True)
@@ -71,9 +77,9 @@ class Sections:
     moe_config: dict[str, Any] = field(default_factory=dict)  # model.py's MoeConfig, over what the family assumes
     optimizer: Optimizer = None
     lr_schedule: Schedule = None
+    grouped_lr_schedule: GroupedSchedule | None = None
     runner_wrapper: Wrapper = None
     callbacks: list[Callback] = field(default_factory=list)
-    eval_callbacks: list[Callback] = field(default_factory=list)
     train_dataset: Dataset = None
     train_dataset_task: DatasetTask = None
     eval_dataset: Dataset | None = None
@@ -85,30 +91,43 @@ class Sections:
     recompute_config: RecomputeConfig = field(default_factory=RecomputeConfig)
     swap_config: SwapConfig | None = None
     monitor_config: MonitorConfig | None = None
+    tensorboard: Tensorboard | None = None
+    use_skip_data_by_global_norm: bool = False
+    auto_tune: bool = False
+    filepath_prefix: Text | None = None
+    autotune_per_step: Positive | None = None
     passed_on = {
+        bool: "ignore_data_skip lr_scale check_for_nan_in_loss_and_grad profile profile_communication "
+        "profile_memory profile_pipeline init_start_profile mstx",
+        bool | None: "train_precision_sync infer_precision_sync",
+        Positive: "lr_scale_factor profile_start_step profile_stop_step",
+        NotNegative: "profiler_level",
+        list[NotNegative] | None: "profile_rank_ids",
         Annotated[int, Only(1, TWICE)]: "micro_batch_interleave_num",
         Annotated[bool, Only(False, BY_BATCH)]: "calculate_per_token_loss",
-        Annotated[bool, Only(False, NO_EVALUATION)]: "do_eval",
-        Literal["safetensors", "ckpt"]: "load_ckpt_format",
-        bool: "auto_trans_ckpt only_save_strategy ignore_data_skip transform_by_rank remove_redundancy load_ckpt_async "
-        "use_legacy use_legacy_format balanced_load layer_scale lr_scale exclude_cann_cpu postprocess_use_numpy "
-        "print_separate_loss check_for_nan_in_loss_and_grad use_skip_data_by_global_norm use_checkpoint_health_monitor "
-        "use_graceful_exit resume_by_last_timestamp_ckpt profile profile_communication profile_memory profile_pipeline "
-        "init_start_profile mstx auto_tune trust_remote_code push_to_hub",
-        bool | None: "train_precision_sync infer_precision_sync",
-        str: "src_strategy_path_or_dir pretrained_model_dir filepath_prefix",
-        str | None: "adapter_id remote_save_url save_file",
-        Positive: "transform_process_num reshard_worker_num eval_step_interval lr_scale_factor npu_num_per_node "
-        "profile_start_step profile_stop_step autotune_per_step",
-        Positive | None: "predict_batch_size",
-        NotNegative: "profile_level profiler_level",
-        NotNegative | None: "data_skip_steps",
-        Annotated[int, Meta(ge=-1)]: "eval_epoch_interval",
-        Fraction: "layer_decay",
-        list[NotNegative] | None: "profile_rank_ids",
-        list[Positive] | None: "top_k",
-        dict[str, Any] | None: "grouped_lr_schedule checkpoint tensorboard generation_config",
-        dict[str, Any] | list[dict[str, Any]] | None: "metric",
+        only(False, NO_EVALUATION): "do_eval",
+        only(100, NO_EVALUATION): "eval_step_interval",
+        only(-1, NO_EVALUATION): "eval_epoch_interval",
+        only(None, NO_EVALUATION): "eval_callbacks metric",
+        only("safetensors", CHECKPOINTS): "load_ckpt_format",
+        only(True, CHECKPOINTS): "use_legacy_format",
+        only(False, CHECKPOINTS): "auto_trans_ckpt only_save_strategy load_ckpt_async remove_redundancy "
+        "transform_by_rank balanced_load use_checkpoint_health_monitor resume_by_last_timestamp_ckpt",
+        only(1, CHECKPOINTS): "transform_process_num reshard_worker_num",
+        only("", CHECKPOINTS): "src_strategy_path_or_dir",
+        only(None, CHECKPOINTS): "checkpoint npu_num_per_node remote_save_url",
+        only(False, "it ends the run without one of this project's checkpoints"): "use_graceful_exit",
+        only(None, "a checkpoint's position in the data would not count the steps left out"): "data_skip_steps",
+        only("", HUGGINGFACE): "pretrained_model_dir",
+        only(True, LEGACY): "use_legacy",
+        only(None, GENERATION): "adapter_id generation_config predict_batch_size save_file top_k",
+        only(False, GENERATION): "postprocess_use_numpy trust_remote_code",
+        only(1, "MindFormers reads it for its own prediction; training has profiler_level"): "profile_level",
+        only(True, "the callback TrainingMetrics writes the parts of the loss in every run"): "print_separate_loss",
+        only(False, "MindFormers 1.9 refuses it"): "layer_scale",
+        only(0.65, "only layer_scale used it, which MindFormers 1.9 refuses"): "layer_decay",
+        only(False, "MindFormers 1.9 reads it nowhere"): "exclude_cann_cpu",
+        only(False, "nothing is uploaded; convert_reversed.py writes a HuggingFace folder"): "push_to_hub",
     }
 
 
@@ -307,8 +326,9 @@ def read_model(reader: Reader, given: dict[str, Any], moe: Any) -> ModelConfig |
     """The model of `model_config` and `moe_config`; None for a class of another model, and when something is wrong."""
     kind, reference = given.get("type"), given.get("auto_register")
     if not isinstance(kind, str):
-        return reader.refuse("model.model_config.type", kind, says(Literal[tuple(FAMILIES)]))
-    if not isinstance(reference, str) or reference.rpartition(".")[2] != kind:
+        reader.refuse("model.model_config.type", kind, says(Literal[tuple(FAMILIES)]))
+        kind = next(reversed(FAMILIES))  # for the sentences on its other keys
+    elif not isinstance(reference, str) or reference.rpartition(".")[2] != kind:
         must_be = f"a module and the class of its type {kind!r}, for example deepseek3_config.DeepseekV3Config"
         reader.refuse("model.model_config.auto_register", reference, must_be)
     if kind not in FAMILIES:

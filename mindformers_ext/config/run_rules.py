@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mindformers_ext.config.run import Run
-from mindformers_ext.config.sections import AdapterMonitor, CheckpointMonitor, Dataset, TopkBiasBalance
+from mindformers_ext.config.sections import AdamW, AdapterMonitor, CheckpointMonitor, Dataset, TopkBiasBalance
 from mindformers_ext.config.yaml_files import short
 from mindformers_ext.errors import ConfigError
 
@@ -67,14 +67,12 @@ def data_of_a_run(run: Run) -> Iterator[Violation]:
     section, length = f"{name}.data_loader.config", run.value("model.model_config.seq_length")
     if length is not None and dataset.megatron.config.seq_length != length:
         yield Violation(f"{section}.seq_length", f"must equal model.model_config.seq_length {length}")
-    words = {"seed": "random_seed", "compressed_eod_mask_length": "eod_pad_length"}
-    for key, other in words.items():
-        given, same = run.value(f"{section}.{key}"), run.value(f"{section}.{other}")
-        if None not in (given, same) and given != same:
-            yield Violation(f"{section}.{key}", f"{other} means the same and is {same}; leave one of them out")
+    given, same = run.value(f"{section}.seed"), run.value(f"{section}.random_seed")
+    if None not in (given, same) and given != same:
+        yield Violation(f"{section}.seed", f"random_seed means the same and is {same}; leave one of them out")
     if not dataset.megatron.config.paths:
         yield Violation(f"{section}.data_path", "must name the data: the prefix of a .bin/.idx pair")
-    ends = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_compressed_eod_mask")
+    ends = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
     asked = [key for key in ends if run.value(f"{section}.{key}")]
     if asked and run.value(f"{section}.eod") in (None, -1):
         yield Violation(f"{section}.eod", f"{asked[0]} needs the id of the token that ends a document")
@@ -126,6 +124,40 @@ def schedule_that_falls(run: Run) -> Iterator[Violation]:
         yield Violation("lr_schedule.lr_end", f"must lie between 0 and learning_rate {peak}")
 
 
+def said_elsewhere(run: Run) -> Iterator[Violation]:
+    """Keys of model_config that MindFormers fills in, and nothing reads."""
+    size = run.value("model.model_config.batch_size")
+    if size is not None and size != run.batch_size:
+        yield Violation("model.model_config.batch_size", "runner_config.batch_size is read; leave it out")
+    if run.value("model.model_config.checkpoint_name_or_path"):
+        yield Violation("model.model_config.checkpoint_name_or_path", "load_checkpoint is read; leave it out")
+
+
+def data_of_a_task(run: Run) -> Iterator[Violation]:
+    """MindFormers' way to write it: `train_dataset: &train_dataset` and `dataset_config: *train_dataset`."""
+    for name in ("train_dataset", "eval_dataset"):
+        given = run.value(f"{name}_task.dataset_config")
+        if given is not None and given != run.value(name):
+            yield Violation(f"{name}_task.dataset_config", f"{name} is read; leave it out")
+
+
+def one_reader(run: Run) -> Iterator[Violation]:
+    name, dataset = dataset_in_use(run)
+    if dataset is not None and run.value(f"{name}.python_multiprocessing"):
+        yield Violation(f"{name}.python_multiprocessing", "one thread reads this data as fast as a step needs it")
+
+
+def keys_that_need_others(run: Run) -> Iterator[Violation]:
+    s = run.sections
+    if s.auto_tune and (s.filepath_prefix is None or s.autotune_per_step is None):
+        yield Violation("auto_tune", "it needs filepath_prefix, a folder for what it finds, and autotune_per_step")
+    if s.use_skip_data_by_global_norm and run.trains and not run.value("runner_wrapper.use_clip_grad"):
+        yield Violation("use_skip_data_by_global_norm", "the norm is known with runner_wrapper.use_clip_grad only")
+    for key in ("amsgrad", "maximize"):
+        if isinstance(s.optimizer, AdamW) and getattr(s.optimizer, key) and not s.optimizer.use_fused:
+            yield Violation(f"optimizer.{key}", "MindFormers' AdamW has it with use_fused only")
+
+
 def numbers_of_a_cpu(run: Run) -> Iterator[Violation]:
     """MindSpore multiplies float32 only on CPU, our kernels also bfloat16."""
     model = run.model
@@ -150,6 +182,11 @@ def watched_on_a_card(run: Run) -> Iterator[Violation]:
         yield Violation("monitor_config.monitor_on", "MindFormers' monitor needs operators that only Ascend has")
 
 
+def operators_of_a_card(run: Run) -> Iterator[Violation]:
+    if run.on_cpu and getattr(run.sections.optimizer, "use_fused", False):
+        yield Violation("optimizer.use_fused", "the fused operator is Ascend's; on CPU the update is one operator too")
+
+
 RUN_RULES = (
     what_training_needs,
     what_inference_needs,
@@ -159,5 +196,9 @@ RUN_RULES = (
     adapters_need_a_rank,
     one_saver,
     schedule_that_falls,
+    said_elsewhere,
+    data_of_a_task,
+    one_reader,
+    keys_that_need_others,
 )
-CPU_RULES = (numbers_of_a_cpu, watched_on_a_card)
+CPU_RULES = (numbers_of_a_cpu, watched_on_a_card, operators_of_a_card)

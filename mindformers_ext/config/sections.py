@@ -18,6 +18,8 @@ from mindformers_ext.config.typed import (
     Only,
     Positive,
     PositiveNumber,
+    only,
+    require,
 )
 
 MEGATRON = "BlendedMegatronDatasetDataLoader"
@@ -39,12 +41,22 @@ Strategy = Annotated[
     | Annotated[list[Annotated[list[Positive], Meta(min_length=1)]], Meta(min_length=1)],
     Meta(description="a name, or a list of a list of whole numbers per input"),
 ]
-SearchMode = Literal["sharding_propagation", "dynamic_programming", "recursive_programming"]
 Formats = Literal["log", "tensorboard"] | list[Literal["log", "tensorboard"]] | None
 Betas = Annotated[list[Fraction], Meta(min_length=2, max_length=2)]
 Sizes = Annotated[list[NotNegative], Meta(min_length=3, max_length=3)]
 Columns = Annotated[list[str], Meta(min_length=1)]
 GigaBytes = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)?GB$", description="a text like '55GB'")]
+SEARCH = "only a search for strategies reads it, which these models are not split by"
+NO_EVALUATION = "a training run evaluates nothing; use --run_mode eval on its checkpoints"
+CHECKPOINTS = (
+    "checkpoints are this project's own: load_checkpoint reads one into any layout, the callback CheckpointMonitor "
+    "says how they are saved"
+)
+NOT_HANDED_ON = "MindFormers 1.9 does not hand it to MindSpore"
+NO_SWAP = "the layers of these models keep or recompute activations, and move none to the host"
+STRATEGIES = "sharding.py says how the model is split, and checkpoints need no file of it"
+FROM_TOP = "the key of this name at the top of the YAML is read"
+OTHER_LAYERS = "MindFormers' own layers record it, which these models do not have"
 
 
 @dataclass(kw_only=True)
@@ -53,7 +65,13 @@ class RunnerConfig:
 
     batch_size: Positive = 1  # sequences of a data-parallel rank and micro-batch
     gradient_accumulation_steps: Positive = 1  # micro-batches of a step, without a pipeline
-    passed_on = {Positive: "epochs num_classes", bool: "sink_mode", AllOr: "sink_size", NotNegative: "stop_step"}
+    passed_on = {
+        Positive: "epochs",
+        bool: "sink_mode",
+        AllOr: "sink_size",
+        only(0, "MindFormers 1.9 reads it and does not stop; the callback TrainCallBack has stop_step"): ("stop_step"),
+        only(1, "only data of images has classes"): "num_classes",
+    }
 
 
 @dataclass(kw_only=True)
@@ -61,7 +79,7 @@ class Trainer:
     """The trainer's class and the model's name."""
 
     type: Literal["CausalLanguageModelingTrainer"]
-    passed_on = {Text: "model_name auto_register"}
+    passed_on = {Text: "model_name"}
 
 
 @dataclass(kw_only=True)
@@ -86,10 +104,10 @@ class ParallelConfig:
     vocab_emb_dp: bool = True
     passed_on = {
         Positive: "gradient_aggregation_group",
-        PositiveNumber: "mem_coeff",
+        only(0.1, SEARCH): "mem_coeff",
         Annotated[int, Only(1, "the sequence is split as sharding.py says")]: "seq_split_num ulysses_degree_in_cp",
         Annotated[str, Only("colossalai_cp", "sharding.py gathers keys and values")]: "context_parallel_algo",
-        bool | None: "optimizer_shard",
+        only(None, "parallel.enable_parallel_optimizer took its place"): "optimizer_shard",
     }
 
 
@@ -100,16 +118,21 @@ class RecomputeConfig:
     recompute: Layers = False
     select_recompute: Layers = False
     passed_on = {
-        bool: "parallel_optimizer_comm_recompute select_comm_recompute mp_comm_recompute recompute_slice_activation "
-        "select_recompute_exclude select_comm_recompute_exclude"
+        bool: "parallel_optimizer_comm_recompute mp_comm_recompute recompute_slice_activation",
+        only(False, "sharding.py says which operators select_recompute runs again"): "select_comm_recompute "
+        "select_recompute_exclude select_comm_recompute_exclude",
     }
 
 
 @dataclass(kw_only=True)
 class SwapConfig:
-    """Activations kept on the host."""
+    """Activations kept on the host: of MindFormers' own layers only."""
 
-    passed_on = {bool: "swap", list[dict] | None: "layer_swap op_swap", Positive: "default_prefetch"}
+    passed_on = {
+        only(False, NO_SWAP): "swap",
+        only(None, NO_SWAP): "layer_swap op_swap",
+        only(1, NO_SWAP): "default_prefetch",
+    }
 
 
 @dataclass(kw_only=True)
@@ -124,18 +147,11 @@ class OptimizerShards:
 
 
 @dataclass(kw_only=True)
-class StrategyCheckpoint:
-    """strategy_ckpt_config: MindSpore's own file of strategies."""
-
-    passed_on = {str: "load_file save_file", bool: "only_trainable_params"}
-
-
-@dataclass(kw_only=True)
 class PipelineConfig:
     """pipeline_config of the parallel section."""
 
     pipeline_interleave: bool = False
-    passed_on = {Literal["gpipe", "1f1b", "seqpipe", "seqvpp", "seqsmartvpp", "zero_bubble_v"]: "pipeline_scheduler"}
+    passed_on = {only("1f1b", "MindSpore has the others with pipeline_interleave only"): "pipeline_scheduler"}
 
 
 @dataclass(kw_only=True)
@@ -149,18 +165,24 @@ class ParallelContext:
     dataset_strategy: Strategy | None = None
     enable_parallel_optimizer: bool = False
     parallel_optimizer_config: OptimizerShards = field(default_factory=OptimizerShards)
-    strategy_ckpt_config: StrategyCheckpoint | None = None
     pipeline_config: PipelineConfig = field(default_factory=PipelineConfig)
     passed_on = {
-        bool: "gradients_mean gradient_fp32_sync loss_repeated_mean enable_alltoall sharding_propagation auto_pipeline "
-        "optimizer_weight_shard_aggregated_save pipeline_result_broadcast force_fp32_communication parameter_broadcast "
-        "init_param_in_compile auto_parallel_new_interface dump_local_norm dump_device_local_norm",
-        SearchMode: "search_mode auto_parallel_search_mode",
-        str: "strategy_ckpt_save_file strategy_ckpt_load_file group_ckpt_save_file dump_local_norm_path",
-        Positive: "pipeline_stages pipeline_segments device_num grad_accumulation_step",
-        NotNegative: "global_rank",
-        AllOr: "optimizer_weight_shard_size",
+        bool: "gradients_mean gradient_fp32_sync enable_alltoall force_fp32_communication parameter_broadcast",
         list[Positive]: "all_reduce_fusion_config",
+        only("sharding_propagation", SEARCH): "search_mode auto_parallel_search_mode",
+        only(False, SEARCH): "sharding_propagation auto_pipeline",
+        only(None, STRATEGIES): "strategy_ckpt_config strategy_ckpt_save_file strategy_ckpt_load_file "
+        "group_ckpt_save_file",
+        only(False, STRATEGIES): "optimizer_weight_shard_aggregated_save",
+        only(True, "the gradients would be those of every copy of the loss together"): "loss_repeated_mean",
+        only(False, "only prediction over a pipeline has a result to send"): "pipeline_result_broadcast",
+        only(None, "the launcher's processes say it"): "device_num global_rank",
+        only(None, "parallel_config.pipeline_stage says it"): "pipeline_stages pipeline_segments",
+        only(1, "MindSpore refuses it; see runner_config.gradient_accumulation_steps"): "grad_accumulation_step",
+        only(None, "it is a key of parallel_optimizer_config"): "optimizer_weight_shard_size",
+        only(None, "monitor_config.local_norm_format and device_local_norm_format set it"): "dump_local_norm "
+        "dump_device_local_norm dump_local_norm_path",
+        only(None, "MindSpore sets it for itself"): "init_param_in_compile auto_parallel_new_interface",
         dict[str, Any]: "comm_fusion",
         Literal["all_group_parallel", "same_server_group_parallel", "no_group_parallel"]: "communi_parallel_mode",
     }
@@ -172,9 +194,8 @@ class JitConfig:
 
     passed_on = {
         Literal["O0", "O1", "O2"]: "jit_level",
-        Literal["auto", "sink", "one"]: "exec_mode",
-        Literal["STRICT", "LAX"]: "jit_syntax_level",
         Literal["on", "off"]: "infer_boost",
+        only(None, "MindSpore 2.9 refuses it here"): "exec_mode jit_syntax_level",
     }
 
 
@@ -184,9 +205,11 @@ class AscendConfig:
 
     parallel_speed_up_json_path: Text | None = None
     passed_on = {
-        str: "precision_mode atomic_clean_policy exception_dump op_precision_mode op_debug_option topo_order",
+        Text: "precision_mode op_precision_mode op_debug_option",
+        Literal[0, 1]: "atomic_clean_policy",
         bool: "jit_compile matmul_allow_hf32 conv_allow_hf32 hccl_watchdog",
-        dict[str, Any]: "ge_options",
+        dict[str, Any]: "ge_options topo_order",
+        only(None, "MindSpore 2.9 no longer reads it"): "exception_dump",
         Positive: "host_scheduling_max_threshold",
     }
 
@@ -201,20 +224,19 @@ class Context:
     ascend_config: AscendConfig | None = None
     passed_on = {
         Literal[0, 1, "GRAPH_MODE", "PYNATIVE_MODE"]: "mode",
-        GigaBytes: "mempool_block_size variable_memory_max_size",
+        GigaBytes: "mempool_block_size",
         Literal["O0", "O1"]: "memory_optimize_level",
-        Literal["ON", "OFF"]: "memory_offload deterministic",
         Positive: "max_call_depth",
-        NotNegative: "device_id inter_op_parallel_num runtime_num_threads op_timeout",
-        bool | Literal[0, 1, 2, 3]: "save_graphs",
+        NotNegative: "device_id",
+        bool | Literal[0, 1]: "save_graphs",  # MindFormers makes every other number 1
         Literal[0, 1, 2, 3]: "dataset_broadcast_opt_level",
-        Literal[0, 1, 2, "STRICT", "COMPATIBLE", "LAX"]: "jit_syntax_level",
-        bool: "save_compile_cache load_compile_cache precompile_only enable_auto_mixed_precision enable_sparse "
-        "enable_reduce_precision enable_profiling check_bprop grad_for_scalar pynative_synchronize "
-        "reserve_class_name_in_scope",
-        str: "save_graphs_path profiling_options print_file_path env_config_path auto_tune_mode",
-        list[str]: "affinity_cpu_list",
-        dict[str, Any]: "affinity_config",
+        Text: "save_graphs_path",
+        dict[str, Any]: "affinity_cpu_list affinity_config",
+        only("OFF", f"{NOT_HANDED_ON}; train_precision_sync and infer_precision_sync do this"): "deterministic",
+        only(None, NOT_HANDED_ON): "variable_memory_max_size memory_offload inter_op_parallel_num runtime_num_threads "
+        "op_timeout jit_syntax_level save_compile_cache load_compile_cache precompile_only enable_auto_mixed_precision "
+        "enable_sparse enable_reduce_precision enable_profiling check_bprop grad_for_scalar pynative_synchronize "
+        "reserve_class_name_in_scope profiling_options print_file_path env_config_path auto_tune_mode",
     }
 
 
@@ -226,13 +248,15 @@ class MonitorConfig:
     passed_on = {
         str: "dump_path",
         list[str] | None: "target",
-        bool: "invert print_struct check_for_global_norm",
+        bool: "invert print_struct",
         Positive: "step_interval global_norm_spike_count_threshold",
-        Formats: "local_loss_format local_norm_format device_local_norm_format device_local_loss_format "
-        "optimizer_state_format weight_state_format max_attention_logit_format",
+        Formats: "local_norm_format device_local_norm_format optimizer_state_format weight_state_format",
         PositiveNumber: "global_norm_spike_threshold",
         PositiveNumber | None: "throughput_baseline",
-        dict[str, Any] | None: "stable_rank_config health_checkpoint",
+        dict[str, Any] | None: "stable_rank_config",
+        only(None, OTHER_LAYERS): "local_loss_format device_local_loss_format max_attention_logit_format",
+        only(False, "it trains on from MindFormers' checkpoints, which are not written"): "check_for_global_norm",
+        only(None, "it chooses among MindFormers' checkpoints, which are not written"): "health_checkpoint",
     }
 
 
@@ -249,9 +273,11 @@ class MegatronConfig:
         Annotated[int, Meta(ge=0, lt=2**32)]: "random_seed seed",
         Split | None: "split",
         Annotated[int, Meta(ge=-1)]: "eod pad",
-        bool: "reset_position_ids reset_attention_mask eod_mask_loss create_attention_mask create_compressed_eod_mask "
+        bool: "reset_position_ids reset_attention_mask eod_mask_loss create_attention_mask "
         "drop_last_partial_validation_sequence add_extra_token_to_sequence",
-        Positive: "eod_pad_length compressed_eod_mask_length num_dataset_builder_threads",
+        Positive: "num_dataset_builder_threads",
+        only(False, "the models read attention_mask, of create_attention_mask"): "create_compressed_eod_mask",
+        only(128, "only create_compressed_eod_mask reads it"): "eod_pad_length compressed_eod_mask_length",
         NotNegativeNumber: "mid_level_dataset_surplus",
         Text | None: "path_to_cache",
         Annotated[str | None, Only(None, "files are read from disks that are mounted")]: "s3_cache_path",
@@ -276,8 +302,8 @@ class MegatronLoader:
         Literal["GPTDataset"]: "datasets_type",
         Annotated[bool, Only(False, "samples come shuffled by config.random_seed")]: "shuffle",
         Literal["train", "valid", "eval", "dev", "test"]: "phase",
-        Columns: "column_names",
-        NotNegative: "first_sample",
+        only(None, "MindFormers fills it in with the input_columns of the dataset"): "column_names",
+        only(0, "training sets it when it goes on with another batch size"): "first_sample",
         Text: "auto_register",
     }
 
@@ -300,13 +326,24 @@ class Dataset:
     input_columns: Columns | None = None
     passed_on = {
         Columns: "output_columns construct_args_key",
-        Positive: "batch_size num_parallel_workers repeat prefetch_size autotune_per_step divisor max_length "
-        "micro_batch_num",
-        NotNegative: "seed eod_token_id pad_token_id remainder",
-        bool: "python_multiprocessing drop_remainder numa_enable auto_tune profile eod_reset dynamic_batch "
-        "token_monitor do_eval input_sliced_sig",
-        str: "filepath_prefix dataset_dir type",
-        dict[str, Any]: "token_monitor_config tokenizer mixup_op text_transforms image_transforms",
+        Positive: "num_parallel_workers prefetch_size",
+        bool: "python_multiprocessing drop_remainder numa_enable token_monitor",
+        dict[str, Any]: "token_monitor_config tokenizer",
+        only(1, "runner_config.epochs says how often the data is read"): "repeat",
+        only(None, "runner_config.batch_size says it"): "batch_size",
+        only(None, "parallel_config.micro_batch_num and runner_config.gradient_accumulation_steps say it"): (
+            "micro_batch_num"
+        ),
+        only(None, FROM_TOP): "seed filepath_prefix autotune_per_step",
+        only(False, FROM_TOP): "auto_tune profile",
+        only(None, "run_mode says it"): "do_eval",
+        only(False, "data_loader.config has reset_position_ids and reset_attention_mask"): "eod_reset",
+        only(None, "data_loader.config.eod says it"): "eod_token_id",
+        only(False, "a compiled model has one seq_length"): "dynamic_batch",
+        only(None, "only dynamic_batch reads it"): "divisor remainder pad_token_id",
+        only(None, "model.model_config.input_sliced_sig says it"): "input_sliced_sig",
+        only(None, "it is a key of data_loader"): "dataset_dir type max_length",
+        only(None, "MindFormers 1.9 has no data that reads it"): "mixup_op text_transforms image_transforms",
     }
 
     @property
@@ -328,7 +365,9 @@ class Tokenizer:
     """processor.tokenizer."""
 
     tokenizer_file: Text | None = None
-    passed_on = {Text: "type auto_register vocab_file"}
+    passed_on = {
+        only(None, "a tokenizer is its tokenizer.json, named by tokenizer_file"): "type auto_register vocab_file"
+    }
 
 
 @dataclass(kw_only=True)
@@ -336,7 +375,7 @@ class Processor:
     """The `processor` section."""
 
     tokenizer: Tokenizer | None = None
-    passed_on = {Text: "type return_tensors"}
+    passed_on = {only(None, "run_mode predict reads tokenizer.tokenizer_file only"): "type return_tensors"}
 
 
 @dataclass(kw_only=True)
@@ -345,11 +384,14 @@ class AdamW:
 
     type: str
     learning_rate: PositiveNumber | None = None
+    use_fused: bool = False  # Ascend's own operator; the next two need it
+    amsgrad: bool = False
+    maximize: bool = False
     passed_on = {
         NotNegativeNumber: "weight_decay",
         Betas: "betas",
         PositiveNumber: "eps",
-        bool: "amsgrad maximize use_fused swap",
+        bool: "swap",
         Text: "auto_register",
     }
 
@@ -358,26 +400,30 @@ class Optimizer(Choice):
     """The `optimizer` section."""
 
     kinds = {"AdamW": AdamW}
+    refused = {
+        "Muon": OTHER_LAYERS.replace("record it", "limit the attention logits as it needs"),
+        "PmaAdamW": "it needs get_model_parameters, which only MindFormers' own models have",
+    }
     others = (
-        "PmaAdamW Muon Came Adam AdamWeightDecay AdamOffload Lamb LARS SGD Momentum RMSProp Adagrad AdaFactor AdaMax "
+        "Came Adam AdamWeightDecay AdamOffload Lamb LARS SGD Momentum RMSProp Adagrad AdaFactor AdaMax "
         "Adadelta ASGD Rprop FTRL LazyAdam ProximalAdagrad adam adafactor adagrad sgd"
     )
 
 
 @dataclass(kw_only=True)
 class WarmUp:
-    """What schedules that warm up share."""
+    """What MindFormers' schedules that warm up share."""
 
     type: str
     learning_rate: PositiveNumber
-    lr_end: NotNegativeNumber | None = None
     passed_on = {
-        NotNegative: "warmup_steps warmup_epochs",
+        NotNegative: "warmup_steps",
         Fraction: "warmup_ratio",
         NotNegativeNumber: "warmup_lr_init",
         AllOr: "total_steps",
-        bool: "scale",
         Text: "auto_register",
+        only(None, "MindFormers 1.9 counts by warmup_ratio wherever it allows warmup_epochs"): "warmup_epochs",
+        only(None, "this schedule ends at a rate of its own; CosineWithWarmUpLR has lr_end"): "lr_end",
     }
 
 
@@ -385,13 +431,16 @@ class WarmUp:
 class WarmUpCosine(WarmUp):
     """CosineWithWarmUpLR."""
 
+    lr_end: NotNegativeNumber | None = None
     passed_on = {PositiveNumber: "num_cycles", Positive: "decay_steps", Fraction: "decay_ratio"}
 
 
 @dataclass(kw_only=True)
-class WarmupStableCosineSteps(WarmUp):
+class WarmupStableCosineSteps:
     """The report's schedule (training/lr_schedule.py)."""
 
+    type: str
+    learning_rate: PositiveNumber
     lr_end: NotNegativeNumber
     warmup_steps: NotNegative
     stable_steps: NotNegative
@@ -404,11 +453,14 @@ class Schedule(Choice):
     """The `lr_schedule` section."""
 
     others = (
-        "ConstantWithCoolDownLR CosineAnnealingLR CosineAnnealingWarmRestarts CosineDecayLR WarmUpLR polynomial linear "
-        "LearningRateWiseLayer CosineWithRestartsAndWarmUpLR ExponentialDecayLR InverseDecayLR NaturalExpDecayLR "
-        "PolynomialDecayLR PolynomialWithWarmUpLR WarmUpStableDecayLR cosine_annealing cosine_annealing_warm_restarts "
-        "cosine_with_restarts"
+        "ConstantWithCoolDownLR CosineAnnealingLR CosineAnnealingWarmRestarts polynomial linear "
+        "CosineWithRestartsAndWarmUpLR PolynomialWithWarmUpLR WarmUpStableDecayLR cosine_annealing "
+        "cosine_annealing_warm_restarts cosine_with_restarts"
     )
+    refused = dict.fromkeys(
+        ["CosineDecayLR", "ExponentialDecayLR", "InverseDecayLR", "NaturalExpDecayLR", "PolynomialDecayLR", "WarmUpLR"],
+        "MindFormers 1.9 gives every schedule total_steps, which MindSpore's own do not take",
+    ) | {"LearningRateWiseLayer": "it takes another schedule, which a YAML cannot give"}
 
     kinds = {
         "ConstantWarmUpLR": WarmUp,
@@ -417,6 +469,32 @@ class Schedule(Choice):
         "CosineWithWarmUpLR": WarmUpCosine,
         "cosine": WarmUpCosine,
         "WarmupStableCosineStepsLR": WarmupStableCosineSteps,
+    }
+
+
+@dataclass(kw_only=True)
+class GroupedSchedule:
+    """grouped_lr_schedule: a schedule for the parameters that an item of `grouped` names, and one for the others."""
+
+    default: Schedule
+    grouped: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+
+    def __post_init__(self):
+        rule = "every item needs a type, a learning_rate and params, a list of the parameters' names or patterns"
+        whole = all(isinstance(item.get("params"), list) and item["params"] for item in self.grouped)
+        named = all("type" in item and "learning_rate" in item for item in self.grouped)
+        require(whole and named, "grouped_lr_schedule.grouped", self.grouped, rule)
+
+
+@dataclass(kw_only=True)
+class Tensorboard:
+    """The `tensorboard` section: of MindFormers' MFLossMonitor and TrainingStateMonitor."""
+
+    tensorboard_dir: Text
+    passed_on = {
+        Positive: "tensorboard_queue_size",
+        bool: "log_loss_scale_to_tensorboard log_timers_to_tensorboard",
+        only(False, OTHER_LAYERS): "log_expert_load_to_tensorboard",
     }
 
 
@@ -447,8 +525,15 @@ class TrainOneStep:
 class Wrapper(Choice):
     """The `runner_wrapper` section."""
 
-    kinds = {"MFTrainOneStepCell": TrainOneStep, "mf_wrapper": TrainOneStep, "LoweredTrainStep": TrainOneStep}
-    others = "MFPipelineWithLossScaleCell TrainOneStepCell TrainOneStepWithLossScaleCell loss_scale_wrapper wrapper"
+    kinds = {"MFTrainOneStepCell": TrainOneStep, "LoweredTrainStep": TrainOneStep}
+    others = ""
+    refused = {
+        "MFPipelineWithLossScaleCell": "MindFormers takes it by itself with a pipeline; write MFTrainOneStepCell",
+        "mf_wrapper": "that is MindFormers' step of an NPU without a pipeline; write MFTrainOneStepCell",
+    } | dict.fromkeys(
+        ["TrainOneStepCell", "TrainOneStepWithLossScaleCell", "loss_scale_wrapper", "wrapper"],
+        "MindFormers gives every step more than MindSpore's own take; write MFTrainOneStepCell",
+    )
 
 
 @dataclass(kw_only=True)
@@ -522,8 +607,15 @@ class Callback(Choice):
         "ParallelCheck": ParallelCheck,
     }
     others = (
-        "ColdHotExpertMonitor EarlyStopping EvalCallBack ExpertMigrateCallback FlopsUtilizationCollector History "
-        "LearningRateScheduler LossMonitor MaxLogitsMonitor MoEDropRateCallback ModelCheckpoint OnRequestExit "
-        "ProfileMonitor ReduceLROnPlateau SDCMonitor StressDetectCallBack StressTestModelMonitor SummaryCollector "
-        "SummaryMonitor TimeMonitor TrainCallBack TrainFaultTolerance TrainingStateMonitor"
+        "FlopsUtilizationCollector History LossMonitor ProfileMonitor SDCMonitor StressDetectCallBack "
+        "StressTestModelMonitor SummaryCollector SummaryMonitor TimeMonitor TrainCallBack TrainingStateMonitor"
+    )
+    refused = (
+        dict.fromkeys(["ModelCheckpoint", "OnRequestExit", "TrainFaultTolerance"], CHECKPOINTS)
+        | dict.fromkeys(["EarlyStopping", "EvalCallBack", "ReduceLROnPlateau"], NO_EVALUATION)
+        | dict.fromkeys(
+            ["ColdHotExpertMonitor", "ExpertMigrateCallback", "MaxLogitsMonitor", "MoEDropRateCallback"],
+            "it needs MindFormers' own layers; TrainingMetrics reports the experts' loads",
+        )
+        | {"LearningRateScheduler": "it takes a function, which a YAML cannot give; see lr_schedule"}
     )

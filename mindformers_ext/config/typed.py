@@ -37,15 +37,22 @@ class Only:
     why: str
 
 
+def only(value: Any, why: str) -> Any:
+    """The annotation of a key that is known, and of which one value works; None: it must be left out."""
+    return Annotated[Any, Only(value, why)]
+
+
 class Choice:
     """A section whose `type` names its class; `kinds` are the classes whose keys are known without importing them.
 
     A section of another class, one of `others` or the user's own with `auto_register`, is kept as `Other`:
-    config/check.py compares it with the class's constructor.
+    config/check.py compares it with the class's constructor. `refused` are classes that exist and do not work here,
+    with the reason.
     """
 
     kinds: ClassVar[dict[str, type]]
     others: ClassVar[str]
+    refused: ClassVar[dict[str, str]] = {}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -82,7 +89,8 @@ class Reader:
             if key in known:
                 chosen[key] = self.convert(known[key], value, full)
             else:
-                self.faults.append(f"{self.where}{full}: unknown key with value {short(value)}; {nearest(key, known)}")
+                told = getattr(cls, "elsewhere", {}).get(key) or nearest(key, known)
+                self.faults.append(f"{self.where}{full}: unknown key with value {short(value)}; {told}")
         for missing in sorted(required(cls) - set(chosen)):
             full = f"{name}.{missing}" if name else missing
             self.faults.append(f"{self.where}{full} is missing; it must be {says(known[missing])}")
@@ -112,7 +120,7 @@ class Reader:
         if not is_finite(converted):
             return self.refuse(name, value, f"{says(hint)} that a computer can hold")
         for meta in getattr(hint, "__metadata__", ()):
-            if isinstance(meta, Only) and converted != meta.value:
+            if isinstance(meta, Only) and not is_same(converted, meta.value):
                 return self.refuse(name, value, says(hint))
         return converted
 
@@ -124,6 +132,9 @@ class Reader:
             return self.refuse(f"{name}.type", kind, "the name of a class")
         if kind in cls.kinds:
             return self.build(cls.kinds[kind], value, name)
+        if kind in cls.refused:
+            self.faults.append(f"{self.where}{name}.type is {kind!r}, but {cls.refused[kind]}")
+            return None
         names = [*cls.kinds, *cls.others.split()]
         if kind not in names and "auto_register" not in value:
             words = f"{name}.type is {kind!r}, which is not registered; {nearest(kind, names)}"
@@ -192,15 +203,20 @@ def is_finite(value: Any) -> bool:
     return not isinstance(value, int) or abs(value) <= LARGEST_WHOLE
 
 
+def is_same(value: Any, other: Any) -> bool:
+    """Equal, where True is not 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
 def says(hint: Any) -> str:
     """What completes "must be …"."""
     if len(options(hint)) > 1:
         return " or ".join(dict.fromkeys(map(says, options(hint))))
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        only = next((meta for meta in arguments[1:] if isinstance(meta, Only)), None)
-        if only is not None:
-            return f"{only.value!r}: {only.why}"
+        one = next((meta for meta in arguments[1:] if isinstance(meta, Only)), None)
+        if one is not None:
+            return f"{'left out' if one.value is None else repr(one.value)}: {one.why}"
         inner, metas = arguments[0], [meta for meta in arguments[1:] if isinstance(meta, Meta)]
         return next((meta.description for meta in metas if meta.description), None) or with_bounds(inner, metas)
     if origin is Literal:

@@ -40,7 +40,7 @@ from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingfac
 from mindformers_ext.training.text_generation import generate, pick_token
 
 # Keys of the context section that mean something on CPU; the others set up an NPU.
-CPU_CONTEXT = ("mode", "device_target", "max_call_depth", "save_graphs", "save_graphs_path", "deterministic")
+CPU_CONTEXT = ("mode", "device_target", "max_call_depth", "save_graphs", "save_graphs_path")
 
 
 def run_mode(run: Run, predict_data: list[str] | None = None) -> None:

@@ -16,38 +16,37 @@ YAMLS = sorted((Path(__file__).resolve().parents[2] / "research").rglob("*.yaml"
 VALUES = (None, -1, "x", [], {}, 1e99, True)
 # What is right all the same, by value: switches, sections with their defaults, texts, keys that may be empty.
 RIGHT = {
-    "True": """auto_trans_ckpt callbacks.N.async_save context.save_graphs model.model_config.input_sliced_sig
+    "True": """callbacks.N.async_save context.save_graphs model.model_config.input_sliced_sig
         model.model_config.return_extra_loss model.model_config.use_flash_attention
         model.model_config.use_fused_cross_entropy model.model_config.use_fused_rms_norm
         model.model_config.use_fused_rope model.model_config.use_fused_swiglu moe_config.balance_via_topk_bias
         moe_config.enable_sdrop moe_config.group_wise_a2a moe_config.norm_topk_prob moe_config.use_fused_ops_permute
-        moe_config.use_fused_ops_topkrouter moe_config.use_gating_sigmoid moe_config.use_gmm only_save_strategy
-        parallel.enable_alltoall parallel.enable_parallel_optimizer parallel.gradients_mean
+        moe_config.use_fused_ops_topkrouter moe_config.use_gating_sigmoid moe_config.use_gmm parallel.enable_alltoall
+        parallel.enable_parallel_optimizer parallel.gradients_mean
         parallel.parallel_optimizer_config.gradient_accumulation_shard
-        parallel.strategy_ckpt_config.only_trainable_params parallel_config.use_seq_parallel
+        parallel_config.use_seq_parallel
         parallel_config.vocab_emb_dp recompute_config.mp_comm_recompute
         recompute_config.parallel_optimizer_comm_recompute recompute_config.recompute
         recompute_config.recompute_slice_activation recompute_config.select_recompute resume_training
         runner_config.sink_mode runner_wrapper.use_clip_grad DATASET.drop_remainder train_dataset.numa_enable
-        train_dataset.python_multiprocessing DATASET.data_loader.config.create_attention_mask
+        DATASET.data_loader.config.create_attention_mask
         eval_dataset.data_loader.config.eod_mask_loss eval_dataset.data_loader.config.reset_attention_mask
         eval_dataset.data_loader.config.reset_position_ids use_parallel""",
     "None": """context.ascend_config context.ascend_config.parallel_speed_up_json_path context.jit_config
         context.max_device_memory eval_dataset eval_dataset.data_loader eval_dataset.data_loader.config.data_path
         DATASET.data_loader.config.split eval_dataset.input_columns eval_dataset_task load_checkpoint
-        lr_schedule.final_lr lr_schedule.final_start_step model.model_config.checkpoint_name_or_path
+        lr_schedule.final_lr lr_schedule.final_start_step
         model.model_config.extend_method model.model_config.intermediate_size
         model.model_config.max_position_embeddings model.model_config.n_kv_heads model.model_config.q_lora_rank
         model.model_config.scaling_factor moe_config.aux_loss_factors moe_config.expert_group_size
-        moe_config.topk_group parallel.dataset_strategy parallel.strategy_ckpt_config processor processor.tokenizer
+        moe_config.topk_group parallel.dataset_strategy processor processor.tokenizer
         processor.tokenizer.tokenizer_file""",
     "{}": """context context.ascend_config context.jit_config eval_dataset model.model_config.scaling_factor moe_config
-        parallel parallel.parallel_optimizer_config parallel.strategy_ckpt_config parallel_config processor
+        parallel parallel.parallel_optimizer_config parallel_config processor
         processor.tokenizer recompute_config runner_config""",
     "'x'": """callbacks.N.base_model callbacks.N.prefix context.ascend_config.parallel_speed_up_json_path
         context.save_graphs_path DATASET.data_loader.config.data_path load_checkpoint
-        model.model_config.checkpoint_name_or_path output_dir parallel.strategy_ckpt_config.save_file
-        processor.tokenizer.tokenizer_file processor.tokenizer.type src_strategy_path_or_dir trainer.model_name""",
+        output_dir processor.tokenizer.tokenizer_file trainer.model_name""",
     "[]": "callbacks moe_config.aux_loss_factors",
     "-1": "lr_schedule.total_steps model.model_config.ignore_token_id runner_config.sink_size",
 }
