@@ -266,7 +266,8 @@ def _activations(plan: Run, stage: int, layers: list[int], recomputed: int, own:
     """(bytes kept for the backward pass by the micro-batches in flight, most bytes beside them at any time).
 
     The backward pass goes from the last layer to the first: each layer's kept values are gone after it. A layer holds
-    what it computed again, and the gradient of its largest weight until that is added to the buffer.
+    what it computed again, and the gradient of its largest weight until that is added to the buffer. With dropless
+    dispatch rows of the experts are gone by then, and others are copied by a mask before: V3's sum is 1 GiB too high.
     """
     model = plan.model
     unit = DTYPE_BYTES[model.compute_dtype]
