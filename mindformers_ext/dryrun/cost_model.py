@@ -1,8 +1,13 @@
 """Estimated memory, step time and MFU of a plan: arithmetic over a device profile, a few milliseconds per plan.
 
 The estimate ranks strategies and says what bounds them; it is not a measurement. What V3 sends agrees with its compiled
-graph to 1 %, memory with MindSpore's plan (`--level memory`, without fragments) to 10 %, but for the first stage of
-V3's 16, which is planned 12.6 % higher: see the tests.
+graph to 1 %, memory with MindSpore's plan (`--level memory`) to 10 %. Its errors in %, by stage (see the tests):
+
+- without fragments, the 671B YAML +4.0 (0), +2.1 (1), +0.2 (15); with capacity dispatch -1.6 (0), -0.5 (1), -1.3 (15);
+  V2-Lite -6.3 (0);
+- with fragments, the 671B YAML +0.5 (0), -0.9 to +1.1 (1 to 13), -3.8 (14), -1.1 (15); with capacity dispatch -5.1 (0),
+  -1.2 (1), -4.5 (8), -1.9 (15).
+
 What is assumed:
 
 - matmuls and attention run at the profile's efficiencies; every other operator is hidden in them;
@@ -53,7 +58,7 @@ class StageCost:
     optimizer_bytes: float
     gathered_bytes: float  # weights as they are used during the step: whole, and in the compute dtype
     activation_bytes: float  # kept for the backward pass, all micro-batches in flight
-    working_bytes: float  # largest set of temporary values: of a layer, or the clipped gradients of the update
+    working_bytes: float  # most that lies beside them: of a layer's backward pass, or the update's clipped gradients
     flops_per_step: float  # forward and backward of the model's formula
     compute_seconds: float  # one micro-batch, forward and backward, recomputation included
     collective_seconds: dict[
@@ -158,7 +163,7 @@ def _stage_cost(plan: Run, profile: DeviceProfile, stage: int, weights: list[Wei
     for transfer in transfers:
         share = 1 - profile.gradient_overlap if transfer.purpose == "data parallel" else 1 / plan.micro_batches
         seconds[transfer.purpose] += transfer.seconds(profile) * share
-    kept, working = _activations(plan, stage, layers, recomputed)
+    kept, working = _activations(plan, stage, layers, recomputed, own)
     held = _held_bytes(plan, own)
     clipped = held["optimizer_bytes"] / ADAM_STATES  # the update comes when all activations are gone
     macs = _macs_per_token(plan, stage, layers)
@@ -257,21 +262,45 @@ def _step_transfers(plan: Run, stage: int, layers: list[int], recomputed: int, o
     return [Transfer(*key, calls) for key, calls in totals.items() if calls]
 
 
-def _activations(plan: Run, stage: int, layers: list[int], recomputed: int) -> tuple[float, float]:
-    """(bytes kept for the backward pass by the micro-batches in flight, bytes of the largest temporary set)."""
+def _activations(plan: Run, stage: int, layers: list[int], recomputed: int, own: list[Weight]) -> tuple[float, float]:
+    """(bytes kept for the backward pass by the micro-batches in flight, most bytes beside them at any time).
+
+    The backward pass goes from the last layer to the first: each layer's kept values are gone after it. A layer holds
+    what it computed again, and the gradient of its largest weight until that is added to the buffer. With dropless
+    dispatch rows of the experts are gone by then, and others are copied by a mask before: V3's sum is 1 GiB too high.
+    """
     model = plan.model
+    unit = DTYPE_BYTES[model.compute_dtype]
     in_flight = min(plan.micro_batches, plan.pp - stage)
     tokens = plan.batch_size * model.seq_length / plan.cp
     share = plan.mp if plan.sequence_parallel else 1
-    boundary = tokens / share * model.hidden_size * DTYPE_BYTES[model.compute_dtype]
     sizes = [layer_activation_bytes(plan, layer) for layer in layers]
-    kept = sum(boundary if i < recomputed else size for i, size in enumerate(sizes))
-    working = max(sizes)
+    kept = [tokens / share * model.hidden_size * unit if i < recomputed else size for i, size in enumerate(sizes)]
+    if stage == 0 and recomputed:
+        kept[0] = tokens * model.hidden_size * unit  # the first layer keeps the looked up rows, and splits them again
+    working = 0.0
+    for i, layer in enumerate(layers):
+        again = sizes[i] if i < recomputed else 0.0
+        working = max(working, again + _largest_gradient(plan, own, _prefix(plan, layer)) - sum(kept[i + 1 :]))
+    if stage == 0:
+        rows = tokens * model.hidden_size * FLOAT_BYTES
+        working = max(working, rows + _largest_gradient(plan, own, "model.embed_tokens.") - sum(kept))
     if stage == plan.pp - 1:
         # Logits and their gradient in float32 and compute dtype, for the main head and MTP's.
-        width = DTYPE_BYTES[model.compute_dtype] + 2 * FLOAT_BYTES
-        working = max(working, tokens * model.vocab_size / plan.mp * width * (1 + model.mtp_depth))
-    return kept * in_flight, working
+        working = max(working, tokens * model.vocab_size / plan.mp * (unit + 2 * FLOAT_BYTES) * (1 + model.mtp_depth))
+    return sum(kept) * in_flight, working
+
+
+def _prefix(plan: Run, layer: int) -> str:
+    """What the names of a layer's weights begin with."""
+    depth = layer - plan.model.num_layers
+    return f"model.layers.{layer}." if depth < 0 else f"mtp.{depth}."
+
+
+def _largest_gradient(plan: Run, own: list[Weight], prefix: str) -> float:
+    """Bytes of the largest gradient among the weights of this prefix, as the backward pass makes it."""
+    trained = [w for w in own if w.trainable and w.name.startswith(prefix)]
+    return max((w.size / w.ways * gathered_bytes(w, plan) for w in trained), default=0.0)
 
 
 def layer_activation_bytes(plan: Run, layer: int) -> float:
