@@ -78,17 +78,27 @@ def audit(model: pb.ModelProto, lines: dict[str, str] | None = None, determinist
     `lines` gives the model's line of a cell's class. `deterministic` says that context.deterministic is ON.
     """
     found: dict[tuple, Finding] = {}
-    times = mindir.call_counts(model)
-    for function, operator in operators(model):
+    for operator, count, scopes in distinct_uses(model):
+        places = dict.fromkeys(place_of(scope, lines or {}) for scope in scopes)
         for verdict, demand, document, remedy in judged(operator, deterministic):
             key = (operator.name, operator.attributes(), operator.dtypes(), verdict, demand)
-            place = place_of(operator.scope, lines or {})
             known = found.setdefault(key, Finding(*key, document, remedy, 0, operator.shapes()))
-            if place not in known.places:
-                known.places.append(place)
-            found[key] = replace(known, count=known.count + times[function])
+            known.places.extend(place for place in places if place not in known.places)
+            found[key] = replace(known, count=known.count + count)
     order = (VIOLATION, DOUBTFUL, DOCUMENTED)
-    return sorted((f for f in found.values() if f.count), key=lambda f: (order.index(f.verdict), f.operator, -f.count))
+    return sorted(found.values(), key=lambda f: (order.index(f.verdict), f.operator, -f.count))
+
+
+def distinct_uses(model: pb.ModelProto) -> Iterator[tuple[Operator, int, list[str]]]:
+    """Every use of an operator that differs in inputs or result from the others, how often it runs, and its scopes."""
+    uses: dict[tuple, list] = {}
+    times = mindir.call_counts(model)
+    for function, operator in operators(model):
+        if times[function]:
+            use = uses.setdefault((operator.name, operator.inputs, operator.result), [operator, 0, []])
+            use[1] += times[function]
+            use[2].append(operator.scope)
+    yield from map(tuple, uses.values())
 
 
 def judged(operator: Operator, deterministic: bool) -> Iterator[tuple[str, str, str, str]]:
@@ -349,6 +359,8 @@ RULES = (
 
 # Operators that the plugin runs by their old kernel (compiled by GE, or on the AI CPU): name, then what replaces it.
 WITHOUT_ACLNN = {
+    "Dropout": "use DropoutExt",
+    "DropoutGrad": "use DropoutExt, whose gradient is DropoutGradExt",
     "TopK": "use TopkExt",
     "OneHot": "use OneHotExt",
     "Gather": "use Embedding for tables (its gradient is a kernel of its own), IndexSelect else",
@@ -376,5 +388,7 @@ HAVE_KERNELS = words(
     "SiLUGrad SigmoidGrad ReLU Maximum Minimum ClampScalar Equal NotEqual Less LessEqual Greater GreaterEqual EqScalar "
     "LessScalar GreaterEqualScalar LogicalAnd LogicalOr LogicalNot Select MaskedFill Cast SumExt ReduceSum "
     "MeanExt ReduceAll Concat SplitWithSize SplitTensor Tile BroadcastTo Transpose TransposeExtView Reshape ExpandDims "
-    "Squeeze GatherD GatherDGradV2 IndexAddExt IndexSelect TopkExt OneHotExt CumsumExt AllFinite"
+    "Squeeze GatherD GatherDGradV2 IndexAddExt IndexSelect TopkExt OneHotExt CumsumExt AllFinite FloorDiv ReduceMax "
+    "ReduceMin Softmax SoftmaxBackward Rsqrt Abs Floor Embedding EmbeddingDenseBackward SliceExt SortExt DropoutExt "
+    "DropoutGradExt"
 )

@@ -155,9 +155,9 @@ def operators(model: pb.ModelProto) -> Iterator[tuple[str, Operator]]:
     names = {primitive.name: primitive.op_type for primitive in model.primitives}
     constants = {name: _constant(node) for name, node in mindir.constants(model).items()}
     parameters = {parameter.name: _tensor(parameter) for parameter in model.graph.parameter}
+    values = constants | parameters  # names are unique in the whole model
     for function, graph in mindir.functions(model).items():
-        given = {i.name: _tensor(i.tensor[0]) if i.tensor else UNKNOWN for i in graph.input}
-        values = {**constants, **parameters, **given}
+        values |= {i.name: _tensor(i.tensor[0]) if i.tensor else UNKNOWN for i in graph.input}
         for node in graph.node:
             if node.op_type == "Constant":
                 continue
@@ -186,5 +186,8 @@ def _constant(node: pb.NodeProto) -> Any:
         return UNKNOWN
     if value.tensors:
         return _tensor(value.tensors[0])
-    plain = mindir.plain(value)
-    return tuple(plain) if isinstance(plain, list) else plain
+    return _frozen(mindir.plain(value))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
