@@ -34,6 +34,7 @@ ALL_RANKS = "https://www.hiascend.com/document, aclTensor: a shape has at most 8
 
 FLOATS = ("float16", "bfloat16", "float")
 MASKS = ("uint8", "bool")
+PLACES = 8
 CAUSAL, CAUSAL_TO_LAST, BAND = COMPRESSED = (2, 3, 4)  # sparse modes whose mask is the triangle
 TRIANGLE = (2048, 2048)
 HALF, INTERLEAVED = 0, 1  # modes of RotaryPositionEmbedding
@@ -69,7 +70,7 @@ class Finding:
     remedy: str
     count: int  # in one step
     shapes: str  # of the first use
-    places: list[str] = field(default_factory=list)  # the model's lines, or scopes where the line is not known
+    places: list[str] = field(default_factory=list)  # the model's lines, or scopes without one; the first PLACES
 
 
 def audit(model: pb.ModelProto, lines: dict[str, str] | None = None, deterministic: bool = False) -> list[Finding]:
@@ -83,7 +84,7 @@ def audit(model: pb.ModelProto, lines: dict[str, str] | None = None, determinist
         for verdict, demand, document, remedy in judged(operator, deterministic):
             key = (operator.name, operator.attributes(), operator.dtypes(), verdict, demand)
             known = found.setdefault(key, Finding(*key, document, remedy, 0, operator.shapes()))
-            known.places.extend(place for place in places if place not in known.places)
+            known.places.extend([place for place in places if place not in known.places][: PLACES - len(known.places)])
             found[key] = replace(known, count=known.count + count)
     order = (VIOLATION, DOUBTFUL, DOCUMENTED)
     return sorted(found.values(), key=lambda f: (order.index(f.verdict), f.operator, -f.count))
@@ -369,7 +370,7 @@ WITHOUT_ACLNN = {
     "CumSum": "use CumsumExt",
     "ReduceMean": "use MeanExt",
     "AddN": "stays: MindSpore adds gradients of one value with it",
-    "StridedSlice": "stays: MindSpore's parallel strategies know no other slice with steps",
+    "StridedSlice": "stays: our cells' slices carry strategies; use SliceExt where it takes the same",
     "Assign": "stays: the optimizer and the pipeline write so",
     "AssignAdd": "stays: gradient accumulation and counters",
     "TensorMove": "stays: the compiler copies parameters so",
