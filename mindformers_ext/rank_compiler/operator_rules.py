@@ -15,22 +15,22 @@ from mindformers_ext.rank_compiler import mindir
 from mindformers_ext.rank_compiler.operators import LAYOUTS, NAMES, Operator, Undecided, operators, words
 
 VIOLATION, DOUBTFUL, DOCUMENTED = "violation", "doubtful", "documented"  # the gravest first
-# Mirrors of CANN's repositories, each document at the commit that was read.
+# Mirrors of CANN's repositories, each document at a commit that has it.
 TRANSFORMER, NN = "https://github.com/hicann/ops-transformer/blob", "https://github.com/hicann/ops-nn/blob"
 FLASH = f"{TRANSFORMER}/60266d1/attention/flash_attention_score/docs/aclnnFlashAttentionScore.md"
-TURN = f"{TRANSFORMER}/04193ab/posembedding/rotary_position_embedding"
-ROTARY = f"{TURN}/docs/aclnnRotaryPositionEmbedding.md"
-ROTARY_GRAD = f"{TURN}_grad/docs/aclnnRotaryPositionEmbeddingGrad.md"
+ROTARY = f"{TRANSFORMER}/04193ab/posembedding/rotary_position_embedding/docs/aclnnRotaryPositionEmbedding.md"
+TURN_BACK = f"{TRANSFORMER}/7a0d19c/posembedding/rotary_position_embedding_grad/docs"
+ROTARY_GRAD = f"{TURN_BACK}/aclnnRotaryPositionEmbeddingGrad.md"
 GROUPED = f"{TRANSFORMER}/827a604/gmm/grouped_matmul/docs/aclnnGroupedMatmulV4_en.md"
 PERMUTE = f"{TRANSFORMER}/3d069c6/moe/moe_token_permute/docs/aclnnMoeTokenPermute.md"
-UNPERMUTE = f"{TRANSFORMER}/3d069c6/moe/moe_token_unpermute/docs/aclnnMoeTokenUnpermute.md"
+UNPERMUTE = f"{TRANSFORMER}/60266d1/moe/moe_token_unpermute/docs/aclnnMoeTokenUnpermute.md"
 NORM_GRAD = f"{NN}/2ed368e/norm/rms_norm_grad/docs/aclnnRmsNormGrad.md"
 SWIGLU = f"{NN}/e7b7498/activation/swi_glu/docs/aclnnSwiGlu.md"
 ADAMW = f"{NN}/14960a6/optim/apply_adam_w/docs/aclnnApplyAdamW.md"
 WHEEL = "mindspore 2.9.0, ops/auto_generate/gen_ops_prim.py"
 GROUPED_WHEEL = "mindspore 2.9.0, ops/auto_generate/gen_ops_def.py"
 PLUGIN = "mindspore 2.9.0, lib/plugin/libmindspore_ops_ascend.so (kernel classes)"
-ALL_RANKS = "https://www.hiascend.com/document, aclTensor: a shape has at most 8 dimensions"
+ALL_RANKS = "the column of dimensions in every operator's document"
 
 FLOATS = ("float16", "bfloat16", "float")
 MASKS = ("uint8", "bool")
@@ -209,7 +209,7 @@ def rotary_tables(operator: Operator) -> bool:
 
 
 def rotary_rows(operator: Operator) -> bool:
-    """In half mode the tiling of (B, N, S, D) has limits of its own, by whether D / 2 fills blocks of 32 bytes."""
+    """In half mode the forward tiling of (B, N, S, D) has limits of its own: does D / 2 fill blocks of 32 bytes?"""
     x, layouts = turned(operator), rotary_layouts(operator)
     if not layouts:
         return True  # its tables are wrong
@@ -217,7 +217,7 @@ def rotary_rows(operator: Operator) -> bool:
     if operator["mode"] == INTERLEAVED:
         return b * n < 1000
     fits = True
-    if layouts[0] == (0, 1, 2):
+    if layouts[0] == (0, 1, 2) and operator.name == "RotaryPositionEmbedding":
         block = 32 // mindir.DTYPE_BYTES[operator.tensor("cos").dtype.upper()]
         fits = b * n <= 8 * s if x[3] // 2 % block == 0 else x[3] >= 80 or 2 * b * n <= -(-s // VECTOR_CORES)
     return fits and b < 1000 and n < 1000
@@ -322,7 +322,7 @@ RULES = (
          packed_lengths),
     Rule(ROTARIES, "cos and sin are (1, 1, S, D) for x (B, N, S, D), or with its axes in x's order; in half mode also "
          "(B, 1, S, D) and x's shape", ROTARY, rotary_tables),
-    Rule(ROTARIES, "B * N < 1000 in mode 1; in mode 0 B, N < 1000 and B * N <= 8 * S", ROTARY, rotary_rows),
+    Rule(ROTARIES, "B * N < 1000 in mode 1; in mode 0 B, N < 1000, and B * N <= 8 * S forward", ROTARY, rotary_rows),
     Rule(ROTARIES, "the width D is even and below 896", ROTARY,
          lambda o: turned(o)[-1] < 896 and turned(o)[-1] % 2 == 0),
     Rule("RotaryPositionEmbedding", "x, cos and sin have one type", ROTARY, lambda o: one_type(o, "x", "cos", "sin")),
