@@ -25,7 +25,7 @@ from mindformers_ext.dryrun.device_profile import DEFAULT_PROFILE, DeviceProfile
 from mindformers_ext.dryrun.html_report import render_html  # noqa: E402
 from mindformers_ext.dryrun.report import TOOL_FAILURE, make_report, memory_limit  # noqa: E402
 from mindformers_ext.dryrun.sweep import Candidate, parse_axes, sweep  # noqa: E402
-from mindformers_ext.dryrun.terminal_report import GIB, render_plan, render_ranks, table  # noqa: E402
+from mindformers_ext.dryrun.terminal_report import GIB, audit_table, render_plan, render_ranks, table  # noqa: E402
 from mindformers_ext.errors import ConfigError, exit_code_of, of_files  # noqa: E402
 from mindformers_ext.files.atomic import write_json, write_text  # noqa: E402
 from mindformers_ext.rank_compiler.stand_in_cann import COMPILE, MEMORY, StandInError  # noqa: E402
@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--ranks", default="per-stage", help="per-stage, all-stages-first-last, all, none, or a list as 0,64,128"
     )
     parser.add_argument("--level", choices=LEVELS, default="compile", help="memory also plans the device memory")
+    parser.add_argument("--audit", action="store_true", help="list every operator that the ranks run, with its verdict")
     parser.add_argument("--jobs", type=positive, default=1, help="ranks compiled at a time")
     parser.add_argument("--out", type=Path, help="folder for report.json, report.html and the ranks' logs")
     parser.add_argument("--device", default=DEFAULT_PROFILE, help="device profile (YAML)")
@@ -105,6 +106,8 @@ def dry_run(options, plan: Run, overrides: list[tuple[str, Any]], profile: Devic
     report = make_report(plan, profile, violations, cost, results)
     write_json(out / "report.json", report)
     write_text(out / "report.html", render_html(report))
+    if options.audit:
+        print(f"Operators in a step of the compiled ranks:\n{audit_table(report)}\n")
     print(render_ranks(report))
     print(f"\nreport: {out / 'report.html'} and {out / 'report.json'}")
     return report["exit_code"]

@@ -7,7 +7,11 @@ from typing import Any
 
 from mindformers_ext.dryrun.report import GIB, summed_collectives
 from mindformers_ext.dryrun.terminal_report import (
+    AUDIT_HEADERS,
     HELD,
+    audit_rows,
+    broken_text,
+    doubtful_text,
     estimate_text,
     failure_text,
     parameter_text,
@@ -102,6 +106,10 @@ def _ranks_section(report: dict[str, Any]) -> list[str]:
     body.append(_table([*headers, "GB sent in node", "GB sent across"], rows))
     body.append(f"<p>{html.escape(PLAN_NOTE if compiled[0]['memory'] else '')}</p>")
     body.append(f"<p>{html.escape(parameter_text(report['parameter_check']))}</p>")
+    body.append(f"<h2>Operators on Ascend</h2><pre class='bad'>{html.escape(broken_text(report))}</pre>")
+    body.append(f"<pre>{html.escape(doubtful_text(report))}</pre>")
+    signatures = audit_rows(report)
+    body.append(_details(f"all {len(signatures)} signatures", _table(AUDIT_HEADERS, signatures)))
     body.append(f"<h2>Collectives in a step</h2><div class='plots'>{_plot(_collective_bars, compiled)}</div>")
     for record in compiled:
         body.append(_details(f"rank {record['rank']}: collectives", _collectives(record)))

@@ -11,6 +11,7 @@ from mindformers_ext.dryrun.cost_model import PlanCost
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.parameters import Weight, model_weights, stored_shape
 from mindformers_ext.dryrun.transfers import wire_factor
+from mindformers_ext.rank_compiler.operator_rules import VIOLATION
 from mindformers_ext.rank_compiler.rank_pool import COMPILED, REFUSED, RankResult
 
 FITS, DOES_NOT_FIT, TOOL_FAILURE = 0, 1, 2  # exit codes
@@ -43,6 +44,7 @@ def make_report(
         "memory_limit_bytes": limit,
         "estimate": estimate_record(plan, cost) if cost else None,
         "ranks": ranks,
+        "audit": joined_audit(results),
         "parameter_check": check_parameters(plan, results) if results else None,
         "exit_code": code,
         "verdict": verdict(code, violations, cost, results, limit),
@@ -58,6 +60,8 @@ def verdict(code: int, violations: list, cost: PlanCost | None, results: list[Ra
         return f"illegal: {len(violations)} of the strategy's rules are broken"
     if failed:
         return f"illegal: {', '.join(failed)}"
+    if broken := broken_rules(results):
+        return f"illegal: {len(broken)} uses of operators break what Ascend documents, {broken[0]['operator']} first"
     peak = fullest(cost, results)
     if peak is None:
         return "compiled"
@@ -89,7 +93,25 @@ def exit_code(violations: list, cost: PlanCost | None, results: list[RankResult]
     peak = fullest(cost, results)
     too_large = peak is not None and peak[0] > limit
     refused = any(r.status == REFUSED for r in results)
-    return DOES_NOT_FIT if violations or too_large or refused else FITS
+    return DOES_NOT_FIT if violations or too_large or refused or broken_rules(results) else FITS
+
+
+def joined_audit(results: list[RankResult]) -> list[dict[str, Any]]:
+    """What the compiled ranks run (`operator_rules.Finding`): equal findings once, with the ranks and all places."""
+    joined: dict[tuple, dict[str, Any]] = {}
+    for result in results:
+        for finding in result.compiled.get("audit", []):
+            key = tuple(finding[k] for k in ("operator", "attributes", "dtypes", "verdict", "demand"))
+            known = joined.setdefault(key, finding | {"count": 0, "places": [], "ranks": []})
+            known["count"] += finding["count"]
+            known["places"] += [place for place in finding["places"] if place not in known["places"]]
+            known["ranks"].append(result.rank)
+    return list(joined.values())
+
+
+def broken_rules(results: list[RankResult]) -> list[dict[str, Any]]:
+    """Uses of operators that a document forbids."""
+    return [finding for finding in joined_audit(results) if finding["verdict"] == VIOLATION]
 
 
 def rank_record(plan: Run, profile: DeviceProfile, cost: PlanCost | None, result: RankResult) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """A dry run's report as text for a terminal: tables, and the sentences that matter first."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 from mindformers_ext.dryrun.report import GIB, summed_collectives
+from mindformers_ext.rank_compiler.operator_rules import DOCUMENTED, DOUBTFUL, VIOLATION
 from mindformers_ext.rank_compiler.rank_pool import COMPILED
 
 RANK_HEADERS = ["rank", "stage", "layers", "status", "seconds", "compiler GiB", "weights", "grads", "states"]
@@ -40,6 +41,7 @@ def render_ranks(report: dict[str, Any]) -> str:
         compiled = [r for r in report["ranks"] if r["status"] == COMPILED]
         parts += [f"Collectives of rank {r['rank']} in a step:\n" + collective_table(r) for r in compiled[:1]]
         parts += [parameter_text(report["parameter_check"])] if compiled else []
+        parts += filter(None, [broken_text(report), doubtful_text(report)])
     parts.append(f"Verdict: {report['verdict']}")
     return "\n\n".join(parts)
 
@@ -147,6 +149,47 @@ def failure_text(record: dict[str, Any]) -> str:
     lines += [f"  {'called at' if i else 'at'} {line}" for i, line in enumerate(shown)]
     lines += [f"  compiler: {text}" for text in record["compiler_errors"][:3]]
     return "\n".join([*lines, f"  log: {record['log']}"])
+
+
+def broken_text(report: dict[str, Any]) -> str:
+    """Operators that break what Ascend documents, with the model's lines; "" when there are none."""
+    lines = []
+    for f in report["audit"]:
+        if f["verdict"] == VIOLATION:
+            named = f"{f['operator']} {f['attributes']}".strip()
+            lines.append(f"rank {f['ranks'][0]}: {named} of {f['shapes']} breaks a rule: {f['demand']}")
+            lines += [f"  {'and' if i else 'at'} {place}" for i, place in enumerate(f["places"][:4])]
+            lines.append(f"  {f['document']}")
+    return "\n".join(lines)
+
+
+def doubtful_text(report: dict[str, Any]) -> str:
+    """What is doubtful on Ascend, one line for each operator and reason; "" when there is nothing."""
+    counts = Counter()
+    for f in report["audit"]:
+        if f["verdict"] == DOUBTFUL:
+            counts[f["operator"], f["demand"], f["remedy"]] += f["count"]
+    lines = [f"- {name} ({count} times): {demand}; {remedy}" for (name, demand, remedy), count in counts.items()]
+    return "\n".join(["Doubtful on Ascend, in a step of the compiled ranks:", *lines]) if lines else ""
+
+
+AUDIT_HEADERS = ["verdict", "count", "operator", "attributes", "types"]
+
+
+def audit_rows(report: dict[str, Any]) -> list[list[Any]]:
+    """Every signature of the compiled ranks with its gravest verdict, and how many uses have that."""
+    order = [VIOLATION, DOUBTFUL, DOCUMENTED]
+    rows: dict[tuple, list[Any]] = {}
+    for f in sorted(report["audit"], key=lambda f: order.index(f["verdict"])):
+        key = (f["operator"], f["attributes"], f["dtypes"])
+        rows.setdefault(key, [f["verdict"], f["count"], *key])
+    return list(rows.values())
+
+
+def audit_table(report: dict[str, Any]) -> str:
+    """The signatures with their verdicts, one a line."""
+    rows = [AUDIT_HEADERS, *audit_rows(report)]
+    return "\n".join(f"{row[0]:<10}  {row[1]:>6}  {'  '.join(filter(None, row[2:]))}" for row in rows)
 
 
 def parameter_text(check: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import inspect
 import json
 import os
 import re
@@ -52,13 +53,16 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False, rewrite: 
 
     Keys: rank, device_num, strategies {operator: one list per input}, layouts {parameter: LAYOUT_FIELDS},
     parameters {name: {shape, dtype, bytes}} as stored on this rank (weights, optimizer states, gradient buffers),
-    weights (names of those that the optimizer updates), collectives (`mindir.Collective`), flops {model, hardware}
-    per step of this rank as MindSpore counts them, compile_seconds, cpu_seconds and peak_rss_bytes of this process.
+    weights (names of those that the optimizer updates), collectives (`mindir.Collective`), audit
+    (`operator_rules.Finding`), flops {model, hardware} per step of this rank as MindSpore counts them, compile_seconds,
+    cpu_seconds and peak_rss_bytes of this process.
     """
+    import mindspore as ms
     from mindspore.communication import get_group_size, get_process_group_ranks, get_rank
     from mindspore.graph.api import _cell_graph_executor
 
     from mindformers_ext.rank_compiler import mindir
+    from mindformers_ext.rank_compiler.operator_rules import audit
 
     start = time.time()
     gc.freeze()  # MindSpore collects garbage often while it compiles: not among what is there already
@@ -87,6 +91,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False, rewrite: 
         "parameters": parameters,
         "weights": [p.name for p in cell.optimizer.parameters if p.name in parameters],
         "collectives": [asdict(c) for c in mindir.collectives(model, rank, device_num)],
+        "audit": [asdict(f) for f in audit(model, cell_lines(cell), ms.get_context("deterministic") == "ON")],
         "flops": {"model": flops[0], "hardware": flops[1]},
         "compile_seconds": seconds,
         "cpu_seconds": time.process_time(),
@@ -96,6 +101,13 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False, rewrite: 
         named(rewrite)(out, model, rank, device_num)
     write_json(out / "compiled.json", compiled)
     return compiled
+
+
+def cell_lines(cell) -> dict[str, str]:
+    """{class: "file:line"} of the `construct` of every cell of the model's own: MindIR names cells, but no lines."""
+    codes = {type(c).__name__: inspect.unwrap(type(c).construct).__code__ for _, c in cell.cells_and_names()}
+    lines = {name: f"{code.co_filename}:{code.co_firstlineno}" for name, code in codes.items()}
+    return {name: line for name, line in lines.items() if not FRAMEWORK_PATH.search(line)}
 
 
 def named(function: str) -> Callable:

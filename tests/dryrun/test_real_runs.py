@@ -68,6 +68,12 @@ def test_slice_of_671b_on_1024_ranks(tmp_path):
         communication = rank["compiled"]["collectives"]
         groups = [c for c in communication if c["kind"] not in ("Send", "Receive") and c["bytes"] > 64]
         assert all(r // 512 == rank["stage"] for c in groups for r in c["ranks"]), "a group reaches into another stage"
+    assert {f["verdict"] for f in report["audit"]} == {"doubtful", "documented"}, "an operator breaks Ascend's rules"
+    assert not [f["operator"] for f in report["audit"] if "not in the table" in f["demand"]]
+    assert not [f for f in report["audit"] if "does not say" in f["remedy"]]
+    (attention,) = (f for f in report["audit"] if f["operator"] == "FlashAttentionScore")
+    assert attention["attributes"] == "input_layout=BNSD sparse_mode=2"
+    assert any("fused_ops.py" in place for place in attention["places"]), attention["places"]
     (tokens,) = (c for c in groups if c["purpose"] == "gather_ids" and c["dtype"] == "bfloat16")
     assert tokens["ranks"] == list(range(512, 520)), "expert parallelism over 8 ranks"
     assert tokens["bytes"] == 8 * 1024 * 7168 * 2, "each has a quarter (mp 4) of a sequence of 4096"

@@ -17,9 +17,11 @@ class Model:
 
     def constant(self, name: str, value: float | int | tuple[int, ...] | None) -> str:
         node = self.proto.graph.node.add(op_type="Constant", output=[name], name=name)
-        kinds = {int: ("i", pb.AttributeProto.INT64), float: ("f", pb.AttributeProto.FLOAT)}
+        kinds = {int: ("i", pb.AttributeProto.INT64), bool: ("i", pb.AttributeProto.BOOL)}
+        kinds |= {float: ("f", pb.AttributeProto.FLOAT)}
         field, kind = kinds.get(type(value), (None, pb.AttributeProto.NONE))
-        attribute = node.attribute.add(name="value", type=kind, **({field: value} if field else {}))
+        stored = int(value) if field == "i" else value  # a bool too is a whole number
+        attribute = node.attribute.add(name="value", type=kind, **({field: stored} if field else {}))
         if isinstance(value, tuple):
             attribute.type = pb.AttributeProto.TUPLE
             for item in value:
@@ -31,6 +33,12 @@ class Model:
         node = self.proto.graph.node.add(op_type="Constant", output=[name], name=name)
         attribute = node.attribute.add(name="value", type=pb.AttributeProto.TENSORS)
         attribute.tensors.add(data_type=pb.TensorProto.FLOAT, raw_data=struct.pack("<f", value))
+        return name
+
+    def given(self, name: str, dtype: str, shape: tuple[int, ...]) -> str:
+        """An input of the graph; dtype as MindIR names it, in any case."""
+        tensor = self.proto.graph.input.add(name=name).tensor.add(dims=shape)
+        tensor.data_type = pb.TensorProto.DataType.Value(dtype.upper())
         return name
 
     def apply(self, operator: str, inputs: list[str], output: str, *shapes: tuple[int, ...]) -> str:
