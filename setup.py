@@ -111,6 +111,12 @@ setup(
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
         ),
+        Pybind11Extension(
+            "mindformers_ext.files._finite",
+            ["mindformers_ext/files/finite.cc"],
+            cxx_std=17,
+            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+        ),
     ],
     cmdclass={"build_ext": build_ext},
 )

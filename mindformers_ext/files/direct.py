@@ -24,7 +24,7 @@ class DirectFile:
     """A new file that arrays are appended to, in a `with` block; threads write full buffers while another fills.
 
     Where the file system has no direct writing (tmpfs) it is written as any file. The caller flushes it to the disk
-    (atomic_files.flush).
+    (files/atomic.py flush).
     """
 
     def __init__(self, path: str | Path):

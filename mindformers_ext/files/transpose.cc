@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <utility>
 
@@ -16,6 +17,41 @@ namespace {
 
 constexpr int kVector = 16;  // bytes that every machine can shuffle
 
+constexpr ptrdiff_t kTile = 64;  // rows and columns that go through a place of their own, in the first cache
+constexpr ptrdiff_t kLine = 64;  // bytes
+
+// As transposing::Transpose, for matrices far larger than a cache: rows of the output may lie a power of two apart,
+// where few of them fit into the cache at a time, and the input's lines are asked for before they are needed.
+template <typename T>
+void TransposeLarge(const T *in, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t in_stride, T *out,
+                    ptrdiff_t out_stride) {
+  using Square = transposing::Square<T, kVector>;
+  alignas(kLine) T tile[kTile * kTile];
+  const ptrdiff_t whole_rows = rows / kTile * kTile, whole_columns = columns / kTile * kTile;
+  for (ptrdiff_t top = 0; top < whole_rows; top += kTile) {
+    for (ptrdiff_t left = 0; left < whole_columns; left += kTile) {
+      for (ptrdiff_t row = 0; row < kTile; row += Square::lanes) {
+        const T *from = in + (top + row) * in_stride + left;
+        for (ptrdiff_t i = 0; left + kTile < whole_columns && i < Square::lanes; ++i) {
+          for (ptrdiff_t k = 0; k < kTile; k += kLine / sizeof(T)) {
+            __builtin_prefetch(from + i * in_stride + kTile + k);
+          }
+        }
+        for (ptrdiff_t column = 0; column < kTile; column += Square::lanes) {
+          Square::Write(from + column, in_stride, tile + column * kTile + row, kTile);
+        }
+      }
+      for (ptrdiff_t column = 0; column < kTile; ++column) {
+        std::memcpy(out + (left + column) * out_stride + top, tile + column * kTile, kTile * sizeof(T));
+      }
+    }
+  }
+  transposing::Transpose<kVector>(in + whole_columns, whole_rows, columns - whole_columns, in_stride,
+                                  out + whole_columns * out_stride, out_stride);
+  transposing::Transpose<kVector>(in + whole_rows * in_stride, rows - whole_rows, columns, in_stride,
+                                  out + whole_rows, out_stride);
+}
+
 template <typename T>
 void Run(const py::array &place, const py::array &value) {
   constexpr ptrdiff_t size = sizeof(T);
@@ -24,7 +60,7 @@ void Run(const py::array &place, const py::array &value) {
   const ptrdiff_t rows = value.shape(0), columns = value.shape(1);
   const ptrdiff_t in_stride = value.strides(0) / size, out_stride = place.strides(0) / size;
   py::gil_scoped_release release;
-  transposing::Transpose<kVector>(in, rows, columns, in_stride, out, out_stride);
+  TransposeLarge(in, rows, columns, in_stride, out, out_stride);
 }
 
 // First byte of a matrix and the one behind its last.

@@ -1,4 +1,4 @@
-"""Calls into sanitized builds of _index_builder and _transpose: all that must be refused, and random legal ones."""
+"""Calls into sanitized builds of our extensions: all that must be refused, and random legal ones."""
 
 import importlib.util
 import sys
@@ -135,9 +135,22 @@ def transposes(module) -> None:
             refused(module.transpose_into, square, value)
 
 
+def finite(module) -> None:
+    for kind in (np.uint8, np.uint16, np.uint32, np.uint64):
+        half = int(np.iinfo(kind).max) >> 1  # every bit below the highest
+        for size in (0, 1, 4095, 4096, 4097):
+            odd = np.zeros(size * np.dtype(kind).itemsize + 1, np.uint8)[1:].view(kind)
+            assert not module.any_has_all(odd, half)
+            odd[-1:] = half
+            assert module.any_has_all(odd, half) == (size > 0)
+        for wrong in (np.zeros(9, kind)[::2], np.zeros(9, np.int32), np.zeros(9, np.float32)):
+            refused(module.any_has_all, wrong, half)
+
+
 builder = load("_index_builder", sys.argv[1])
 blends(builder)
 indices(builder)
 reads(builder)
 transposes(load("_transpose", sys.argv[2]))
+finite(load("_finite", sys.argv[3]))
 print("all calls ran")

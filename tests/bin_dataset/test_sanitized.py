@@ -11,7 +11,7 @@ import pybind11
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mindformers_ext"
-SOURCES = (PACKAGE / "bin_dataset/index_builder.cc", PACKAGE / "files/transpose.cc")
+SOURCES = [PACKAGE / name for name in ("bin_dataset/index_builder.cc", "files/transpose.cc", "files/finite.cc")]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all")
 
 

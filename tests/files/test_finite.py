@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mindformers_ext.files.finite import BITS, CHUNK, all_finite
+from mindformers_ext.files.finite import BITS, all_finite
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
@@ -22,9 +22,21 @@ def test_every_bit_pattern_is_judged_as_numpy_does(dtype):
     assert [all_finite(value) for value in values[:, None]] == expected.tolist()
 
 
+CHUNK = 4096  # of finite.cc
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=str)
 @pytest.mark.parametrize("place", [0, CHUNK - 1, CHUNK, 3 * CHUNK + 4])
-def test_one_value_anywhere(place):
-    values = np.ones(3 * CHUNK + 5, ml_dtypes.bfloat16)
+def test_one_value_anywhere(place, dtype):
+    values = np.ones(3 * CHUNK + 5, dtype)
     assert all_finite(values) and all_finite(values[::2]) and all_finite(values[:0])
-    values[place] = np.inf
+    values[place] = np.nan
     assert not all_finite(values) and not all_finite(values.reshape(1, -1).T)
+
+
+def test_a_tensor_that_begins_at_an_odd_byte():
+    raw = np.zeros(2 * 100 + 1, np.uint8)
+    values = raw[1:].view(ml_dtypes.bfloat16)
+    assert all_finite(values)
+    values[77] = np.inf
+    assert not all_finite(values)

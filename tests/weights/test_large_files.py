@@ -9,8 +9,8 @@ from mindformers_ext.files import _transpose
 from mindformers_ext.files import direct as direct_file
 from mindformers_ext.files.direct import DirectFile
 
-# Rows and columns around the sizes of a tile (8 or 4) and of a strip (64).
-SHAPES = [(1, 1), (7, 9), (8, 8), (4, 12), (64, 64), (65, 130), (130, 3), (71, 200), (0, 4), (4, 0)]
+# Rows and columns around the sizes of a square in registers (8 or 4) and of a tile (64).
+SHAPES = [(1, 1), (7, 9), (8, 8), (4, 12), (64, 64), (128, 192), (65, 130), (130, 3), (71, 200), (0, 4), (4, 0)]
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
