@@ -53,6 +53,15 @@ def own_part_of_the_batch(plan: Run) -> Iterator[Violation]:
         )
 
 
+def gradients_are_means_already(plan: Run) -> Iterator[Violation]:
+    if plan.value("parallel.gradients_mean"):
+        yield Violation(
+            "parallel.gradients_mean",
+            f"the loss of a split graph is the mean over all samples, so its gradients would be divided by "
+            f"data_parallel = {plan.dp} a second time; nearest legal: False",
+        )
+
+
 def one_count_of_micro_batches(plan: Run) -> Iterator[Violation]:
     steps = plan.sections.runner_config.gradient_accumulation_steps
     if plan.pp > 1 and steps > 1:
@@ -320,6 +329,7 @@ OTHER_MODES = {
 RULES = (
     split_by_the_compiler,
     own_part_of_the_batch,
+    gradients_are_means_already,
     one_count_of_micro_batches,
     device_product,
     whole_servers,

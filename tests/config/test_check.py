@@ -156,6 +156,7 @@ INDIVISIBLE = [
     ("recompute_config.recompute", [1, 2], "a list of 16 numbers"),
     ("parallel.dataset_strategy", [[8, 1]], "data_parallel is 16"),
     ("context.device_target", "CPU", "start it with scripts/msrun_launcher.sh"),
+    ("parallel.gradients_mean", True, "divided by data_parallel = 16 a second time"),
     ("parallel.parallel_mode", 2, "does not search strategies"),
     ("parallel.parallel_mode", 3, "the model splits nothing by hand"),
 ]
