@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.built_library import built_library
-from mindformers_ext.collectives.rank_job import is_cpu_rank
 from mindformers_ext.config.command_line import all_overrides, build_parser, find
 
 # What launchers and platforms export and MindSpore or MindFormers read, to find out which of several processes this is.
@@ -36,6 +34,8 @@ def forget_other_processes(use_parallel: bool) -> None:
 
     Such a run would read a part of the samples and wait for processes that do not exist.
     """
+    from mindformers_ext.collectives.rank_job import is_cpu_rank
+
     if (use_parallel and not is_cpu_rank()) or os.environ.get("MS_SIMULATION_LEVEL"):
         return
     found = {name: os.environ.pop(name) for name in PLACE_IN_A_CLUSTER if name in os.environ}
@@ -61,6 +61,7 @@ def run(arguments: list[str], description: str = "", register: Sequence[str] = (
         register: modules whose classes the run names beside those of training/register.py.
     """
     options, rest = build_parser(description).parse_known_args(arguments)
+    from mindformers_ext.built_library import built_library
     from mindformers_ext.config.data_check import check_data
     from mindformers_ext.config.run import read_run
     from mindformers_ext.config.run_rules import dataset_in_use, refuse
