@@ -69,9 +69,8 @@ def decisive(plan: Run) -> dict[str, Any]:
 def rate_needs_the_end(config: dict[str, Any]) -> bool:
     """Whether the learning rate, which is part of the graph, follows from the number of all steps."""
     schedule = config.get("lr_schedule") or {}
-    counts_epochs = config.get("grouped_lr_schedule") or schedule.get("warmup_epochs")
     given = schedule.get("type") == "WarmupStableCosineStepsLR" or schedule.get("total_steps") not in (None, -1)
-    return bool(counts_epochs) or not given
+    return bool(config.get("grouped_lr_schedule")) or not given
 
 
 def libraries() -> list[Path]:

@@ -56,8 +56,8 @@ def test_what_changes_the_graph_changes_the_key(name, value):
 def test_a_rate_that_ends_with_the_samples_depends_on_their_number():
     assert key(COSINE, SHORTER) != key(COSINE)
     assert key(COSINE, ("lr_schedule.total_steps", 150), SHORTER) == key(COSINE, ("lr_schedule.total_steps", 150))
-    by_epochs = [("lr_schedule.warmup_epochs", 1), ("lr_schedule.warmup_ratio", 0.1)]
-    assert key(*by_epochs, SHORTER) != key(*by_epochs)
+    by_ratio = ("lr_schedule", {"type": "ConstantWarmUpLR", "learning_rate": 1e-3, "warmup_ratio": 0.1})
+    assert key(by_ratio, SHORTER) != key(by_ratio)
 
 
 def test_another_kind_of_cpu_has_graphs_of_its_own(monkeypatch):
