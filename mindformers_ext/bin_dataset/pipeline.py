@@ -144,64 +144,60 @@ def run(job: Job) -> Counts:
 
 def _run_parts(job: Job, parts: list[list[Span]], identity: str, total: int) -> Counts:
     counts = Counts()
-    finished = [
-        finished_counts(_part_prefix(job, number), job, identity) if len(parts) > 1 else None
-        for number in range(len(parts))
-    ]
-    if any(finished):
-        print(f"{sum(map(bool, finished))} of {len(parts)} partitions were finished by an earlier run", file=sys.stderr)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=job.tool, mininterval=0.5) as bar:
-        for number, spans in enumerate(parts):
-            prefix = job.prefix if len(parts) == 1 else _part_prefix(job, number)
-            part = finished[number]
+    with ExitStack() as stack, tqdm(total=total, unit="B", unit_scale=True, desc=job.tool, mininterval=0.5) as bar:
+        wholes = _open(stack, job, job.prefix)  # first: what keeps other jobs from this one's partitions too
+        if len(parts) == 1:
+            return _run_part(job, parts[0], wholes, counts, bar)
+        prefixes = [_part_prefix(job, number) for number in range(len(parts))]
+        finished = [finished_counts(prefix, job, identity) for prefix in prefixes]
+        if any(finished):
+            bar.write(f"{sum(map(bool, finished))} of {len(parts)} partitions were finished by an earlier run", sys.stderr)
+        for spans, prefix, part in zip(parts, prefixes, finished, strict=True):
             if part is None:
-                part = _run_part(job, spans, prefix, counts, bar)
-                if len(parts) > 1:
-                    write_json(f"{prefix}.json", {"identity": identity, "counts": asdict(part)})
+                with ExitStack() as of_part:
+                    part = _run_part(job, spans, _open(of_part, job, prefix), counts, bar)
+                write_json(f"{prefix}.json", {"identity": identity, "counts": asdict(part)})
             else:
                 bar.update(part.input_bytes)
             counts.add(part)
-    if len(parts) > 1:
-        _merge([job.outputs(_part_prefix(job, number)) for number in range(len(parts))], job.outputs(job.prefix))
+        for prefix in prefixes:
+            for whole, source in zip(wholes, job.outputs(prefix), strict=True):
+                whole.add_index(source)
     return counts
 
 
-def _merge(parts: list[list[str]], outputs: list[str]) -> None:
-    for output, sources in zip(outputs, zip(*parts, strict=True), strict=True):
-        with IndexedDatasetWriter(output, IndexedDataset(sources[0]).dtype) as writer:
-            for source in sources:
-                writer.add_index(source)
+def _open(stack: ExitStack, job: Job, prefix: str) -> list[IndexedDatasetWriter]:
+    """A writer for every output of a part, or of the whole."""
+    return [
+        stack.enter_context(IndexedDatasetWriter(name, np.uint8 if number >= len(job.keys) else job.dtype))
+        for number, name in enumerate(job.outputs(prefix))
+    ]
 
 
-def _run_part(job: Job, spans: list[Span], prefix: str, before: Counts, bar: tqdm) -> Counts:
+def _run_part(job: Job, spans: list[Span], writers: list[IndexedDatasetWriter], before: Counts, bar: tqdm) -> Counts:
     counts = Counts()
     shapes = {key: job.shape() for key in job.keys}
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(IndexedDatasetWriter(name, np.uint8 if number >= len(job.keys) else job.dtype))
-            for number, name in enumerate(job.outputs(prefix))
-        ]
-        writers = {key: writers[number :: len(job.keys)] for number, key in enumerate(job.keys)}
-        shown = 0
-        read = partial(job.read, keys=job.keys, skip_bad=job.skip_bad_lines, **job.read_options)
-        for batch in _prefetch(batch for span in spans for batch in read(span)):
-            for key in job.keys:
-                encoded = encode_documents(job, batch.texts[key])
-                _write(writers[key], shapes[key].add(*encoded), counts)
-                counts.empty_documents += int((encoded[2] == 0).sum())
-            counts.documents += len(batch.texts[job.keys[0]])
-            counts.bad_lines += len(batch.bad)
-            counts.bad_line_messages += batch.bad[: KEPT_MESSAGES - len(counts.bad_line_messages)]
-            counts.input_bytes += batch.input_bytes
-            if counts.documents - shown >= job.log_interval:
-                shown = counts.documents
-                _show(bar, before, counts)
-            bar.update(batch.input_bytes)
+    by_key = {key: writers[number :: len(job.keys)] for number, key in enumerate(job.keys)}
+    shown = 0
+    read = partial(job.read, keys=job.keys, skip_bad=job.skip_bad_lines, **job.read_options)
+    for batch in _prefetch(batch for span in spans for batch in read(span)):
         for key in job.keys:
-            _write(writers[key], shapes[key].finish(), counts)
-            counts.dropped_tokens += shapes[key].dropped_tokens
-            counts.truncated_documents += shapes[key].truncated_documents
-        job.tokenizer.finish_checks()  # before the files get their names
+            encoded = encode_documents(job, batch.texts[key])
+            _write(by_key[key], shapes[key].add(*encoded), counts)
+            counts.empty_documents += int((encoded[2] == 0).sum())
+        counts.documents += len(batch.texts[job.keys[0]])
+        counts.bad_lines += len(batch.bad)
+        counts.bad_line_messages += batch.bad[: KEPT_MESSAGES - len(counts.bad_line_messages)]
+        counts.input_bytes += batch.input_bytes
+        if counts.documents - shown >= job.log_interval:
+            shown = counts.documents
+            _show(bar, before, counts)
+        bar.update(batch.input_bytes)
+    for key in job.keys:
+        _write(by_key[key], shapes[key].finish(), counts)
+        counts.dropped_tokens += shapes[key].dropped_tokens
+        counts.truncated_documents += shapes[key].truncated_documents
+    job.tokenizer.finish_checks()  # before the files get their names
     _show(bar, before, counts)
     return counts
 

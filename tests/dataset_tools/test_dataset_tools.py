@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, bin_path, idx_path
+from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
 
 TOOLS = Path(__file__).resolve().parents[2] / "dataset_tools"
 
@@ -117,6 +117,17 @@ def test_finished_output_is_kept_until_something_changes(tokenizer_file, jsonl, 
     assert bin_path(tmp_path / "o_text_document").stat().st_mtime_ns == first
     run_tool(*command, "--append-eod")
     assert bin_path(tmp_path / "o_text_document").stat().st_mtime_ns != first
+
+
+def test_a_second_job_leaves_the_partitions_of_a_running_one(tokenizer_file, jsonl, tmp_path):
+    command = ["jsonl_to_bin", "--input", jsonl, "--output-prefix", tmp_path / "o", "--vocab-file", tokenizer_file]
+    with IndexedDatasetWriter(tmp_path / "o_text_document") as running:
+        part = tmp_path / "o.part00000_text_document.bin.partial"
+        part.write_bytes(b"of the running job")
+        done = run_tool(*command, "--partitions", 3, "--append-eod", check=False)
+        assert done.returncode == 1 and "another process is writing" in done.stderr
+        assert part.read_bytes() == b"of the running job"
+        running.add_document([1])
 
 
 def test_a_run_that_writes_nothing_says_so(tokenizer_file, tmp_path):
