@@ -39,6 +39,9 @@ def load_or_build(
 
     One process builds while the others wait. An entry is a folder that appears by one rename. Where nothing can be
     written the arrays stay in memory, with a warning.
+
+    Raises:
+        ValueError: this machine has not the memory for so many samples.
     """
     text = json.dumps({"format": FORMAT, **description}, indent=1, sort_keys=True)
     entry = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -52,14 +55,24 @@ def load_or_build(
             stored = _load(entry, text)  # Another rank may have built it meanwhile.
             if stored is not None:
                 return stored
-            arrays = build()
+            arrays = _build(build, folder)
             if alone:
                 _remove_leftovers(entry)
             _save(entry, text, arrays)
             return [_map(entry, name) for name in arrays]
     except OSError as error:
         warnings.warn(f"cannot keep indices in {folder} ({error}); every start builds them again", stacklevel=2)
-        return list((arrays or build()).values())
+        return list((arrays or _build(build, folder)).values())
+
+
+def _build(build: Callable[[], dict[str, np.ndarray]], folder: Path) -> dict[str, np.ndarray]:
+    try:
+        return build()
+    except MemoryError as error:
+        raise ValueError(
+            f"the indices of so many samples do not fit into memory ({error}); ask for fewer samples, or build them "
+            f"on a larger machine and copy {folder}"
+        ) from None
 
 
 def _load(entry: Path, text: str) -> list[np.ndarray] | None:

@@ -275,7 +275,7 @@ class ModelConfig:
     ignore_token_id: int = -100
     input_sliced_sig: bool = True  # True: samples carry shifted labels; False: input_ids has one token more
     # positions
-    theta: PositiveNumber = 10000.0
+    theta: Annotated[float, Meta(gt=1)] = 10000.0  # of 1 all pairs of a head would turn alike
     extend_method: Literal["None", "YARN"] | None = "None"
     scaling_factor: YarnConfig | None = None  # only with extend_method YARN
     # operators

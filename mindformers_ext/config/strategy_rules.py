@@ -24,7 +24,7 @@ def check_run(run: Run) -> list[Violation]:
     """Every rule that a run breaks on the device that it names."""
     if run.is_semi_auto:
         return [*check_plan(run), *(violation for rule in CPU_RULES for violation in rule(run))]
-    return [violation for rule in (*RUN_RULES, *CPU_RULES, split_by_hand) for violation in rule(run)]
+    return [violation for rule in (*RUN_RULES, *CPU_RULES, split_by_hand, means_over_ranks) for violation in rule(run)]
 
 
 def of_a_known_model(run: Run) -> Iterator[Violation]:
@@ -35,6 +35,15 @@ def split_by_hand(run: Run) -> Iterator[Violation]:
     mode = run.sections.parallel.parallel_mode
     if run.sections.use_parallel and OTHER_MODES.get(mode) not in (None, NOT_SPLIT):
         yield Violation("parallel.parallel_mode", f"{OTHER_MODES[mode]}; use 1 (semi-auto) or 0 (data parallel)")
+
+
+def means_over_ranks(run: Run) -> Iterator[Violation]:
+    if run.sections.use_parallel and run.trains and run.value("parallel.gradients_mean") is not True:
+        yield Violation(
+            "parallel.gradients_mean",
+            "each rank's loss is the mean over its own samples, so the gradients would be the sum of data_parallel "
+            "means; nearest legal: True",
+        )
 
 
 def split_by_the_compiler(plan: Run) -> Iterator[Violation]:
@@ -319,7 +328,7 @@ BY_HAND = "the model splits nothing by hand, which that mode is for"
 NOT_SPLIT = "in that mode every device holds the whole model"
 OTHER_MODES = {
     0: NOT_SPLIT,
-    "stand_alone": NOT_SPLIT,
+    "stand_alone": "in that mode every process trains a model of its own",
     "data_parallel": NOT_SPLIT,
     2: SEARCHED,
     "auto_parallel": SEARCHED,

@@ -138,3 +138,9 @@ def test_empty_arrays_are_kept(tmp_path):
     for _ in range(2):
         (got,) = index_cache.load_or_build(tmp_path, {}, lambda: {"none": np.empty((0, 2), np.int32)})
         assert got.shape == (0, 2)
+
+
+def test_more_samples_than_memory_are_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="samples do not fit into memory .* ask for fewer samples"):
+        load(tmp_path, lambda: {"shuffle_index": np.empty(10**17, np.int64)})
+    assert entries(tmp_path) == []

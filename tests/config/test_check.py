@@ -129,6 +129,7 @@ BAD_VALUES = [
     ("train_dataset.data_loader.sizes", [8, 0], "3 items"),
     ("train_dataset.data_loader.config.seq_length", 128, "must equal model.model_config.seq_length 256"),
     ("model.model_config.qk_rope_head_dim", 15, "even"),
+    ("model.model_config.theta", 1, "above 1"),
     ("model.model_config.eos_token_id", 4096, "vocab_size = 4096"),
     ("model.model_config.compute_dtype", "float64", "'float32', 'float16', 'bfloat16'"),
     ("model.model_config.compute_dtype", "float16", "on CPU it must be 'float32', or 'bfloat16'"),
@@ -159,6 +160,8 @@ INDIVISIBLE = [
     ("parallel.gradients_mean", True, "divided by data_parallel = 16 a second time"),
     ("parallel.parallel_mode", 2, "does not search strategies"),
     ("parallel.parallel_mode", 3, "the model splits nothing by hand"),
+    ("parallel.parallel_mode", "stand_alone", "every process trains a model of its own"),
+    ("parallel.parallel_mode", 0, "would be the sum of data_parallel means; nearest legal: True"),
 ]
 
 

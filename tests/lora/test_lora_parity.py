@@ -322,3 +322,29 @@ def test_evaluation_loads_adapters_with_their_base_or_says_what_to_do(tmp_path):
     _, rootless = lora_checkpoint(tmp_path / "rootless", "")
     with pytest.raises(ConfigError, match="were trained on random weights"):
         load_weights(network, rootless)
+
+
+@pytest.mark.parametrize("base", ["hf", "ours"])
+def test_the_adapter_folder_names_the_huggingface_folder_it_was_trained_on(tmp_path, base):
+    """peft loads the base that base_model_name_or_path names; it could not read a checkpoint of ours."""
+    from types import SimpleNamespace
+
+    from mindformers_ext.sharded_checkpoint.layout import Meta
+    from mindformers_ext.training.adapter_monitor import AdapterMonitor
+
+    class Monitor(AdapterMonitor):
+        def meta(self, cb_params, step):
+            return Meta(step, 1)
+
+    folder = tmp_path / base
+    folder.mkdir()
+    if base == "hf":
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"")
+    monitor = Monitor(directory=str(tmp_path / "checkpoint"))
+    monitor.folder = tmp_path / "adapter"
+    network = DeepseekV3ForCausalLM(lora_config(["o_proj"]))
+    facts = {"base": str(folder)}
+    monitor.save(SimpleNamespace(train_network=network, get=facts.get), 1)
+    named = json.loads((monitor.folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == (str(folder) if base == "hf" else "")
