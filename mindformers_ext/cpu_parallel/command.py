@@ -29,8 +29,12 @@ def read_plan(command: list[str], worker_num: int | None = None) -> Run:
 def absolute(command: list[str]) -> tuple[str, ...]:
     """The command with absolute paths, for a process that runs in another folder."""
     options, _ = build_parser().parse_known_args(command)
-    paths = ["--config", str(find(options.config).resolve()), "--register_path"]
-    return (*command, *paths, str(find(options.register_path).resolve()))
+    return (*command, "--config", str(find(options.config).resolve()), "--register_path", str(model_folder(command)))
+
+
+def model_folder(command: list[str]) -> Path:
+    """Where the command says that the model's Python files are."""
+    return find(build_parser().parse_known_args(command)[0].register_path).resolve()
 
 
 def splits_one_graph(command: list[str]) -> bool:

@@ -32,20 +32,19 @@ DATA_ONLY = (
     *("path_to_cache", "mmap_bin_files", "num_dataset_builder_threads"),
 )
 GRAPH_ROOMS = ("config", "layers", "cpu_kernels", "training", "rank_compiler", "lowering")  # what it does depend on
-GRAPH_SOURCES = ("research/deepseek3/*.py", *(f"mindformers_ext/{room}/*.py" for room in GRAPH_ROOMS))
 # MindSpore's own CPU operators, and the products that our kernels call.
 MINDSPORE_LIBRARIES = ("plugin/libmindspore_ops_cpu.so*", "libmindspore_cpu.so*", "libnnacl.so*", "libdnnl.so*")
 CHECKSUMS = "checksums.json"  # written when all ranks are compiled
 RANK_FILES = ("cpu.mindir", "calls.json", "compiled.json")
 
 
-def graph_key(plan: Run) -> str:
-    """Names everything that a compiled rank depends on."""
+def graph_key(plan: Run, model: Path = ROOT / "research/deepseek3") -> str:
+    """Names everything that a compiled rank depends on; `model` is the folder of the model's files."""
     digest = hashlib.sha256(json.dumps(decisive(plan), sort_keys=True, default=str).encode())
     for package in ("mindspore", "mindformers"):
         digest.update(importlib.metadata.version(package).encode())
-    for pattern in GRAPH_SOURCES:
-        for source in sorted(ROOT.glob(pattern)):
+    for folder in (model, *(ROOT / "mindformers_ext" / room for room in GRAPH_ROOMS)):
+        for source in sorted(folder.glob("*.py")):
             digest.update(source.read_bytes())
     for path in libraries():
         digest.update(f"{path} {checksum(path)}".encode())

@@ -22,7 +22,7 @@ from mindformers_ext.collectives.rank_job import RankJob
 from mindformers_ext.config.run_rules import refuse
 from mindformers_ext.config.strategy_rules import check_plan
 from mindformers_ext.cpu_parallel import compiled_ranks, launch
-from mindformers_ext.cpu_parallel.command import absolute, read_plan
+from mindformers_ext.cpu_parallel.command import absolute, model_folder, read_plan
 from mindformers_ext.errors import ConfigError, exit_code_of
 from mindformers_ext.files import run_lock
 
@@ -42,7 +42,8 @@ def run(command: list[str], worker_num: int, log_dir: Path, say: Callable[[str],
     if worker_num > MAX_RANKS:
         raise ConfigError(f"WORKER_NUM is {worker_num}, but one machine without cards runs at most {MAX_RANKS} ranks")
     run_lock.hold(plan.sections.output_dir)  # for all ranks
-    folder = compiled_ranks.private_folder(Path(plan.sections.output_dir), compiled_ranks.graph_key(plan))
+    key = compiled_ranks.graph_key(plan, model_folder(command))
+    folder = compiled_ranks.private_folder(Path(plan.sections.output_dir), key)
     if compiled_ranks.is_sound(folder, plan.device_num):
         say(f"the graphs of all {worker_num} ranks are in {folder} already")
     else:

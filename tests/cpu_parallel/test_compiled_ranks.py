@@ -53,6 +53,14 @@ def test_what_changes_the_graph_changes_the_key(name, value):
     assert key((name, value)) != key()
 
 
+def test_the_model_in_another_folder_is_another_graph(tmp_path):
+    plan = read_run(YAML, 4)
+    (tmp_path / "deepseek3_model.py").write_text("first")
+    first = graph_key(plan, tmp_path)
+    (tmp_path / "deepseek3_model.py").write_text("second")
+    assert len({first, graph_key(plan, tmp_path), graph_key(plan)}) == 3
+
+
 def test_a_rate_that_ends_with_the_samples_depends_on_their_number():
     assert key(COSINE, SHORTER) != key(COSINE)
     assert key(COSINE, ("lr_schedule.total_steps", 150), SHORTER) == key(COSINE, ("lr_schedule.total_steps", 150))
