@@ -366,7 +366,8 @@ class Tokenizer:
 
     tokenizer_file: Text | None = None
     passed_on = {
-        only(None, "a tokenizer is its tokenizer.json, named by tokenizer_file"): "type auto_register vocab_file"
+        only("PreTrainedTokenizerFast", "tokenizer_file is read, which is that class's"): "type",
+        only(None, "a tokenizer is its tokenizer.json, named by tokenizer_file"): "auto_register vocab_file",
     }
 
 

@@ -7,6 +7,7 @@ Prints "one_graph" when the run splits one graph over devices (`cpu_parallel.job
 """
 
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from mindformers_ext.config.command_line import all_overrides, build_parser, find
