@@ -59,36 +59,48 @@ bool IsSameUser(int socket) {
   return getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &length) == 0 && peer.uid == geteuid();
 }
 
-void SendDescriptor(int socket, int descriptor, int32_t size) {
+// A message of a number that has room for a descriptor.
+struct Envelope {
   char control[CMSG_SPACE(sizeof(int))] = {};
-  iovec data{&size, sizeof(size)};
+  iovec data;
   msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
-  cmsghdr* header = CMSG_FIRSTHDR(&message);
+
+  explicit Envelope(int32_t* number) : data{number, sizeof(*number)} {
+    message.msg_iov = &data;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+  }
+};
+
+void SendDescriptor(int socket, int descriptor, int32_t size) {
+  Envelope envelope(&size);
+  cmsghdr* header = CMSG_FIRSTHDR(&envelope.message);
   header->cmsg_level = SOL_SOCKET;
   header->cmsg_type = SCM_RIGHTS;
   header->cmsg_len = CMSG_LEN(sizeof(int));
   std::memcpy(CMSG_DATA(header), &descriptor, sizeof(int));
-  sendmsg(socket, &message, MSG_NOSIGNAL);  // a joiner that died meanwhile is noticed as missing
+  sendmsg(socket, &envelope.message, MSG_NOSIGNAL);  // a joiner that died meanwhile is noticed as missing
 }
 
 int ReceiveDescriptor(int socket, int32_t* size) {
-  char control[CMSG_SPACE(sizeof(int))] = {};
-  iovec data{size, sizeof(*size)};
-  msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
-  if (recvmsg(socket, &message, MSG_CMSG_CLOEXEC) <= 0) return -1;
-  cmsghdr* header = CMSG_FIRSTHDR(&message);
+  Envelope envelope(size);
+  if (recvmsg(socket, &envelope.message, MSG_CMSG_CLOEXEC) <= 0) return -1;
+  cmsghdr* header = CMSG_FIRSTHDR(&envelope.message);
   if (header == nullptr || header->cmsg_type != SCM_RIGHTS) return -1;
   int descriptor = -1;
   std::memcpy(&descriptor, CMSG_DATA(header), sizeof(int));
   return descriptor;
+}
+
+// The byte of the memfd that a rank holds as long as it lives.
+struct flock ByteOf(int rank) {
+  struct flock lock{};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  lock.l_start = rank;
+  lock.l_len = 1;
+  return lock;
 }
 
 uint64_t AvailableMemory() {
@@ -292,21 +304,13 @@ void Job::Map() {
   void* memory = mmap(nullptr, RoundUp(sizeof(JobBlock), kPage), PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
   if (memory == MAP_FAILED) Fail("cannot map the shared memory: " + ErrnoText());
   block_ = static_cast<JobBlock*>(memory);
-  struct flock lock{};
-  lock.l_type = F_WRLCK;
-  lock.l_whence = SEEK_SET;
-  lock.l_start = rank_;
-  lock.l_len = 1;
+  struct flock lock = ByteOf(rank_);
   if (fcntl(fd_, F_SETLK, &lock) != 0) Fail("another process already runs as this rank of the same job");
 }
 
 bool Job::Alive(int rank) const {
   if (rank == rank_) return true;
-  struct flock lock{};
-  lock.l_type = F_WRLCK;
-  lock.l_whence = SEEK_SET;
-  lock.l_start = rank;
-  lock.l_len = 1;
+  struct flock lock = ByteOf(rank);
   return fcntl(fd_, F_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
 }
 
@@ -485,10 +489,10 @@ void Group::CompareSignatures() const {
   const Signature* asked = block_->asked[number_ % 2];
   for (int i = 0; i < block_->size; ++i) {
     if (asked[i] == asked[index_]) continue;
-    throw JobError("rank " + std::to_string(job_->rank()) + ": the ranks disagree: here " + what_ + ", on rank " +
-                   std::to_string(block_->ranks[i]) + " another operation, type, size or root (operation code " +
-                   std::to_string(asked[i].op) + " against " + std::to_string(asked[index_].op) + ", " +
-                   std::to_string(asked[i].count) + " elements against " + std::to_string(asked[index_].count) + ")");
+    job_->Fail("the ranks disagree: here " + what_ + ", on rank " + std::to_string(block_->ranks[i]) +
+               " another operation, type, size or root (operation code " + std::to_string(asked[i].op) + " against " +
+               std::to_string(asked[index_].op) + ", " + std::to_string(asked[i].count) + " elements against " +
+               std::to_string(asked[index_].count) + ")");
   }
 }
 

@@ -22,7 +22,6 @@ void feed_forward(const Call& call) {
     for (int64_t i = begin; i < end; ++i) swiglu_row(h + i * 2 * f, h + i * 2 * f + f, a.get() + i * f, f);
   });
   multiply_parallel(rows, hidden, f, {a.get(), f}, {down, f, true}, y, hidden);
-  y.store();
 }
 
 // Inputs dy (T, H), x, G, U, D, h; outputs dx (T, H), dG, dU, dD.
@@ -46,10 +45,6 @@ void feed_forward_grad(const Call& call) {
   multiply_parallel(f, hidden, rows, transpose(dh_gate), {x, hidden}, dgate, hidden);
   multiply_parallel(f, hidden, rows, transpose(dh_up), {x, hidden}, dup, hidden);
   multiply_parallel(hidden, f, rows, {dy, hidden, true}, {a.get(), f}, ddown, f);
-  dx.store();
-  dgate.store();
-  dup.store();
-  ddown.store();
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -64,32 +65,23 @@ class Call {
 class Input {
  public:
   explicit Input(const Tensor& tensor);
-  const float* get() const { return data_; }
   operator const float*() const { return data_; }
 
  private:
-  std::vector<Scratch*> owned_;
+  std::unique_ptr<Scratch> copy_;
   const float* data_;
-
- public:
-  ~Input();
-  Input(const Input&) = delete;
-  Input& operator=(const Input&) = delete;
 };
 
-// A floating-point output that is written as float32; `store` rounds it into a bfloat16 tensor.
+// A floating-point output that is written as float32; rounded into a bfloat16 tensor when the kernel leaves it.
 class Output {
  public:
   explicit Output(const Tensor& tensor);
   ~Output();
-  Output(const Output&) = delete;
-  Output& operator=(const Output&) = delete;
   operator float*() const { return data_; }
-  void store();
 
  private:
   Tensor tensor_;
-  Scratch* scratch_ = nullptr;
+  std::unique_ptr<Scratch> scratch_;
   float* data_;
 };
 

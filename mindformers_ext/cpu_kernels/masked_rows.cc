@@ -22,7 +22,6 @@ void masked_rows(const Call& call) {
       }
     }
   });
-  y.store();
 }
 
 }  // namespace

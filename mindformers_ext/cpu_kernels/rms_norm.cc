@@ -26,7 +26,6 @@ void rms_norm(const Call& call) {
       for (int64_t j = 0; j < width; ++j) out[j] = row[j] * scale * w[j];
     }
   });
-  y.store();
 }
 
 // Inputs dy (..., D), x (..., D), r (rows,), w (D,); outputs dx (..., D), dw (D,).
@@ -54,8 +53,6 @@ void rms_norm_grad(const Call& call) {
   });
   std::fill_n(static_cast<float*>(dw), width, 0.0f);
   for (int64_t block = 0; block < blocks; ++block) add_scaled(dw, partial.get() + block * width, 1.0f, width);
-  dx.store();
-  dw.store();
 }
 
 }  // namespace

@@ -25,7 +25,6 @@ void rotary(const Call& call) {
       turn(x + i * width, cos + place * width, sin + place * width, direction, width, y + i * width);
     }
   });
-  y.store();
 }
 
 }  // namespace

@@ -27,7 +27,6 @@ void row_max(const Call& call) {
     const float* row = z + t * width;
     m[t] = maximum_of(row, width, row[0]);
   });
-  m.store();
 }
 
 // Inputs z, m, output s (T elements).
@@ -42,7 +41,6 @@ void row_exp_sum(const Call& call) {
     for (int64_t v = 0; v < width; ++v) sum += exponential(row[v] - shift);
     s[t] = sum;
   });
-  s.store();
 }
 
 // Inputs z, m, l, labels (T,), output loss (T elements).
@@ -55,7 +53,6 @@ void split_cross_entropy(const Call& call) {
     const bool own = labels[t] >= 0 && labels[t] < width;
     loss[t] = own ? -((z[t * width + labels[t]] - m[t]) - l[t]) : 0.0f;
   }
-  loss.store();
 }
 
 // Inputs z, m, l, labels (T,), g (T elements), output dz (T, V'). Attribute factor.
@@ -71,7 +68,6 @@ void split_cross_entropy_grad(const Call& call) {
     for (int64_t v = 0; v < width; ++v) out[v] = scale * exponential((row[v] - shift) - log_sum);
     if (labels[t] >= 0 && labels[t] < width) out[labels[t]] -= scale;
   });
-  dz.store();
 }
 
 }  // namespace

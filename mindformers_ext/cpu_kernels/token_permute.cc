@@ -24,7 +24,6 @@ void permute(const Call& call) {
       std::copy_n(tokens + sorted.choice_of_row[row] / topk * width, width, rows + row * width);
     }
   });
-  rows.store();
 }
 
 // sum_k weight row(t, k); a choice whose row lies outside counts nothing. Without weights all are 1.
@@ -44,7 +43,6 @@ void sum_rows(const Tensor& rows_tensor, const Tensor& place_tensor, const float
       }
     }
   });
-  tokens.store();
 }
 
 // Inputs rows (R, H), place (T*K,), weights (T, K); output (T, H).
@@ -72,8 +70,6 @@ void unpermute_grad(const Call& call) {
       dweights[i] = dot(gradient, row, width);
     }
   });
-  drows.store();
-  dweights.store();
 }
 
 }  // namespace
