@@ -73,23 +73,17 @@ def plan_partitions(
     before = 0
     for path, size in zip(paths, sizes, strict=True):
         if _is_cuttable(path):
-            bounds = sorted(
-                {0, size, *(cut - before for cut in _cuts(total, partitions) if before < cut < before + size)}
-            )
-            bounds = [_align(path, bound, size, starts_document) for bound in bounds]
+            cuts = (total * i // partitions - before for i in range(1, partitions))
+            cuts = sorted({0, size, *(cut for cut in cuts if 0 < cut < size)})
+            bounds = [_align(path, cut, size, starts_document) for cut in cuts]
         else:
             bounds = [0, size]
         for start, end in zip(bounds, bounds[1:], strict=False):
             if start < end:
-                parts[min(partitions - 1, (before + start) * partitions // max(total, 1))].append(
-                    Span(path, start, end)
-                )
+                number = min(partitions - 1, (before + start) * partitions // max(total, 1))
+                parts[number].append(Span(path, start, end))
         before += size
     return [part for part in parts if part] or [[]]
-
-
-def _cuts(total: int, partitions: int) -> list[int]:
-    return [total * i // partitions for i in range(1, partitions)]
 
 
 def _is_cuttable(path: str) -> bool:
@@ -332,10 +326,9 @@ def _text_blocks(span: Span, skip_bad: bool) -> Iterator[tuple[list[str], int, l
         try:
             lines = block.decode("utf-8").split("\n")
         except UnicodeDecodeError as error:
-            if not skip_bad:
-                number = 1 + lines_before(span) + done + block.count(b"\n", 0, error.start)
-                raise BadInputError(f"{span.path}:{number}: invalid UTF-8; use --skip-bad-lines to skip it") from error
             lines = list(_valid_lines(block, span, done, bad))
+            if not skip_bad:
+                raise BadInputError(f"{bad[0]}; use --skip-bad-lines to skip it") from error
         done += block.count(b"\n")
         yield lines, advance, bad
 

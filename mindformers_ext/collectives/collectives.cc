@@ -379,15 +379,6 @@ void cpu_parallel_abort(const char* message) {
   if (cpu_parallel::current_job != nullptr) cpu_parallel::current_job->Abort(message);
 }
 
-// Bytes of an element of this type, 0 when it is not one of ours.
-int cpu_parallel_element_size(const char* type) {
-  try {
-    return static_cast<int>(cpu_parallel::SizeOf(cpu_parallel::ParseDType(type)));
-  } catch (const std::exception&) {
-    return 0;
-  }
-}
-
 const char* cpu_parallel_last_error() { return cpu_parallel::last_error.c_str(); }
 
 // As Run; the pointers to counts are null where a collective has none.

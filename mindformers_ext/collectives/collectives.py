@@ -98,16 +98,8 @@ def _data(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.__array_interface__["data"][0])
 
 
-def _type(array: np.ndarray, dtype: str | None) -> bytes:
-    if not dtype:
-        return _name(array.dtype)
-    if _lib().cpu_parallel_element_size(dtype.encode()) != array.itemsize:
-        raise ValueError(f"dtype '{dtype}' is no element type of {array.itemsize} bytes, as the array has")
-    return dtype.encode()
-
-
 @functools.cache
-def _name(dtype: np.dtype) -> bytes:
+def _type(dtype: np.dtype) -> bytes:
     if not dtype.isnative:
         raise ValueError(f"collectives need numbers in this machine's byte order, not {dtype}")
     return dtype.name.encode()
@@ -123,7 +115,6 @@ def _run(
     array: np.ndarray,
     out: np.ndarray,
     ranks: Sequence[int] = (),
-    dtype: str | None = None,
     reduce: str = "sum",
     dimensions: tuple[int, int] = (0, 0),
     root: int = -1,
@@ -133,18 +124,15 @@ def _run(
 ) -> np.ndarray:
     """Run a collective on `array`; returns `out`, filled."""
     places = _int("root", root), _int("peer", peer), ctypes.c_int64(_int("tag", tag, 64))
-    settings = (_type(array, dtype), reduce.encode(), *_members(tuple(ranks)), *dimensions, *places, *counts)
+    settings = (_type(array.dtype), reduce.encode(), *_members(tuple(ranks)), *dimensions, *places, *counts)
     data = _shape(array.shape), array.ndim, _data(array), _data(out), ctypes.c_int64(out.size)
     _check(_lib().cpu_parallel_run(collective, *settings, *data))
     return out
 
 
-def all_reduce(array: np.ndarray, ranks: Sequence[int], reduce: str = "sum", dtype: str | None = None) -> np.ndarray:
-    """Reduce (sum, prod, max, min) over the ranks, in rank order: the same bits on every rank.
-
-    `dtype` names the element type when numpy has none for it (bfloat16 in a uint16 array).
-    """
-    return _run(b"AllReduce", array, np.empty_like(array), ranks, dtype, reduce)
+def all_reduce(array: np.ndarray, ranks: Sequence[int], reduce: str = "sum") -> np.ndarray:
+    """Reduce (sum, prod, max, min) over the ranks, in rank order: the same bits on every rank."""
+    return _run(b"AllReduce", array, np.empty_like(array), ranks, reduce)
 
 
 def all_gather(array: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
@@ -152,14 +140,12 @@ def all_gather(array: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
     return _run(b"AllGather", array, np.empty((len(ranks), *array.shape), array.dtype), ranks)
 
 
-def reduce_scatter(
-    array: np.ndarray, ranks: Sequence[int], reduce: str = "sum", dtype: str | None = None
-) -> np.ndarray:
+def reduce_scatter(array: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
     """(s / n, ...) <- (s, ...): this rank's part of the reduction."""
     if not len(ranks) or array.ndim == 0 or array.shape[0] % len(ranks):
         raise ValueError(f"dimension 0 of {array.shape} must be a multiple of the {len(ranks)} ranks")
     out = np.empty((array.shape[0] // len(ranks), *array.shape[1:]), array.dtype)
-    return _run(b"ReduceScatter", array, out, ranks, dtype, reduce)
+    return _run(b"ReduceScatter", array, out, ranks)
 
 
 def all_to_all(array: np.ndarray, ranks: Sequence[int], split: int, concat: int) -> np.ndarray:

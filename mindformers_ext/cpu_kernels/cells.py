@@ -7,6 +7,8 @@ B batch, N heads, S sequence, D head width, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
@@ -34,16 +36,17 @@ class FirstOf(Kernel):
         return self.operator(*inputs)[0]
 
 
-class Attention(Kernel):
+class Attention(nn.Cell):
     """An operator with a mask as its last input, which it does not have where that is None: causal."""
 
+    def __init__(self, operator: Callable, causal_bprop: Callable, masked_bprop: Callable):
+        super().__init__()
+        self.causal, self.masked = operator(bprop=causal_bprop), operator(bprop=masked_bprop)
+
     def construct(self, *inputs):
-        return self.operator(*(inputs if inputs[-1] is not None else inputs[:-1]))[0]
-
-
-def no_gradients(inputs):
-    """Zeros for inputs that get no gradient."""
-    return [ops.zeros_like(value) for value in inputs]
+        if inputs[-1] is None:
+            return self.causal(*inputs[:-1])[0]
+        return self.masked(*inputs)[0]
 
 
 class RmsNorm(FirstOf):
@@ -71,14 +74,17 @@ class FlashAttention(Attention):
         rule = dict(scale=scale, diagonal=0)
         grad = custom("FlashAttentionGrad", lambda d, q, k, v, *_: (q, k, v), **rule)
 
-        def bprop(query, key, value, *rest):
-            *mask, out, dout = rest
-            return (*grad(dout[0], query, key, value, out[0], out[1], *mask), *no_gradients(mask))
+        def causal_bprop(query, key, value, out, dout):
+            return grad(dout[0], query, key, value, out[0], out[1])
+
+        def masked_bprop(query, key, value, mask, out, dout):
+            return (*grad(dout[0], query, key, value, out[0], out[1], mask), ops.zeros_like(mask))
 
         def shapes(q, k, v, *_):
             return (*q[:3], v[3]), tuple(q[:3])
 
-        super().__init__("FlashAttention", shapes, lambda q, *_: (q, mstype.float32), bprop, **rule)
+        operator = partial(custom, "FlashAttention", shapes, lambda q, *_: (q, mstype.float32), **rule)
+        super().__init__(operator, causal_bprop, masked_bprop)
 
 
 class LatentAttention(Attention):
@@ -93,15 +99,19 @@ class LatentAttention(Attention):
         rule = dict(heads=heads, scale=scale)
         grad = custom("LatentAttentionGrad", lambda d, q, kv, pe, *_: (q, kv, pe), **rule)
 
-        def bprop(query, kv, k_pe, *rest):
-            cos, sin, *mask, out, dout = rest
-            gradients = grad(dout[0], query, kv, k_pe, cos, sin, out[0], out[1], *mask)
-            return (*gradients, *no_gradients((cos, sin, *mask)))
+        def causal_bprop(query, kv, k_pe, cos, sin, out, dout):
+            gradients = grad(dout[0], query, kv, k_pe, cos, sin, out[0], out[1])
+            return (*gradients, ops.zeros_like(cos), ops.zeros_like(sin))
+
+        def masked_bprop(query, kv, k_pe, cos, sin, mask, out, dout):
+            gradients = grad(dout[0], query, kv, k_pe, cos, sin, out[0], out[1], mask)
+            return (*gradients, ops.zeros_like(cos), ops.zeros_like(sin), ops.zeros_like(mask))
 
         def shapes(q, kv, pe, cos, *_):
             return (q[0], kv[1] - q[1] + heads * pe[1]), (q[0] // cos[2], heads, cos[2])
 
-        super().__init__("LatentAttention", shapes, lambda q, *_: (q, mstype.float32), bprop, **rule)
+        operator = partial(custom, "LatentAttention", shapes, lambda q, *_: (q, mstype.float32), **rule)
+        super().__init__(operator, causal_bprop, masked_bprop)
 
 
 class SplitColumns(Kernel):

@@ -35,41 +35,12 @@ MEMORY = 1  # graph compilation and the memory plan of the device
 SUPPORTED_VERSIONS = ("2.9.0",)
 
 # Libraries the plugin is linked against, and those it opens by name.
-LIBRARY_NAMES = [
-    "libge_runner",
-    "libgraph",
-    "libascendcl",
-    "libmsprofiler",
-    "libhccl",
-    "libruntime",
-    "libplatform",
-    "libc_sec",
-    "libnnopbase",
-    "libascend_hal",
-    "libatb",
-    "libacl_dvpp",
-    "libacl_dvpp_op",
-    "libacl_dvpp_mpi",
-    "libacl_op_compiler",
-    "libacl_tdt_channel",
-    "libopapi",
-    "libcust_opapi",
-    "libaclnn_math",
-    "libaclnn_ops_infer",
-    "libaclnn_ops_train",
-    "libmmpa",
-    "liberror_manager",
-]
-SYSTEM_LIBRARIES = [
-    "libc.so.6",
-    "libstdc++.so.6",
-    "libm.so.6",
-    "libpthread.so.0",
-    "libdl.so.2",
-    "libgcc_s.so.1",
-    "librt.so.1",
-    "libgomp.so.1",
-]
+LIBRARY_NAMES = (
+    "libge_runner libgraph libascendcl libmsprofiler libhccl libruntime libplatform libc_sec libnnopbase "
+    "libascend_hal libatb libacl_dvpp libacl_dvpp_op libacl_dvpp_mpi libacl_op_compiler libacl_tdt_channel libopapi "
+    "libcust_opapi libaclnn_math libaclnn_ops_infer libaclnn_ops_train libmmpa liberror_manager"
+)
+SYSTEM_LIBRARIES = "libc.so.6 libstdc++.so.6 libm.so.6 libpthread.so.0 libdl.so.2 libgcc_s.so.1 librt.so.1 libgomp.so.1"
 # Undefined in the plugin, but resolved by the interpreter or the loader.
 FOREIGN_SYMBOL = re.compile(r"Py|_Py|_ITM|__gmon|__tls_get_addr|__cxa_|_dl_")
 # APIs that the plugin looks up with dlsym: only their names, as strings, are in the libraries.
@@ -210,7 +181,7 @@ def _is_ours(name: str, system: list[ctypes.CDLL]) -> bool:
 
 def _system_libraries() -> list[ctypes.CDLL]:
     loaded = []
-    for name in SYSTEM_LIBRARIES:
+    for name in SYSTEM_LIBRARIES.split():
         try:
             loaded.append(ctypes.CDLL(name))
         except OSError:
@@ -235,7 +206,7 @@ def _build(home: Path, source: str) -> None:
         (root / "lib64").mkdir(parents=True)
         (root / "stand_in.c").write_text(source)
         _run_compiler(compiler, "-w", "-O1", "-fPIC", "-fno-builtin", "-c", "stand_in.c", "-o", "stand_in.o", cwd=root)
-        for name in LIBRARY_NAMES:
+        for name in LIBRARY_NAMES.split():
             target = f"lib64/{name}.so"
             _run_compiler(compiler, "-shared", f"-Wl,-soname,{name}.so", "-o", target, "stand_in.o", cwd=root)
         (root / "stand_in.o").unlink()
