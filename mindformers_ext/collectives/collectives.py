@@ -31,15 +31,11 @@ def library_path() -> Path:
     return built_library(Path(__file__).parent, "_collectives")
 
 
-_library: ctypes.CDLL | None = None
-
-
+@functools.cache
 def _lib() -> ctypes.CDLL:
-    global _library
-    if _library is None:
-        _library = ctypes.CDLL(str(library_path()))
-        _library.cpu_parallel_last_error.restype = ctypes.c_char_p
-    return _library
+    library = ctypes.CDLL(str(library_path()))
+    library.cpu_parallel_last_error.restype = ctypes.c_char_p
+    return library
 
 
 def last_error() -> str:

@@ -393,19 +393,16 @@ Group* Job::FindGroup(const std::vector<int>& ranks) {
   if (index < 0) Fail("this rank is not a member of group " + RankList(ranks));
   const Locked guard(&block_->lock);
   const uint64_t bytes = kSlots * ranks.size() * kSlotBytes;
-  GroupBlock* found = nullptr;
+  GroupBlock* end = block_->group + block_->groups;
+  GroupBlock* found = std::find_if(block_->group, end, [&ranks](const GroupBlock& known) {
+    return std::equal(ranks.begin(), ranks.end(), known.ranks, known.ranks + known.size);
+  });
   char* data = nullptr;
-  for (int i = 0; i < block_->groups && found == nullptr; ++i) {
-    GroupBlock& candidate = block_->group[i];
-    if (candidate.size == static_cast<int>(ranks.size()) && std::equal(ranks.begin(), ranks.end(), candidate.ranks))
-      found = &candidate;
-  }
-  if (found != nullptr) {
+  if (found != end) {
     data = MapData(found->data_offset, bytes);
   } else {
     if (block_->groups == kMaxGroups)
       Fail("more than " + std::to_string(kMaxGroups) + " communication groups in one job");
-    found = &block_->group[block_->groups];
     data = Allocate(bytes, "group " + RankList(ranks), &found->data_offset);
     found->size = static_cast<int>(ranks.size());
     std::copy(ranks.begin(), ranks.end(), found->ranks);
@@ -430,12 +427,11 @@ Mailbox Job::FindMailbox(int source, int target, int64_t tag, uint64_t bytes) {
     Fail(name + " are impossible in a job of " + std::to_string(size_));
   const Locked guard(&block_->lock);
   const uint64_t total = RoundUp(slot_bytes * kMailboxDepth, kPage);
-  Mailbox found{nullptr, nullptr};
-  for (int i = 0; i < block_->mailboxes && found.block == nullptr; ++i) {
-    MailboxBlock& candidate = block_->mailbox[i];
-    if (candidate.source == source && candidate.target == target && candidate.tag == tag) found.block = &candidate;
-  }
-  if (found.block != nullptr) {
+  MailboxBlock* end = block_->mailbox + block_->mailboxes;
+  Mailbox found{std::find_if(block_->mailbox, end, [&](const MailboxBlock& known) {
+    return known.source == source && known.target == target && known.tag == tag;
+  })};
+  if (found.block != end) {
     if (found.block->slot_bytes != slot_bytes) {
       Fail(name + " have " + std::to_string(bytes) + " bytes here and about " +
            std::to_string(found.block->slot_bytes) + " on the other side");
@@ -444,7 +440,6 @@ Mailbox Job::FindMailbox(int source, int target, int64_t tag, uint64_t bytes) {
   } else {
     if (block_->mailboxes == kMaxMailboxes)
       Fail("more than " + std::to_string(kMaxMailboxes) + " Send/Receive pairs in one job");
-    found.block = &block_->mailbox[block_->mailboxes];
     found.data = Allocate(total, name, &found.block->data_offset);
     found.block->source = source;
     found.block->target = target;

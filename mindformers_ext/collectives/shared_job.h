@@ -94,7 +94,7 @@ class Group {
 
 struct Mailbox {
   MailboxBlock* block;
-  char* data;
+  char* data = nullptr;
 };
 
 struct JobBlock;

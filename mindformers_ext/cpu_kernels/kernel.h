@@ -96,6 +96,14 @@ void parallel(int64_t count, const std::function<void(int64_t)>& task);
 // The same for ranges [begin, end) of at most `grain` of `count` items.
 void parallel_ranges(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& task);
 
+// row(i) for each of `count` rows, `grain` of them a task.
+template <class Row>
+void parallel_rows(int64_t count, int64_t grain, const Row& row) {
+  parallel_ranges(count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) row(i);
+  });
+}
+
 inline int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
 
 using Function = void (*)(const Call&);

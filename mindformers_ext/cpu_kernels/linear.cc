@@ -43,9 +43,7 @@ void embedding(const Call& call) {
   const std::vector<int32_t> ids = integers(call[1]);
   const int64_t width = call[0].columns(), vocabulary = call[0].rows();
   for (const int32_t id : ids) check(id >= 0 && id < vocabulary, "a token lies outside the vocabulary");
-  parallel_ranges(ids.size(), 64, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) std::copy_n(w + ids[t] * width, width, y + t * width);
-  });
+  parallel_rows(ids.size(), 64, [&](int64_t t) { std::copy_n(w + ids[t] * width, width, y + t * width); });
 }
 
 // Inputs dy (T, H), ids (T,) and W, which only gives its shape; output dW (V, H).

@@ -12,8 +12,8 @@ constexpr int64_t kRows = 32;  // of a task
 void forward(const float* gate, const float* up, int64_t stride, const Tensor& out) {
   Output y(out);
   const int64_t width = out.columns();
-  parallel_ranges(out.rows(), kRows, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) swiglu_row(gate + i * stride, up + i * stride, y + i * width, width);
+  parallel_rows(out.rows(), kRows, [&](int64_t i) {
+    swiglu_row(gate + i * stride, up + i * stride, y + i * width, width);
   });
 }
 
@@ -21,11 +21,9 @@ void forward(const float* gate, const float* up, int64_t stride, const Tensor& o
 void backward(const Tensor& gradient, const float* gate, const float* up, int64_t stride, float* dgate, float* dup) {
   const Input dy(gradient);
   const int64_t width = gradient.columns();
-  parallel_ranges(gradient.rows(), kRows, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = i * stride;
-      swiglu_row_grad(dy + i * width, gate + at, up + at, dgate + at, dup + at, width);
-    }
+  parallel_rows(gradient.rows(), kRows, [&](int64_t i) {
+    const int64_t at = i * stride;
+    swiglu_row_grad(dy + i * width, gate + at, up + at, dgate + at, dup + at, width);
   });
 }
 
