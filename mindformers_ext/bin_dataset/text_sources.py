@@ -120,8 +120,7 @@ def read_json_lines(span: Span, keys: Sequence[str], skip_bad: bool = False) -> 
     fields = [(f"column{i}", Text, msgspec.field(name=key)) for i, key in enumerate(keys)]
     decoder = msgspec.json.Decoder(msgspec.defstruct("Row", fields))
     names = [name for name, _, _ in fields]
-    done = 0  # lines
-    for block, advance in blocks(span):
+    for block, advance, done in blocks(span):
         bad: list[str] = []
         try:
             rows = decoder.decode_lines(block)
@@ -130,7 +129,6 @@ def read_json_lines(span: Span, keys: Sequence[str], skip_bad: bool = False) -> 
             texts = _decode_one_by_one(block, span, done, keys, bad)
         if bad and not skip_bad:
             raise BadInputError(f"{bad[0]}; repair the line, or count and skip such lines with --skip-bad-lines")
-        done += block.count(b"\n")
         yield Batch(texts, advance, bad)
 
 
@@ -320,8 +318,7 @@ def _without_space_at_line_ends(text: str) -> str:
 
 
 def _text_blocks(span: Span, skip_bad: bool) -> Iterator[tuple[list[str], int, list[str]]]:
-    done = 0  # lines
-    for block, advance in blocks(span):
+    for block, advance, done in blocks(span):
         bad: list[str] = []
         try:
             lines = block.decode("utf-8").split("\n")
@@ -329,7 +326,6 @@ def _text_blocks(span: Span, skip_bad: bool) -> Iterator[tuple[list[str], int, l
             lines = list(_valid_lines(block, span, done, bad))
             if not skip_bad:
                 raise BadInputError(f"{bad[0]}; use --skip-bad-lines to skip it") from error
-        done += block.count(b"\n")
         yield lines, advance, bad
 
 
@@ -341,13 +337,13 @@ def _valid_lines(block: bytes, span: Span, done: int, bad: list[str]) -> Iterato
             bad.append(f"{span.path}:{lines_before(span) + done + number}: invalid UTF-8")
 
 
-def blocks(span: Span) -> Iterator[tuple[bytes, int]]:
-    """Whole lines of a span, about BLOCK bytes at once, with the bytes of the file they took.
+def blocks(span: Span) -> Iterator[tuple[bytes, int, int]]:
+    """Whole lines of a span, about BLOCK bytes at once, the bytes of the file they took, and the lines before them.
 
     The byte order mark that some editors write before UTF-8 is left out. Raises BadInputError for a damaged file, and
     for one that is no text whatever its name says.
     """
-    at_start = span.start == 0
+    at_start, lines = span.start == 0, 0
     with open(span.path, "rb") as raw:
         stream = _decompressed(raw, span)
         remaining = span.end - span.start if _is_cuttable(span.path) else None
@@ -364,8 +360,8 @@ def blocks(span: Span) -> Iterator[tuple[bytes, int]]:
                 _refuse_other_formats(block, span.path)
             if remaining is not None:
                 remaining -= len(block)
-            yield (block.removeprefix(codecs.BOM_UTF8) if at_start else block), raw.tell() - at
-            at, at_start = raw.tell(), False
+            yield (block.removeprefix(codecs.BOM_UTF8) if at_start else block), raw.tell() - at, lines
+            at, at_start, lines = raw.tell(), False, lines + block.count(b"\n")
 
 
 # How files begin that are no text; parquet also ends so.

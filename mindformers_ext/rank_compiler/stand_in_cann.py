@@ -98,7 +98,8 @@ def stand_in_home() -> Path:
     """Folder of the stand-in libraries for the installed MindSpore; built on first use, safe to call concurrently."""
     package = _mindspore_folder()
     plugin = plugin_libraries(package)
-    folder = _cache_root() / f"{importlib.metadata.version('mindspore')}-{_fingerprint(plugin)}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek3-mindspore" / "stand_in"
+    folder = cache / f"{importlib.metadata.version('mindspore')}-{_fingerprint(plugin)}"
     home = folder / "cann"  # MindSpore cuts the libraries' path after its last "cann" to find CANN's home
     if home.is_dir():
         return home
@@ -120,7 +121,8 @@ def plugin_libraries(package: Path) -> list[Path]:
                 f"{path} is missing: this MindSpore has no Ascend plugin; install the PyPI wheel of MindSpore "
                 f"{SUPPORTED_VERSIONS[0]} for x86-64 Linux"
             )
-    found = {p for p in (plugin / "ascend").rglob("*.so*") if not _runs_elsewhere(p)}
+    # Left out is what runs on the card's own CPU, or is opened by operators only: never loaded in a dry run.
+    found = {p for p in (plugin / "ascend").rglob("*.so*") if not re.search("cpu_kernels|libcust", p.name)}
     return sorted(found | set(required))
 
 
@@ -189,11 +191,6 @@ def _system_libraries() -> list[ctypes.CDLL]:
     return loaded
 
 
-def _runs_elsewhere(path: Path) -> bool:
-    """Libraries that run on the card's own CPU or are opened only by operators: never loaded in a dry run."""
-    return "cpu_kernels" in path.name or "libcust" in path.name
-
-
 def _build(home: Path, source: str) -> None:
     """Compile the stand-ins next to `home`, then rename: nobody ever sees half a folder."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -244,11 +241,6 @@ def _fingerprint(plugin: list[Path]) -> str:
     """Names the wheel's build and this recipe; file sizes tell two wheels of one version apart."""
     text = f"{RECIPE} " + " ".join(f"{path.name}:{path.stat().st_size}" for path in plugin)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _cache_root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "deepseek3-mindspore" / "stand_in"
 
 
 @contextmanager

@@ -50,17 +50,9 @@ def slots_of(network: nn.Cell, parameters: Mapping[str, Parameter]) -> dict[str,
     rank = get_real_rank()
     if not is_split():
         return {name: Slot.whole(parameter.shape, copy=rank) for name, parameter in parameters.items()}
-    layouts = network.parameter_layout_dict
+    layouts = {name: dict(zip(LAYOUT_FIELDS, e, strict=True)) for name, e in network.parameter_layout_dict.items()}
     index = rank % (get_real_group_size() // ms.get_auto_parallel_context("pipeline_stages"))
-    return {
-        name: slot_of(
-            name,
-            parameter.shape,
-            dict(zip(LAYOUT_FIELDS, layouts[name], strict=True)) if name in layouts else None,
-            index,
-        )
-        for name, parameter in parameters.items()
-    }
+    return {name: slot_of(name, p.shape, layouts.get(name), index) for name, p in parameters.items()}
 
 
 def pieces_of(network: nn.Cell) -> dict[str, Piece]:

@@ -63,11 +63,6 @@ class Slot:
         return np.array(full[self.slices], order="C")  # a copy, 0-d stays 0-d
 
 
-def coordinates(index: int, device_matrix: Sequence[int]) -> tuple[int, ...]:
-    """Place of the stage's `index`-th device on every axis, slowest first."""
-    return tuple(int(c) for c in np.unravel_index(index, tuple(device_matrix)))
-
-
 def shard_of(name: str, full_shape: Sequence[int], stored_shape: Sequence[int], layout: Mapping, index: int) -> Slot:
     """What the stage's `index`-th device stores of parameter `name`.
 
@@ -77,8 +72,8 @@ def shard_of(name: str, full_shape: Sequence[int], stored_shape: Sequence[int], 
     axes = [len(matrix) - 1 - axis if axis >= 0 else None for axis in tensor_map]
 
     def position(device: int) -> tuple[int, ...]:
-        place = coordinates(device, matrix)
-        return tuple(0 if axis is None else place[axis] for axis in axes)
+        place = np.unravel_index(device, tuple(matrix))
+        return tuple(0 if axis is None else int(place[axis]) for axis in axes)
 
     own = position(index)
     parts = [1 if axis is None else matrix[axis] for axis in axes]
