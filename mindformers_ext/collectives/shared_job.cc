@@ -30,6 +30,14 @@ uint64_t RoundUp(uint64_t value, uint64_t unit) { return (value + unit - 1) / un
 
 std::string ErrnoText() { return std::strerror(errno); }
 
+// A socket that is closed where its block ends.
+struct Socket {
+  const int fd;
+  ~Socket() {
+    if (fd >= 0) close(fd);
+  }
+};
+
 // Holds the job's robust lock: a rank that dies inside leaves it to the next one.
 class Locked {
  public:
@@ -195,41 +203,35 @@ void Job::Create(const std::string& name, double seconds) {
   const double deadline = Now() + seconds;
   socklen_t length = 0;
   const sockaddr_un address = Address(name, &length);
-  const int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-  if (listener < 0) Fail("cannot open a unix socket: " + ErrnoText());
-  try {
-    if (bind(listener, reinterpret_cast<const sockaddr*>(&address), length) != 0) {
-      Fail("job '" + name + "' is already starting on this machine (" + ErrnoText() +
-           "): wait for it, end it, or choose another job name");
-    }
-    listen(listener, kMaxRanks);
-    fd_ = memfd_create(("cpu_parallel." + name).c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    const uint64_t bytes = RoundUp(sizeof(JobBlock), kPage);
-    const int error = fd_ < 0 ? errno : posix_fallocate(fd_, 0, static_cast<off_t>(bytes));
-    if (error == 0 && (fchmod(fd_, S_IRUSR | S_IWUSR) != 0 || fcntl(fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_SEAL) != 0))
-      Fail("cannot keep the shared memory to this user: " + ErrnoText());
-    if (error != 0) {
-      Fail("shared memory is full: " + std::to_string(bytes) + " bytes for job '" + name +
-           "': " + std::strerror(error));
-    }
-    Map();
-    pthread_mutexattr_t attribute;
-    pthread_mutexattr_init(&attribute);
-    pthread_mutexattr_setpshared(&attribute, PTHREAD_PROCESS_SHARED);
-    pthread_mutexattr_setrobust(&attribute, PTHREAD_MUTEX_ROBUST);
-    pthread_mutex_init(&block_->lock, &attribute);
-    block_->used = bytes;
-    block_->size = size_;
-    block_->failed_rank = -1;
-    block_->ranks[0].pid = getpid();
-    block_->ranks[0].state = kJoined;
-    block_->joined.value = 1;
-    WaitForAll(listener, deadline);
-  } catch (...) {
-    close(listener);
-    throw;
+  const Socket listener{socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0)};
+  if (listener.fd < 0) Fail("cannot open a unix socket: " + ErrnoText());
+  if (bind(listener.fd, reinterpret_cast<const sockaddr*>(&address), length) != 0) {
+    Fail("job '" + name + "' is already starting on this machine (" + ErrnoText() +
+         "): wait for it, end it, or choose another job name");
   }
-  close(listener);
+  listen(listener.fd, kMaxRanks);
+  fd_ = memfd_create(("cpu_parallel." + name).c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  const uint64_t bytes = RoundUp(sizeof(JobBlock), kPage);
+  const int error = fd_ < 0 ? errno : posix_fallocate(fd_, 0, static_cast<off_t>(bytes));
+  if (error == 0 && (fchmod(fd_, S_IRUSR | S_IWUSR) != 0 || fcntl(fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_SEAL) != 0))
+    Fail("cannot keep the shared memory to this user: " + ErrnoText());
+  if (error != 0) {
+    Fail("shared memory is full: " + std::to_string(bytes) + " bytes for job '" + name +
+         "': " + std::strerror(error));
+  }
+  Map();
+  pthread_mutexattr_t attribute;
+  pthread_mutexattr_init(&attribute);
+  pthread_mutexattr_setpshared(&attribute, PTHREAD_PROCESS_SHARED);
+  pthread_mutexattr_setrobust(&attribute, PTHREAD_MUTEX_ROBUST);
+  pthread_mutex_init(&block_->lock, &attribute);
+  block_->used = bytes;
+  block_->size = size_;
+  block_->failed_rank = -1;
+  block_->ranks[0].pid = getpid();
+  block_->ranks[0].state = kJoined;
+  block_->joined.value = 1;
+  WaitForAll(listener.fd, deadline);
 }
 
 void Job::WaitForAll(int listener, double deadline) {
@@ -238,11 +240,8 @@ void Job::WaitForAll(int listener, double deadline) {
     if (!failure.empty()) Fail("stopped while the ranks were joining because " + failure);
     pollfd waiting{listener, POLLIN, 0};
     if (poll(&waiting, 1, 50) > 0) {
-      const int peer = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
-      if (peer >= 0) {
-        if (IsSameUser(peer)) SendDescriptor(peer, fd_, size_);
-        close(peer);
-      }
+      const Socket peer{accept4(listener, nullptr, nullptr, SOCK_CLOEXEC)};
+      if (peer.fd >= 0 && IsSameUser(peer.fd)) SendDescriptor(peer.fd, fd_, size_);
     }
     if (Now() < deadline) continue;
     std::vector<int> missing;
@@ -263,15 +262,12 @@ void Job::Attach(const std::string& name, double seconds) {
   const sockaddr_un address = Address(name, &length);
   int32_t job_size = 0;
   while (fd_ < 0) {
-    const int peer = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    if (peer >= 0 && connect(peer, reinterpret_cast<const sockaddr*>(&address), length) == 0) {
-      if (!IsSameUser(peer)) {
-        close(peer);
+    const Socket peer{socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0)};
+    if (peer.fd >= 0 && connect(peer.fd, reinterpret_cast<const sockaddr*>(&address), length) == 0) {
+      if (!IsSameUser(peer.fd))
         Fail("another user of this machine has taken the name of job '" + name + "': choose another job name");
-      }
-      fd_ = ReceiveDescriptor(peer, &job_size);
+      fd_ = ReceiveDescriptor(peer.fd, &job_size);
     }
-    if (peer >= 0) close(peer);
     if (fd_ >= 0) break;
     if (Now() > deadline)
       Fail("rank 0 did not open job '" + name + "' in " + std::to_string(static_cast<int>(seconds)) + " s");
