@@ -133,7 +133,7 @@ class Sections:
 
 
 def said(dotted_key: str) -> property:
-    """A number of a run that the YAML says at `section.key`."""
+    """What the sections of a run say at `section.key`."""
     return property(attrgetter(f"sections.{dotted_key}"))
 
 
