@@ -7,6 +7,7 @@ a run takes this object; strings with dots and mappings of the YAML stay in this
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -131,6 +132,11 @@ class Sections:
     }
 
 
+def said(dotted_key: str) -> property:
+    """What the sections of a run say at `section.key`."""
+    return property(attrgetter(f"sections.{dotted_key}"))
+
+
 @dataclass
 class Run:
     """What one YAML asks for.
@@ -148,6 +154,20 @@ class Run:
     model: ModelConfig | None
     device_num: int
     values: dict[str, Any] = field(repr=False)
+
+    dp = said("parallel_config.data_parallel")
+    cp = said("parallel_config.context_parallel")
+    mp = said("parallel_config.model_parallel")
+    pp = said("parallel_config.pipeline_stage")
+    ep = said("parallel_config.expert_parallel")
+    batch_size = said("runner_config.batch_size")  # sequences of a data-parallel rank and micro-batch
+    sequence_parallel = said("parallel_config.use_seq_parallel")  # tokens lie on mp between its operators
+    recompute = said("recompute_config.recompute")  # layers that are computed again in the backward
+    select_recompute = said("recompute_config.select_recompute")  # layers of which only some operators are
+    # Weights and optimizer states are split over their copies; over how many (-1: all); gradient buffers are too.
+    shard_optimizer = said("parallel.enable_parallel_optimizer")
+    optimizer_shard_size = said("parallel.parallel_optimizer_config.optimizer_weight_shard_size")
+    shard_gradients = said("parallel.parallel_optimizer_config.gradient_accumulation_shard")
 
     @classmethod
     def of(cls, values: dict[str, Any], path: str | Path, device_num: int | None = None) -> "Run":
@@ -200,31 +220,6 @@ class Run:
         return self.sections.run_mode in ("train", "finetune")
 
     @property
-    def dp(self) -> int:
-        """Data parallel ranks."""
-        return self.sections.parallel_config.data_parallel
-
-    @property
-    def cp(self) -> int:
-        """Context parallel ranks."""
-        return self.sections.parallel_config.context_parallel
-
-    @property
-    def mp(self) -> int:
-        """Model (tensor) parallel ranks."""
-        return self.sections.parallel_config.model_parallel
-
-    @property
-    def pp(self) -> int:
-        """Pipeline stages."""
-        return self.sections.parallel_config.pipeline_stage
-
-    @property
-    def ep(self) -> int:
-        """Expert parallel ranks."""
-        return self.sections.parallel_config.expert_parallel
-
-    @property
     def devices_per_stage(self) -> int:
         """dp * cp * mp."""
         return self.dp * self.cp * self.mp
@@ -237,11 +232,6 @@ class Run:
         return self.sections.runner_config.gradient_accumulation_steps
 
     @property
-    def batch_size(self) -> int:
-        """Sequences of a data-parallel rank and micro-batch."""
-        return self.sections.runner_config.batch_size
-
-    @property
     def global_batch(self) -> int:
         """Sequences per optimizer step."""
         return self.batch_size * self.dp * self.micro_batches
@@ -252,39 +242,9 @@ class Run:
         return self.global_batch * self.model.seq_length
 
     @property
-    def sequence_parallel(self) -> bool:
-        """Tokens lie on model_parallel between its operators."""
-        return self.sections.parallel_config.use_seq_parallel
-
-    @property
     def vocab_emb_dp(self) -> bool:
         """Every rank holds the whole embedding; MindFormers resets it with a pipeline."""
         return self.sections.parallel_config.vocab_emb_dp and self.pp == 1
-
-    @property
-    def recompute(self) -> bool | list[int]:
-        """Layers that are computed again in the backward."""
-        return self.sections.recompute_config.recompute
-
-    @property
-    def select_recompute(self) -> bool | list[int]:
-        """Layers of which only some operators are."""
-        return self.sections.recompute_config.select_recompute
-
-    @property
-    def shard_optimizer(self) -> bool:
-        """Weights and optimizer states are split over their copies."""
-        return self.sections.parallel.enable_parallel_optimizer
-
-    @property
-    def optimizer_shard_size(self) -> int:
-        """Over how many; -1: all."""
-        return self.sections.parallel.parallel_optimizer_config.optimizer_weight_shard_size
-
-    @property
-    def shard_gradients(self) -> bool:
-        """Gradient accumulation buffers are split like the optimizer states."""
-        return self.sections.parallel.parallel_optimizer_config.gradient_accumulation_shard
 
     @property
     def optimizer_threshold_bytes(self) -> int:

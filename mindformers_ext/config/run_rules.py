@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from mindformers_ext.config.run import Run
 from mindformers_ext.config.sections import AdamW, AdapterMonitor, CheckpointMonitor, Dataset, TopkBiasBalance
-from mindformers_ext.config.yaml_files import short
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.files.json_files import short
 
 
 @dataclass(frozen=True)

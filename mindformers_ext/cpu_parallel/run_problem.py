@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.bin_dataset.blended_dataset import parse_blend
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter, idx_path
 from mindformers_ext.collectives.rank_job import RankJob
-from mindformers_ext.config.data_check import data_prefixes
 from mindformers_ext.config.one_process import one_process_overrides
 from mindformers_ext.config.run import Run
 from mindformers_ext.config.run_rules import refuse
@@ -101,7 +101,7 @@ class RunProblem:
         """Read the YAML. Raises ConfigError."""
         plan = read_plan(command)
         loader = plan.sections.train_dataset and plan.sections.train_dataset.megatron
-        prefixes = data_prefixes(loader.config.data_path) if loader else []
+        prefixes = parse_blend(loader.config.data_path)[0] if loader else []
         data = []
         if not prefixes or not all(idx_path(prefix).exists() for prefix in prefixes):
             prefix = random_data(folder / "random", plan, steps)

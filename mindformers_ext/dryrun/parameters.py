@@ -63,12 +63,6 @@ def _base_weights(plan: Run) -> Iterator[Weight]:
         yield from _layer(plan, f"{prefix}layer.", model.num_layers + depth, last)
 
 
-def count_parameters(plan: Run) -> tuple[int, int]:
-    """(values of the main model, values of multi-token prediction); shared weights once, router biases included."""
-    sizes = [(w.name.startswith("mtp."), w.size) for w in model_weights(plan)]
-    return sum(n for mtp, n in sizes if not mtp), sum(n for mtp, n in sizes if mtp)
-
-
 def stored_shape(weight: Weight, plan: Run) -> tuple[int, ...]:
     """Shape of `weight` on one rank after optimizer parallelism, which splits dimension 0 over the weight's copies."""
     first, *rest = weight.slice_shape

@@ -22,7 +22,7 @@ import xxhash
 from mindformers_ext.errors import TrainingStopped, free_space
 from mindformers_ext.files.atomic import flush, write_json, write_text
 from mindformers_ext.files.json_files import read_object
-from mindformers_ext.files.safetensors_format import NAMES
+from mindformers_ext.files.safetensors_format import header_of, layout_of
 from mindformers_ext.sharded_checkpoint.layout import (
     BLOCK_BYTES,
     Entry,
@@ -140,18 +140,8 @@ def write_part(partial: Path, rank: int, pieces: Mapping[str, Piece], private: M
     partial.mkdir(parents=True, exist_ok=True)
     own = {name: piece for name, piece in pieces.items() if piece.slot.copy == 0}
     layout = Layout()
-    offset, tensors = 0, {}
-    for name, piece in own.items():
-        end = offset + piece.array.nbytes
-        tensors[name] = {
-            "dtype": NAMES[piece.array.dtype],
-            "shape": list(piece.array.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    header = json.dumps({"__metadata__": {"private": json.dumps(private)}, **tensors}).encode()
-    header += b" " * (-len(header) % 8)
-    header = len(header).to_bytes(8, "little") + header
+    tensors = layout_of({name: piece.array for name, piece in own.items()})
+    header = header_of(tensors, {"private": json.dumps(private)})
     with open(rank_file(partial, rank), "wb") as stream:
         stream.write(header)
         for name, piece in own.items():
@@ -163,7 +153,8 @@ def write_part(partial: Path, rank: int, pieces: Mapping[str, Piece], private: M
             layout.entries[name] = Entry(piece.slot.full_shape, tensors[name]["dtype"], [stored])
         stream.flush()
         os.fsync(stream.fileno())
-    layout.files[rank] = StoredFile(len(header) + offset, xxhash.xxh3_64_hexdigest(header))
+    size = len(header) + sum(piece.array.nbytes for piece in own.values())
+    layout.files[rank] = StoredFile(size, xxhash.xxh3_64_hexdigest(header))
     write_json(part_file(partial, rank), layout.to_json())
 
 

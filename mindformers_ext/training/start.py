@@ -12,20 +12,8 @@ from mindformers_ext.config.command_line import all_overrides, build_parser, fin
 
 # What launchers and platforms export and MindSpore or MindFormers read, to find out which of several processes this is.
 PLACE_IN_A_CLUSTER = (
-    "RANK_ID",
-    "RANK_SIZE",
-    "RANK_TABLE_FILE",
-    "LOCAL_RANK",
-    "LOCAL_RANK_SIZE",
-    "MS_ROLE",
-    "MS_WORKER_NUM",
-    "MS_NODE_ID",
-    "MS_SCHED_HOST",
-    "MS_SCHED_PORT",
-    "OMPI_COMM_WORLD_RANK",
-    "OMPI_COMM_WORLD_SIZE",
-    "OMPI_COMM_WORLD_LOCAL_RANK",
-    "PMIX_RANK",
+    "RANK_ID RANK_SIZE RANK_TABLE_FILE LOCAL_RANK LOCAL_RANK_SIZE MS_ROLE MS_WORKER_NUM MS_NODE_ID MS_SCHED_HOST "
+    "MS_SCHED_PORT OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK PMIX_RANK"
 )
 
 
@@ -38,7 +26,7 @@ def forget_other_processes(use_parallel: bool) -> None:
 
     if (use_parallel and not is_cpu_rank()) or os.environ.get("MS_SIMULATION_LEVEL"):
         return
-    found = {name: os.environ.pop(name) for name in PLACE_IN_A_CLUSTER if name in os.environ}
+    found = {name: os.environ.pop(name) for name in PLACE_IN_A_CLUSTER.split() if name in os.environ}
     if found:
         names = ", ".join(f"{name}={value}" for name, value in found.items())
         print(f"ignored in the environment, as this run is one process for MindSpore: {names}", file=sys.stderr)

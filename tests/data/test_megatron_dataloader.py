@@ -154,7 +154,7 @@ def test_stored_loss_mask_masks_the_labels(prefix):
     tokens = IndexedDataset(prefix)
     learnt = (tokens.tokens % 3 == 0).astype(np.uint8)
     with IndexedDatasetWriter(loss_mask_prefix(prefix), np.uint8) as writer:
-        writer.add_documents(learnt, tokens.sequence_lengths)
+        writer.add_batch(learnt, tokens.sequence_lengths, np.ones(len(tokens), np.int64))
     for labels, mask in rows(load(prefix, columns=("labels", "loss_mask"))):
         np.testing.assert_array_equal(mask, labels % 3 == 0)
 
