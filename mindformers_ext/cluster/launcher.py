@@ -69,10 +69,10 @@ def long_form(arguments: list[str]) -> list[str]:
 
 def ranks_of(plan: Run) -> int:
     """Ranks of a run where the cluster tells only its machines: what the degrees ask for."""
-    if not plan.is_semi_auto:
+    if plan.device_num == 1 and not plan.is_semi_auto:
         raise ConfigError(
-            f"{plan.path}: parallel.parallel_mode is {plan.sections.parallel.parallel_mode}, which does not say how "
-            "many ranks the run has; give WORKER_NUM, LOCAL_WORKER_NUM, MASTER_ADDR, MASTER_PORT and NODE_RANK"
+            f"{plan.path}: parallel_config.data_parallel is 1, but the run is to be shared by several machines; set it "
+            "to the number of ranks, or give WORKER_NUM, LOCAL_WORKER_NUM, MASTER_ADDR, MASTER_PORT and NODE_RANK"
         )
     return plan.device_num
 

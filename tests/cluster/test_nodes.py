@@ -122,7 +122,7 @@ def test_the_launcher_prints_the_source_and_waits(tmp_path):
     result = run_command(["bash", "-c", f"{command} 8 2 job-0.example 6060 1"], tmp_path)
     assert result.returncode == 0 and "--node_rank=1" in result.stdout and "--join=False" in result.stdout
     result = run_command(["bash", "-c", command], tmp_path)
-    assert result.returncode == 2 and "parallel.parallel_mode is 0, which does not say how many ranks" in result.stderr
+    assert result.returncode == 2 and "parallel_config.data_parallel is 1, but the run is to be shared" in result.stderr
     exports = " ".join(f"{name}='{value}'" for name, value in MINDCLUSTER.items())
     script = f"PATH={tmp_path}:$PATH {exports} bash {ROOT}/scripts/msrun_launcher.sh"
     result = run_command(["bash", "-c", f"{script} 'run_mindformer.py --config {tiny}' '' '' '' '' '' logs"], tmp_path)
