@@ -35,26 +35,13 @@ RECIPE = ROOT / "research/deepseek3/deepseek3_671b/finetune_deepseek3_671b.yaml"
 ADAPTED = ROOT / "research/deepseek3/deepseek3_671b/finetune_deepseek3_671b_lora.yaml"
 GIB = 2**30
 # Of the recipe's model: how it is computed. What it is comes from config.json.
-COMPUTED = set(
-    [
-        "ignore_token_id",
-        "compute_dtype",
-        "layernorm_compute_type",
-        "softmax_compute_type",
-        "rotary_dtype",
-        "router_dense_type",
-        "param_init_type",
-        "use_flash_attention",
-        "use_fused_rope",
-        "use_fused_swiglu",
-        "use_fused_rms_norm",
-        "input_sliced_sig",
-        "return_extra_loss",
-        "mtp_loss_factor",
-    ]
+COMPUTED = (
+    *("ignore_token_id", "compute_dtype", "layernorm_compute_type", "softmax_compute_type", "rotary_dtype"),
+    *("router_dense_type", "param_init_type", "use_flash_attention", "use_fused_rope", "use_fused_swiglu"),
+    *("use_fused_rms_norm", "input_sliced_sig", "return_extra_loss", "mtp_loss_factor"),
 )
-OF_EXPERTS = ("routing_policy", "aux_loss_types", "aux_loss_factors", "use_fused_ops_permute") + (
-    "use_fused_ops_topkrouter",
+OF_EXPERTS = (
+    *("routing_policy", "aux_loss_types", "aux_loss_factors", "use_fused_ops_permute", "use_fused_ops_topkrouter"),
 )
 
 
