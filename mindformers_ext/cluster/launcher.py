@@ -9,7 +9,8 @@ ends, a cluster ends the job.
 On a machine without NPUs a semi-auto-parallel YAML runs too: every rank is compiled for Ascend, lowered to CPU and
 run as a process (cpu_parallel/job.py); the launcher then waits for the end, whatever JOIN says.
 The command is split into words as a shell does, but nothing in it is run or replaced: no $(...), $NAME or [0-9].
-A command without --use_parallel gets --use_parallel True. With JOIN True the exit code is the workers'.
+A command without --use_parallel gets --use_parallel True. With JOIN True the exit code is the workers', and machines of
+a job watch each other over the port after MASTER_PORT (watch.py).
 """
 
 import glob
@@ -19,9 +20,8 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from mindformers_ext.cluster import nodes
+from mindformers_ext.cluster import nodes, watch
 from mindformers_ext.config.command_line import ROOT
 from mindformers_ext.config.command_line import find as find_file
 from mindformers_ext.config.run import Run
@@ -32,7 +32,8 @@ from mindformers_ext.errors import ConfigError, exit_code_of
 
 NO_COMMAND = 'no command given; usage: msrun_launcher.sh "run_mindformer.py --config Y" [WORKER_NUM ...]'
 LOG_DIR, TIME_OUT = "output/msrun_log", "7200"
-TRUE_OR_FALSE = ("True", "true", "False", "false")
+TRUE = ("True", "true")
+TRUE_OR_FALSE = (*TRUE, "False", "false")
 
 
 def words_of(arguments: list[str]) -> list[str]:
@@ -87,8 +88,8 @@ def port_is_free(port: int) -> bool:
     return True
 
 
-def main(arguments: list[str]) -> NoReturn:
-    """Check, then become msrun or the job of CPU ranks.
+def main(arguments: list[str]) -> int:
+    """Check, then become msrun or the job of CPU ranks, or watch msrun on one of several machines.
 
     Raises:
         ConfigError: what cannot work, before any process starts.
@@ -121,38 +122,45 @@ def main(arguments: list[str]) -> NoReturn:
                 "one machine"
             )
         job = ["--worker_num", str(place.worker_num), "--log_dir", log_dir or LOG_DIR]
-        become([sys.executable, "-m", "mindformers_ext.cpu_parallel.job", *job, *words])
+        os.execvp(sys.executable, [sys.executable, "-m", "mindformers_ext.cpu_parallel.job", *job, *words])
     if place.node_rank == 0 and not port_is_free(place.master_port):
         raise ConfigError(f"MASTER_PORT {place.master_port} is taken or not allowed on this machine; choose another")
-    waits = join or str(place.of_a_cluster)
+    waits = join in TRUE if join else place.of_a_cluster
+    watched = waits and place.nodes > 1
+    if watched and place.node_rank == 0 and not port_is_free(place.master_port + 1):
+        raise ConfigError(
+            f"MASTER_PORT {place.master_port}: the next port, over which machines watch each other, is taken on this "
+            "machine; choose another"
+        )
     print(f"Starting {place.local_worker_num} processes; their logs are in {log_dir or LOG_DIR}/worker_*.log")
     sys.stdout.flush()
-    become(
-        [
-            "msrun",
-            f"--bind_core={bool(cards)}",
-            f"--worker_num={place.worker_num}",
-            f"--local_worker_num={place.local_worker_num}",
-            f"--master_addr={place.master_addr}",
-            f"--master_port={place.master_port}",
-            f"--node_rank={place.node_rank}",
-            f"--log_dir={log_dir or LOG_DIR}",
-            f"--join={waits}",
-            f"--cluster_time_out={time_out or TIME_OUT}",
-            str(find_file(words[0])),
-            *words[1:],
-        ]
-    )
-
-
-def become(command: list[str]) -> NoReturn:
-    """Replace this process."""
-    beside = Path(sys.executable).with_name(command[0])
-    if shutil.which(command[0]) is None and beside.exists():
-        command[0] = str(beside)
-    elif shutil.which(command[0]) is None:
-        raise ConfigError(f"{command[0]} is not installed; run bash scripts/install.sh first")
+    command = [
+        program("msrun"),
+        f"--bind_core={bool(cards)}",
+        f"--worker_num={place.worker_num}",
+        f"--local_worker_num={place.local_worker_num}",
+        f"--master_addr={place.master_addr}",
+        f"--master_port={place.master_port}",
+        f"--node_rank={place.node_rank}",
+        f"--log_dir={log_dir or LOG_DIR}",
+        f"--join={waits}",
+        f"--cluster_time_out={time_out or TIME_OUT}",
+        str(find_file(words[0])),
+        *words[1:],
+    ]
+    if watched:
+        return watch.run(command, place, place.master_port + 1)
     os.execvp(command[0], command)
+
+
+def program(name: str) -> str:
+    """A program in PATH, or beside this Python. Raises ConfigError when there is none."""
+    beside = Path(sys.executable).with_name(name)
+    if shutil.which(name) is not None:
+        return name
+    if beside.exists():
+        return str(beside)
+    raise ConfigError(f"{name} is not installed; run bash scripts/install.sh first")
 
 
 if __name__ == "__main__":
