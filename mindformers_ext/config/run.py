@@ -66,7 +66,7 @@ class Sections:
 
     seed: NotNegative = 0
     output_dir: Text = "./output"
-    run_mode: Literal["train", "finetune", "eval", "predict"] = "train"
+    run_mode: Literal["train", "finetune", "eval", "predict", "score"] = "train"
     use_parallel: bool = False
     load_checkpoint: str | None = ""
     resume_training: Resume = False

@@ -56,7 +56,7 @@ def dataset_in_use(run: Run) -> tuple[str, Dataset | None]:
     """Name and section of the Megatron data that the run reads: training is not refused for its eval section."""
     name = "eval_dataset" if run.sections.run_mode == "eval" else "train_dataset"
     dataset = getattr(run.sections, name)
-    reads = run.sections.run_mode != "predict" and dataset is not None and dataset.megatron is not None
+    reads = run.sections.run_mode not in ("predict", "score") and dataset is not None and dataset.megatron is not None
     return name, dataset if reads else None
 
 

@@ -1,4 +1,4 @@
-"""What run_mindformer.py does once it has its configuration: train, finetune, eval or predict.
+"""What run_mindformer.py does once it has its configuration: train, finetune, eval, predict or score.
 
 Training goes through MindFormers' Trainer (1.9.0). Evaluation and prediction build the network the same way and run
 their own short loops: upstream's need Ascend operators and metrics that know nothing of this model.
@@ -8,6 +8,7 @@ import copy
 import math
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from mindformers_ext.config.run import Run
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files import run_lock
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
+from mindformers_ext.training import scoring
 from mindformers_ext.training.checkpoint_monitor import load_weights
 from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingface, resolve
 from mindformers_ext.training.text_generation import generate, pick_token
@@ -60,6 +62,8 @@ def run_mode(run: Run, predict_data: list[str] | None = None) -> None:
         train(run, settings)
     elif run.sections.run_mode == "eval":
         evaluate(run, settings)
+    elif run.sections.run_mode == "score":
+        score(run, settings)
     else:
         predict(run, settings, predict_data)
 
@@ -158,9 +162,10 @@ def build_model(run: Run, settings: MindFormerConfig) -> nn.Cell:
     return network
 
 
-def forward_logits(network: nn.Cell, tokens: np.ndarray) -> np.ndarray:
-    """Logits (B, S, V) float32 of tokens (B, S)."""
-    output = network(Tensor(tokens.astype(np.int32)))
+def forward_logits(network: nn.Cell, tokens: np.ndarray, *packing: np.ndarray) -> np.ndarray:
+    """Logits (B, S, V) float32 of tokens (B, S); `packing` are position_ids and attention_mask of packed rows."""
+    more = dict(zip(("position_ids", "attention_mask"), map(Tensor, packing), strict=False))
+    output = network(Tensor(tokens.astype(np.int32)), **more)
     logits = output[0] if isinstance(output, tuple) else output
     return logits.asnumpy().astype(np.float32).reshape(*tokens.shape, -1)
 
@@ -189,6 +194,27 @@ def evaluate(run: Run, settings: MindFormerConfig) -> dict[str, float]:
     result = {"loss": total / count, "perplexity": math.exp(total / count), "tokens": count}
     print(f"validation loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f} over {count:,.0f} tokens")
     return result
+
+
+def score(run: Run, settings: MindFormerConfig) -> Path:
+    """Score the completions of the file that input_data names; returns OUTPUT_DIR/scores.jsonl, which it writes."""
+    given = run.sections.input_data
+    if run.model is None:
+        raise ConfigError(f"{run.path}: model.model_config.type: run_mode score knows DeepSeek's models only")
+    if not isinstance(given, str) or not Path(given).is_file():
+        raise ConfigError(f"{run.path}: input_data is {given!r}, but run_mode score needs a JSONL file")
+    rows, length = run.batch_size, run.model.seq_length
+    lines = list(scoring.read_lines(Path(given), check_tokenizer(run), run.model.vocab_size, length))
+    if not lines:
+        raise ConfigError(f"{given}: has no line to score")
+    network = build_model(run, settings)
+    results = scoring.scores(partial(forward_logits, network), tqdm(lines, unit="line"), rows, length)
+    output = Path(settings.output_dir) / "scores.jsonl"
+    count, tokens, total = scoring.write_scores(results, output)
+    print(
+        f"wrote {output}: {count:,} completions, {tokens:,} tokens, mean log-probability {total / tokens:.4f} a token"
+    )
+    return output
 
 
 def predict(run: Run, settings: MindFormerConfig, predict_data: list[str] | None) -> list[str]:
