@@ -28,10 +28,12 @@ from mindformers_ext.config.run import Run
 from mindformers_ext.config.run_rules import refuse
 from mindformers_ext.config.strategy_rules import check_plan
 from mindformers_ext.cpu_parallel.command import read_plan
+from mindformers_ext.cpu_parallel.compiled_ranks import graph_key
 from mindformers_ext.errors import ConfigError, exit_code_of
 
 NO_COMMAND = 'no command given; usage: msrun_launcher.sh "run_mindformer.py --config Y" [WORKER_NUM ...]'
 LOG_DIR, TIME_OUT = "output/msrun_log", "7200"
+COMPILE_CACHE = "compile_cache"  # of output_dir
 TRUE = ("True", "true")
 TRUE_OR_FALSE = (*TRUE, "False", "false")
 
@@ -123,6 +125,8 @@ def main(arguments: list[str]) -> int:
             )
         job = ["--worker_num", str(place.worker_num), "--log_dir", log_dir or LOG_DIR]
         os.execvp(sys.executable, [sys.executable, "-m", "mindformers_ext.cpu_parallel.job", *job, *words])
+    if plan.is_semi_auto:
+        use_compile_cache(plan)
     if place.node_rank == 0 and not port_is_free(place.master_port):
         raise ConfigError(f"MASTER_PORT {place.master_port} is taken or not allowed on this machine; choose another")
     waits = join in TRUE if join else place.of_a_cluster
@@ -151,6 +155,17 @@ def main(arguments: list[str]) -> int:
     if watched:
         return watch.run(command, place, place.master_port + 1)
     os.execvp(command[0], command)
+
+
+def use_compile_cache(plan: Run) -> None:
+    """Let MindSpore keep what run_mode compile compiles, and find it again.
+
+    MindSpore compares source files only, so the folder is named by all that decides the graph.
+    """
+    folder = Path(plan.sections.output_dir).resolve() / COMPILE_CACHE / f"{graph_key(plan)}-{plan.device_num}"
+    if plan.only_compiles or folder.exists():
+        print(f"MindSpore's compile cache is {folder}", flush=True)
+        os.environ |= {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(folder)}
 
 
 def program(name: str) -> str:

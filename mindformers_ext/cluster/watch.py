@@ -65,7 +65,7 @@ class Line:
                         if message == DONE:
                             return
         except TimeoutError:
-            said = FAILED, f"{self.other} is not heard of for {SILENCE_SECONDS:g} s: is its cable or its power out?"
+            said = FAILED, f"{self.other} is not heard of for {SILENCE_SECONDS:g} s, so its cable or its power is out"
         except (OSError, ValueError, TypeError):
             pass
         finally:

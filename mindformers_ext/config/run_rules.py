@@ -42,6 +42,11 @@ def what_training_needs(run: Run) -> Iterator[Violation]:
         yield Violation("model.arch", "training needs this section")
 
 
+def what_compiling_needs(run: Run) -> Iterator[Violation]:
+    if run.only_compiles and not run.is_semi_auto:
+        yield Violation("run_mode", "only a graph that is split over ranks is compiled before it runs; leave it out")
+
+
 def what_inference_needs(run: Run) -> Iterator[Violation]:
     s = run.sections
     if run.trains:
@@ -189,6 +194,7 @@ def operators_of_a_card(run: Run) -> Iterator[Violation]:
 
 RUN_RULES = (
     what_training_needs,
+    what_compiling_needs,
     what_inference_needs,
     data_of_a_run,
     the_models_own_network,

@@ -1,4 +1,4 @@
-"""What run_mindformer.py does once it has its configuration: train, finetune, eval, predict or score.
+"""What run_mindformer.py does once it has its configuration: train, finetune, eval, predict, score or compile.
 
 Training goes through MindFormers' Trainer (1.9.0). Evaluation and prediction build the network the same way and run
 their own short loops: upstream's need Ascend operators and metrics that know nothing of this model.
@@ -24,6 +24,8 @@ from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
 from mindspore import Tensor, nn
+from mindspore.dataset import Dataset
+from mindspore.train import Model
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -71,7 +73,7 @@ def run_mode(run: Run, predict_data: list[str] | None = None) -> None:
 def mindformers_settings(run: Run) -> MindFormerConfig:
     """The run as MindFormers reads it: its YAML, fitted to the device, over MindFormers' template."""
     values = copy.deepcopy(run.values)
-    values["run_mode"] = run.sections.run_mode
+    values["run_mode"] = "train" if run.only_compiles else run.sections.run_mode
     if run.model is not None:
         # MindFormers' own MoEConfig knows only its keys and has other defaults: ours travel inside model_config.
         values["model"]["model_config"]["experts"] = asdict(run.model.moe_config)
@@ -126,7 +128,21 @@ def train(run: Run, settings: MindFormerConfig) -> None:
     if settings.load_checkpoint or settings.resume_training:
         settings.start_from = {"source": find_checkpoint(run), "resume": bool(settings.resume_training)}
     settings.load_checkpoint, settings.resume_training = "", False
+    if run.only_compiles:
+        Model.train = compile_only
     Trainer(settings).train()
+
+
+def compile_only(
+    model: Model, epoch: int, train_dataset: Dataset, *_, dataset_sink_mode: bool = False, sink_size: int = -1, **__
+) -> None:
+    """Stands in for mindspore.train.Model.train (2.9.0): ends where the first step would run."""
+    if dataset_sink_mode:
+        model.build(train_dataset, sink_size=sink_size, epoch=epoch)
+    else:
+        network = model.train_network.set_train()
+        network.compile(*next(train_dataset.create_tuple_iterator(num_epochs=1)))
+    print("compiled; a run with run_mode train starts from MindSpore's compile cache", flush=True)
 
 
 def find_checkpoint(run: Run) -> Source | HuggingFaceFolder:

@@ -85,7 +85,7 @@ def test_a_cut_cable_ends_both_sides():
     here, there = (process.communicate(timeout=30)[1] for process in (first, second))
     assert (first.returncode, second.returncode) == (1, 1)
     host = socket.gethostname()
-    assert f"machine 1 ({host}, 127.0.0.1) is not heard of for 1.5 s: is its cable or its power out?" in here
+    assert f"machine 1 ({host}, 127.0.0.1) is not heard of for 1.5 s, so its cable or its power is out" in here
     assert "machine 0 (127.0.0.1) is not heard of for 1.5 s" in there and f"({host}) are ended" in there
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
