@@ -34,7 +34,7 @@ def parse_text(text: str) -> str | None:
 
 # Option, YAML key it sets, type, help.
 OPTIONS = (
-    ("run_mode", "run_mode", parse_text, "train, finetune, eval or predict"),
+    ("run_mode", "run_mode", parse_text, "train, finetune, eval, predict, score or compile"),
     ("use_parallel", "use_parallel", parse_bool, "run on several devices (started by scripts/msrun_launcher.sh)"),
     ("load_checkpoint", "load_checkpoint", parse_text, "folder of checkpoints, of one step, or of safetensors files"),
     ("resume_training", "resume_training", parse_bool_or_text, "go on from load_checkpoint: True, or step_000100"),

@@ -67,7 +67,7 @@ class Sections:
 
     seed: NotNegative = 0
     output_dir: Text = "./output"
-    run_mode: Literal["train", "finetune", "eval", "predict"] = "train"
+    run_mode: Literal["train", "finetune", "eval", "predict", "score", "compile"] = "train"
     use_parallel: bool = False
     load_checkpoint: str | None = ""
     resume_training: Resume = False
@@ -216,8 +216,13 @@ class Run:
 
     @property
     def trains(self) -> bool:
-        """True for run modes that change weights."""
-        return self.sections.run_mode in ("train", "finetune")
+        """True for run modes that change weights, or compile what would."""
+        return self.sections.run_mode in ("train", "finetune", "compile")
+
+    @property
+    def only_compiles(self) -> bool:
+        """True when the run ends where training would begin."""
+        return self.sections.run_mode == "compile"
 
     @property
     def devices_per_stage(self) -> int:

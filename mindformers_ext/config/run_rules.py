@@ -42,6 +42,11 @@ def what_training_needs(run: Run) -> Iterator[Violation]:
         yield Violation("model.arch", "training needs this section")
 
 
+def what_compiling_needs(run: Run) -> Iterator[Violation]:
+    if run.only_compiles and not run.is_semi_auto:
+        yield Violation("run_mode", "only a graph that is split over ranks is compiled before it runs; leave it out")
+
+
 def what_inference_needs(run: Run) -> Iterator[Violation]:
     s = run.sections
     if run.trains:
@@ -56,7 +61,7 @@ def dataset_in_use(run: Run) -> tuple[str, Dataset | None]:
     """Name and section of the Megatron data that the run reads: training is not refused for its eval section."""
     name = "eval_dataset" if run.sections.run_mode == "eval" else "train_dataset"
     dataset = getattr(run.sections, name)
-    reads = run.sections.run_mode != "predict" and dataset is not None and dataset.megatron is not None
+    reads = run.sections.run_mode not in ("predict", "score") and dataset is not None and dataset.megatron is not None
     return name, dataset if reads else None
 
 
@@ -189,6 +194,7 @@ def operators_of_a_card(run: Run) -> Iterator[Violation]:
 
 RUN_RULES = (
     what_training_needs,
+    what_compiling_needs,
     what_inference_needs,
     data_of_a_run,
     the_models_own_network,

@@ -26,7 +26,15 @@ from mindformers_ext.files.atomic import write_json
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "compiled_ranks"  # of output_dir
 # What a compiled graph does not depend on: sections of the YAML, and where a data loader takes its samples from.
-OUTSIDE_THE_GRAPH = ("output_dir", "load_checkpoint", "resume_training", "callbacks", "processor", "eval_dataset")
+OUTSIDE_THE_GRAPH = (
+    "run_mode",
+    "output_dir",
+    "load_checkpoint",
+    "resume_training",
+    "callbacks",
+    "processor",
+    "eval_dataset",
+)
 DATA_ONLY = (
     *("data_path", "train_data_path", "valid_data_path", "test_data_path", "split", "random_seed", "seed"),
     *("path_to_cache", "mmap_bin_files", "num_dataset_builder_threads"),

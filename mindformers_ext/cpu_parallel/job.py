@@ -52,6 +52,9 @@ def run(command: list[str], worker_num: int, log_dir: Path, say: Callable[[str],
         with compiled_ranks.only_mine():
             launch.compile_ranks(builder, plan.device_num, folder, plan.pp)
             compiled_ranks.seal(folder, plan.device_num)
+    if plan.only_compiles:
+        say(f"{worker_num} ranks are compiled; a run with run_mode train starts from them")
+        return
     say(f"starting {worker_num} ranks; their logs are {log_dir}/worker_*.log")
     job = RankJob(folder, new_name(), 0, plan.device_num, plan.pp, plan.cp * plan.mp)
     train(command, job, log_dir, say)

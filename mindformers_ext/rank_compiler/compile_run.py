@@ -19,6 +19,7 @@ from mindformers_ext.training.start import prepare_environment, run
 
 # What a run that stops before training does not need: data files, checkpoints, reports of steps that never run.
 WITHOUT = {
+    "run_mode": "train",
     "load_checkpoint": "",
     "resume_training": "False",
     "processor": "null",

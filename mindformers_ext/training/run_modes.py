@@ -1,4 +1,4 @@
-"""What run_mindformer.py does once it has its configuration: train, finetune, eval or predict.
+"""What run_mindformer.py does once it has its configuration: train, finetune, eval, predict, score or compile.
 
 Training goes through MindFormers' Trainer (1.9.0). Evaluation and prediction build the network the same way and run
 their own short loops: upstream's need Ascend operators and metrics that know nothing of this model.
@@ -8,6 +8,7 @@ import copy
 import math
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
 from mindspore import Tensor, nn
+from mindspore.dataset import Dataset
+from mindspore.train import Model
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -35,6 +38,7 @@ from mindformers_ext.config.run import Run
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files import run_lock
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
+from mindformers_ext.training import scoring
 from mindformers_ext.training.checkpoint_monitor import load_weights
 from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingface, resolve
 from mindformers_ext.training.text_generation import generate, pick_token
@@ -60,6 +64,8 @@ def run_mode(run: Run, predict_data: list[str] | None = None) -> None:
         train(run, settings)
     elif run.sections.run_mode == "eval":
         evaluate(run, settings)
+    elif run.sections.run_mode == "score":
+        score(run, settings)
     else:
         predict(run, settings, predict_data)
 
@@ -67,7 +73,7 @@ def run_mode(run: Run, predict_data: list[str] | None = None) -> None:
 def mindformers_settings(run: Run) -> MindFormerConfig:
     """The run as MindFormers reads it: its YAML, fitted to the device, over MindFormers' template."""
     values = copy.deepcopy(run.values)
-    values["run_mode"] = run.sections.run_mode
+    values["run_mode"] = "train" if run.only_compiles else run.sections.run_mode
     if run.model is not None:
         # MindFormers' own MoEConfig knows only its keys and has other defaults: ours travel inside model_config.
         values["model"]["model_config"]["experts"] = asdict(run.model.moe_config)
@@ -122,7 +128,21 @@ def train(run: Run, settings: MindFormerConfig) -> None:
     if settings.load_checkpoint or settings.resume_training:
         settings.start_from = {"source": find_checkpoint(run), "resume": bool(settings.resume_training)}
     settings.load_checkpoint, settings.resume_training = "", False
+    if run.only_compiles:
+        Model.train = compile_only
     Trainer(settings).train()
+
+
+def compile_only(
+    model: Model, epoch: int, train_dataset: Dataset, *_, dataset_sink_mode: bool = False, sink_size: int = -1, **__
+) -> None:
+    """Stands in for mindspore.train.Model.train (2.9.0): ends where the first step would run."""
+    if dataset_sink_mode:
+        model.build(train_dataset, sink_size=sink_size, epoch=epoch)
+    else:
+        network = model.train_network.set_train()
+        network.compile(*next(train_dataset.create_tuple_iterator(num_epochs=1)))
+    print("compiled; a run with run_mode train starts from MindSpore's compile cache", flush=True)
 
 
 def find_checkpoint(run: Run) -> Source | HuggingFaceFolder:
@@ -158,9 +178,10 @@ def build_model(run: Run, settings: MindFormerConfig) -> nn.Cell:
     return network
 
 
-def forward_logits(network: nn.Cell, tokens: np.ndarray) -> np.ndarray:
-    """Logits (B, S, V) float32 of tokens (B, S)."""
-    output = network(Tensor(tokens.astype(np.int32)))
+def forward_logits(network: nn.Cell, tokens: np.ndarray, *packing: np.ndarray) -> np.ndarray:
+    """Logits (B, S, V) float32 of tokens (B, S); `packing` are position_ids and attention_mask of packed rows."""
+    more = dict(zip(("position_ids", "attention_mask"), map(Tensor, packing), strict=False))
+    output = network(Tensor(tokens.astype(np.int32)), **more)
     logits = output[0] if isinstance(output, tuple) else output
     return logits.asnumpy().astype(np.float32).reshape(*tokens.shape, -1)
 
@@ -189,6 +210,27 @@ def evaluate(run: Run, settings: MindFormerConfig) -> dict[str, float]:
     result = {"loss": total / count, "perplexity": math.exp(total / count), "tokens": count}
     print(f"validation loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f} over {count:,.0f} tokens")
     return result
+
+
+def score(run: Run, settings: MindFormerConfig) -> Path:
+    """Score the completions of the file that input_data names; returns OUTPUT_DIR/scores.jsonl, which it writes."""
+    given = run.sections.input_data
+    if run.model is None:
+        raise ConfigError(f"{run.path}: model.model_config.type: run_mode score knows DeepSeek's models only")
+    if not isinstance(given, str) or not Path(given).is_file():
+        raise ConfigError(f"{run.path}: input_data is {given!r}, but run_mode score needs a JSONL file")
+    rows, length = run.batch_size, run.model.seq_length
+    lines = list(scoring.read_lines(Path(given), check_tokenizer(run), run.model.vocab_size, length))
+    if not lines:
+        raise ConfigError(f"{given}: has no line to score")
+    network = build_model(run, settings)
+    results = scoring.scores(partial(forward_logits, network), tqdm(lines, unit="line"), rows, length)
+    output = Path(settings.output_dir) / "scores.jsonl"
+    count, tokens, total = scoring.write_scores(results, output)
+    print(
+        f"wrote {output}: {count:,} completions, {tokens:,} tokens, mean log-probability {total / tokens:.4f} a token"
+    )
+    return output
 
 
 def predict(run: Run, settings: MindFormerConfig, predict_data: list[str] | None) -> list[str]:
