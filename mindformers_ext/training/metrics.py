@@ -28,8 +28,8 @@ from mindformers_ext.data.data_position import start_of
 from mindformers_ext.errors import TrainingStopped
 from mindformers_ext.files.atomic import naming, whole_file, write_text
 from mindformers_ext.training.device_peak import device_peak
-from mindformers_ext.training.topk_bias_callback import read_expert_load, sum_over_ranks
-from mindformers_ext.training.wrapper import real_model
+from mindformers_ext.training.topk_bias_callback import read_expert_load, reset_expert_load, sum_over_ranks
+from mindformers_ext.training.wrapper import real_model, was_left_out
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -177,7 +177,7 @@ class TrainingMetrics(Callback):
         tokens_per_s = self.tokens_per_step * steps / (now - self.clock)
         self.clock, self.last_step = now, cb_params.cur_step_num
         record = {"step": self.first_step + cb_params.cur_step_num}
-        record |= self.losses(cb_params.net_outputs)
+        record |= self.losses(cb_params)
         if self.writes:
             record |= self.speed(tokens_per_s)
         if "expert_load" in cb_params:
@@ -188,21 +188,25 @@ class TrainingMetrics(Callback):
             name: {"max": float(load.max()), "min": float(load.min()), "mean": float(load.mean())}
             for name, load in self.loads.items()
         }
-        self.stop_if_not_finite(record)
+        if cb_params.get("left_out"):
+            record["left_out"] = cb_params.left_out
+        else:
+            self.stop_if_not_finite(record)
         self.records.append(record)
         if self.writes:
             self.write(record)
-        if self.skipped_in_a_row > self.max_skipped_steps:
+        if self.skipped_in_a_row > self.max_skipped_steps and "left_out" not in record:  # else bad_steps.py counts
             raise TrainingStopped(
                 f"the gradients of {self.skipped_in_a_row} steps in a row were not finite, the last of step "
                 f"{record['step']}, and the parameters stayed as they were: lower lr_schedule.learning_rate, look at "
                 "the data, or allow more with TrainingMetrics' max_skipped_steps"
             )
 
-    def losses(self, outputs: Any) -> dict[str, float | None]:
+    def losses(self, cb_params: Any) -> dict[str, float | None]:
         """The step's losses, gradient norm and learning rate, from the wrapper's output and the model."""
-        _, overflow, _, lr, grad_norm = outputs[:5]  # a pipeline's loss is a sum, of one stage: the parts tell more
-        skipped = bool(as_float(overflow))
+        # A pipeline's loss is a sum, of one stage: the parts tell more.
+        _, _, _, lr, grad_norm = cb_params.net_outputs[:5]
+        skipped = was_left_out(cb_params.train_network, cb_params.net_outputs)
         self.overflows += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         main, mtp, balance = take_loss_parts(self.model)
@@ -223,8 +227,7 @@ class TrainingMetrics(Callback):
     def read_and_reset_load(self) -> dict[str, np.ndarray]:
         """The loads of a run without TopkBiasBalanceCallback, which would have reset the counters."""
         loads = read_expert_load(self.model)
-        for _, router in self.model.moe_routers():
-            ops.assign(router.expert_load, ops.zeros_like(router.expert_load))
+        reset_expert_load(self.model)
         return loads
 
     def stop_if_not_finite(self, record: dict[str, Any]) -> None:
@@ -242,7 +245,7 @@ class TrainingMetrics(Callback):
         with naming(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict(record), allow_nan=False) + "\n")
         for key, value in record.items():
-            if key not in ("step", "expert_load") and value is not None:
+            if key not in ("step", "expert_load", "left_out") and value is not None and math.isfinite(value):
                 self.tensorboard.add_scalar(f"training/{key}", value, record["step"])
         for layer, load in record["expert_load"].items():
             for key, value in load.items():

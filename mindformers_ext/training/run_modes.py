@@ -32,6 +32,7 @@ from mindformers_ext.config.check import check_classes
 from mindformers_ext.config.data_check import check_tokenizer
 from mindformers_ext.config.one_process import as_rank
 from mindformers_ext.config.run import Run
+from mindformers_ext.config.sections import MonitorConfig
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files import run_lock
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
@@ -72,11 +73,22 @@ def mindformers_settings(run: Run) -> MindFormerConfig:
         # MindFormers' own MoEConfig knows only its keys and has other defaults: ours travel inside model_config.
         values["model"]["model_config"]["experts"] = asdict(run.model.moe_config)
     fit_to_device(run, values)
+    take_over(run, values)
     ConfigTemplate.apply_template(values)
     if run.trains:
         listed = [item["type"] for item in run.values.get("callbacks", [])]
         drop_second_monitor(values, listed)
     return MindFormerConfig(**values)
+
+
+def take_over(run: Run, values: dict[str, Any]) -> None:
+    """Take out the keys of upstream that this project works by itself, and those that upstream does not know."""
+    for key in ("use_graceful_exit", "data_skip_steps", "max_train_hours", "max_step_minutes"):
+        values.pop(key, None)
+    monitor = values.setdefault("monitor_config", {}) if run.sections.use_skip_data_by_global_norm else {}
+    for key in MonitorConfig.own:
+        monitor.pop(key, None)
+    monitor["global_norm_spike_threshold"] = float(monitor.get("global_norm_spike_threshold") or math.inf)
 
 
 def fit_to_device(run: Run, values: dict[str, Any]) -> None:
@@ -119,8 +131,10 @@ def train(run: Run, settings: MindFormerConfig) -> None:
     """Train or fine-tune through MindFormers' Trainer, which is told of no checkpoint: ours loads it itself."""
     if not is_cpu_rank() and get_real_rank() == 0:  # the ranks on CPU have a launcher that holds it for them
         run_lock.hold(settings.output_dir)
-    if settings.load_checkpoint or settings.resume_training:
-        settings.start_from = {"source": find_checkpoint(run), "resume": bool(settings.resume_training)}
+    source = find_checkpoint(run) if settings.load_checkpoint or settings.resume_training else None
+    skipped = run.sections.data_skip_steps or 0
+    settings.start_from = {"source": source, "resume": bool(settings.resume_training), "skip_steps": skipped}
+    settings.guards = run.sections
     settings.load_checkpoint, settings.resume_training = "", False
     Trainer(settings).train()
 
