@@ -15,7 +15,6 @@ from msgspec import Meta
 from mindformers_ext.config.model import FAMILIES, ModelConfig, MoeConfig
 from mindformers_ext.config.sections import (
     CHECKPOINTS,
-    NO_EVALUATION,
     Arch,
     Callback,
     Context,
@@ -93,6 +92,8 @@ class Sections:
     monitor_config: MonitorConfig | None = None
     tensorboard: Tensorboard | None = None
     use_skip_data_by_global_norm: bool = False  # leave bad steps out; monitor_config says what is bad
+    do_eval: bool = False  # evaluate eval_dataset while training,
+    eval_step_interval: Positive = 100  # every so many steps
     use_graceful_exit: bool = False  # end after the step on SIGTERM, SIGUSR1 or the file OUTPUT_DIR/kill_switch
     max_train_hours: PositiveNumber | None = None  # end after the step when the process is this old
     max_step_minutes: PositiveNumber | None = None  # a rank whose step takes longer is named and ended
@@ -110,10 +111,8 @@ class Sections:
         list[NotNegative] | None: "profile_rank_ids",
         Annotated[int, Only(1, TWICE)]: "micro_batch_interleave_num",
         Annotated[bool, Only(False, BY_BATCH)]: "calculate_per_token_loss",
-        only(False, NO_EVALUATION): "do_eval",
-        only(100, NO_EVALUATION): "eval_step_interval",
-        only(-1, NO_EVALUATION): "eval_epoch_interval",
-        only(None, NO_EVALUATION): "eval_callbacks metric",
+        only(-1, "eval_step_interval counts steps"): "eval_epoch_interval",
+        only(None, "do_eval finds loss and perplexity, and writes them to eval.jsonl"): "eval_callbacks metric",
         only("safetensors", CHECKPOINTS): "load_ckpt_format",
         only(True, CHECKPOINTS): "use_legacy_format",
         only(False, CHECKPOINTS): "auto_trans_ckpt only_save_strategy load_ckpt_async remove_redundancy "

@@ -153,6 +153,11 @@ def keys_that_need_others(run: Run) -> Iterator[Violation]:
         yield Violation("auto_tune", "it needs filepath_prefix, a folder for what it finds, and autotune_per_step")
     if s.use_skip_data_by_global_norm and run.trains and not run.value("runner_wrapper.use_clip_grad"):
         yield Violation("use_skip_data_by_global_norm", "the norm is known with runner_wrapper.use_clip_grad only")
+    if s.do_eval and run.trains:
+        if s.eval_dataset is None or s.eval_dataset.megatron is None:
+            yield Violation("do_eval", "it needs the section eval_dataset with Megatron files")
+        if not any(isinstance(item, CheckpointMonitor) for item in s.callbacks):
+            yield Violation("do_eval", "it evaluates checkpoints; add `- type: CheckpointMonitor` to callbacks")
     for key in ("global_norm_spike_threshold", "global_norm_spike_factor"):
         if not s.use_skip_data_by_global_norm and run.value(f"monitor_config.{key}") is not None:
             yield Violation(f"monitor_config.{key}", "only use_skip_data_by_global_norm reads it; set it to True")

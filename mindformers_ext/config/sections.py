@@ -47,7 +47,7 @@ Sizes = Annotated[list[NotNegative], Meta(min_length=3, max_length=3)]
 Columns = Annotated[list[str], Meta(min_length=1)]
 GigaBytes = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)?GB$", description="a text like '55GB'")]
 SEARCH = "only a search for strategies reads it, which these models are not split by"
-NO_EVALUATION = "a training run evaluates nothing; use --run_mode eval on its checkpoints"
+NO_EVALUATION = "do_eval evaluates while training, and its callback keeps the best checkpoint"
 CHECKPOINTS = (
     "checkpoints are this project's own: load_checkpoint reads one into any layout, the callback CheckpointMonitor "
     "says how they are saved"
@@ -545,10 +545,23 @@ class Wrapper(Choice):
 
 
 @dataclass(kw_only=True)
+class Monitors:
+    """monitors of TrainingMetrics: every how many steps each looks; None: never (training/monitors.py)."""
+
+    gradient_norms: Positive | None = None  # before clipping; keeps a copy of the first moments during the step
+    weight_norms: Positive | None = None
+    update_norms: Positive | None = None  # of what the step changed; keeps a copy of the weights during the step
+    moment_norms: Positive | None = None  # of AdamW's first and second moments
+    experts: Positive | None = None  # entropy of the loads, experts without a token
+    times: Positive | None = None  # seconds in the step, and between steps
+
+
+@dataclass(kw_only=True)
 class TrainingMetrics:
     """training/metrics.py."""
 
     type: str
+    monitors: Monitors | None = None
     passed_on = {
         Text: "output_dir",
         Positive: "per_print_times",

@@ -21,6 +21,7 @@ from mindformers_ext.training.start import prepare_environment, run
 WITHOUT = {
     "load_checkpoint": "",
     "resume_training": "False",
+    "do_eval": "False",
     "processor": "null",
     "callbacks": '[{"type": "TopkBiasBalanceCallback"}]',  # never called: a model whose bias balances asks for it
     "train_dataset.num_parallel_workers": "1",

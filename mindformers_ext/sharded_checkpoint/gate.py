@@ -15,7 +15,7 @@ from mindformers_ext.sharded_checkpoint.layout import Piece, is_weight
 
 NORMS = "embedding_norms"  # of Meta.health
 REMEMBERED = 10  # healthy checkpoints whose embedding says what is usual
-BIAS = "expert_bias"
+BIASES = ("e_score_correction_bias", "expert_bias")  # of the models here, and of whoever names it shorter
 
 
 @dataclass
@@ -63,7 +63,7 @@ def facts(pieces: Mapping[str, Piece]) -> dict[str, Any]:
             if "embed" in name
         },
         "bias_spread": {
-            name: float(np.abs(array - array.mean()).max()) for name, array in weights.items() if name.endswith(BIAS)
+            name: float(np.abs(array - array.mean()).max()) for name, array in weights.items() if name.endswith(BIASES)
         },
     }
 

@@ -37,6 +37,7 @@ from mindformers_ext.sharded_checkpoint.layout import (
 )
 
 LATEST = "latest"
+BEST = "best"  # names the step with the lowest evaluation loss (training/evaluation.py)
 UNHEALTHY = "unhealthy_"  # before the name of one that the gate did not let through
 PARTIAL = ".partial_"  # before the name of a step that is being written
 REMOVED = ".removed_"  # before the name of one that is being deleted
@@ -275,10 +276,10 @@ def set_aside(partial: Path, reasons: list[str]) -> Path:
 
 
 def remove_old(root: Path, keep: int, keep_every: int | None = None) -> None:
-    """Delete the lowest steps until `keep` are left; the latest and the multiples of `keep_every` always stay."""
-    latest = (root / LATEST).read_text(encoding="utf-8") if (root / LATEST).exists() else ""
+    """Delete the lowest steps until `keep` are left; the latest, the best and multiples of `keep_every` always stay."""
+    named = {path.read_text(encoding="utf-8") for path in (root / LATEST, root / BEST) if path.exists()}
     for prefix in ("", UNHEALTHY):
-        old = [path for path in saved_steps(root, prefix) if path.name != latest]
+        old = [path for path in saved_steps(root, prefix) if path.name not in named]
         if keep_every and not prefix:
             old = [path for path in old if step_of(path) % keep_every]
         for path in old[: max(len(old) + (not prefix) - keep, 0)]:

@@ -31,7 +31,8 @@ from mindformers_ext.sharded_checkpoint.network import (
 from mindformers_ext.sharded_checkpoint.random_state import random_state, restore_random_state
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
 from mindformers_ext.sharded_checkpoint.writer import Saver
-from mindformers_ext.training.metrics import place_in_run, samples_per_step
+from mindformers_ext.training.metrics import samples_per_step
+from mindformers_ext.training.over_ranks import place_in_run
 from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingface, resolve
 from mindformers_ext.training.wrapper import frozen_names, real_model
 

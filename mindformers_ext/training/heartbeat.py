@@ -16,7 +16,7 @@ from mindspore.train import Callback, RunContext
 from mindformers_ext.collectives.rank_job import is_cpu_rank
 from mindformers_ext.data.data_position import start_of
 from mindformers_ext.files import heartbeat
-from mindformers_ext.training.metrics import place_in_run
+from mindformers_ext.training.over_ranks import place_in_run
 
 PATIENCE = 1.5  # a rank on CPU has a launcher, which knows more than it and acts first
 

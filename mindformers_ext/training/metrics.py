@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,18 @@ import mindspore as ms
 import numpy as np
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindformers.tools.utils import get_output_root_path, get_real_group_size, get_real_rank
+from mindformers.tools.utils import get_output_root_path, get_real_group_size
 from mindspore import Tensor, nn, ops
 from mindspore.train import Callback, RunContext
 from tensorboardX import SummaryWriter
 
-from mindformers_ext.collectives.rank_job import RankJob, is_cpu_rank
+from mindformers_ext.config.sections import Monitors
 from mindformers_ext.data.data_position import start_of
 from mindformers_ext.errors import TrainingStopped
 from mindformers_ext.files.atomic import naming, whole_file, write_text
 from mindformers_ext.training.device_peak import device_peak
+from mindformers_ext.training.monitors import RunMonitors
+from mindformers_ext.training.over_ranks import place_in_run
 from mindformers_ext.training.topk_bias_callback import read_expert_load, reset_expert_load, sum_over_ranks
 from mindformers_ext.training.wrapper import real_model, was_left_out
 
@@ -45,14 +47,6 @@ def take_loss_parts(model: nn.Cell) -> tuple[float | None, float | None, float |
     if parts[3] == 0:
         return None, None, None
     return tuple(float(part) for part in parts[:3] / parts[3])
-
-
-def place_in_run() -> tuple[int, int, int]:
-    """This process's rank, the devices and the pipeline stages of the run."""
-    if is_cpu_rank():
-        job = RankJob.current()
-        return job.rank, job.world_size, job.stages
-    return get_real_rank(), get_real_group_size(), ms.get_auto_parallel_context("pipeline_stages")
 
 
 def samples_per_step(dataset: Any) -> int:
@@ -124,6 +118,7 @@ class TrainingMetrics(Callback):
         device_peak_tflops: peak of one device in TFLOP/s; default 353.9 on Ascend, measured on CPU.
         max_skipped_steps: steps in a row that may be left out because their gradients are not finite. A dynamic loss
             scale of 2^16 needs 16 to find itself.
+        monitors: what else to look at, and every how many steps (training/monitors.py).
 
     Raises:
         TrainingStopped: the loss is NaN or infinite, or more steps in a row were left out.
@@ -135,11 +130,13 @@ class TrainingMetrics(Callback):
         per_print_times: int = 1,
         device_peak_tflops: float | None = None,
         max_skipped_steps: int = 20,
+        monitors: dict[str, int | None] | None = None,
     ):
         super().__init__()
         self.folder = Path(output_dir or get_output_root_path())
         self.per_print_times = per_print_times
         self.device_peak_tflops = device_peak_tflops
+        self.monitors = RunMonitors(Monitors(**monitors)) if monitors else None
         self.records: list[dict[str, Any]] = []
         self.loads: dict[str, np.ndarray] = {}
         self.overflows, self.skipped_in_a_row, self.max_skipped_steps = 0, 0, max_skipped_steps
@@ -163,6 +160,12 @@ class TrainingMetrics(Callback):
             self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
             stop_when_refused(self.tensorboard)
         self.clock = time.perf_counter()
+
+    def on_train_step_begin(self, run_context: RunContext) -> None:
+        """Let the monitors look at what the step will change."""
+        if self.monitors is not None:
+            cb_params = run_context.original_args()
+            self.monitors.begin(cb_params.train_network, self.first_step + cb_params.cur_step_num)
 
     @property
     def metrics_path(self) -> Path:
@@ -188,6 +191,9 @@ class TrainingMetrics(Callback):
             name: {"max": float(load.max()), "min": float(load.min()), "mean": float(load.mean())}
             for name, load in self.loads.items()
         }
+        if self.monitors is not None:
+            network, outputs = cb_params.train_network, cb_params.net_outputs
+            record |= self.monitors.end(network, outputs, record["step"], self.loads)
         if cb_params.get("left_out"):
             record["left_out"] = cb_params.left_out
         else:
@@ -244,9 +250,8 @@ class TrainingMetrics(Callback):
         """Append the record to metrics.jsonl and TensorBoard, and log it."""
         with naming(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict(record), allow_nan=False) + "\n")
-        for key, value in record.items():
-            if key not in ("step", "expert_load", "left_out") and value is not None and math.isfinite(value):
-                self.tensorboard.add_scalar(f"training/{key}", value, record["step"])
+        for key, value in scalars({key: record[key] for key in record.keys() - NOT_DRAWN}):
+            self.tensorboard.add_scalar(key if "/" in key else f"training/{key}", value, record["step"])
         for layer, load in record["expert_load"].items():
             for key, value in load.items():
                 self.tensorboard.add_scalar(f"expert_load_{key}/{layer}", value, record["step"])
@@ -283,6 +288,18 @@ class TrainingMetrics(Callback):
             f"plot          {self.folder / 'training.png'}",
         ]
         return "\n".join(["Training summary", *rows]) + "\n"
+
+
+NOT_DRAWN = {"step", "expert_load", "left_out"}  # as scalars of their own
+
+
+def scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The finite numbers of a record by name, those of nested ones by "outer/inner"."""
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from scalars(value, f"{prefix}{key}/")
+        elif value is not None and math.isfinite(value):
+            yield prefix + key, value
 
 
 def strict(value: Any) -> Any:

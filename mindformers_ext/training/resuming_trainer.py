@@ -22,6 +22,7 @@ from mindformers_ext.sharded_checkpoint.layout import Meta
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint
 from mindformers_ext.training.bad_steps import BadSteps
 from mindformers_ext.training.checkpoint_monitor import BeginAt, CheckpointMonitor, RestoreCheckpoint
+from mindformers_ext.training.evaluation import Evaluation
 from mindformers_ext.training.heartbeat import Heartbeat
 from mindformers_ext.training.metrics import samples_per_step
 from mindformers_ext.training.steering import Steering
@@ -97,7 +98,9 @@ class ResumingTrainer(CausalLanguageModelingTrainer):
             first.append(BadSteps(guards.monitor_config or MonitorConfig()))
         if guards.use_graceful_exit or guards.max_train_hours is not None:
             first.append(Steering(guards.use_graceful_exit, guards.max_train_hours))
-        return [*first, *ordered]
+        monitors = [callback for callback in ordered if isinstance(callback, CheckpointMonitor)]
+        last = [Evaluation(monitors[0], **self.config.evaluation)] if self.config.evaluation else []
+        return [*first, *ordered, *last]
 
 
 def check_data_is_same(dataset: Dataset, meta: Meta, source: Checkpoint) -> None:

@@ -9,15 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from mindformers.tools.logger import logger
-from mindformers.tools.utils import get_output_root_path, get_real_group_size
-from mindspore import Tensor, ops
-from mindspore.common import dtype as mstype
+from mindformers.tools.utils import get_output_root_path
 from mindspore.train import Callback, RunContext
 
-from mindformers_ext.collectives import collectives
-from mindformers_ext.collectives.rank_job import RankJob, is_cpu_rank
 from mindformers_ext.training import start
-from mindformers_ext.training.metrics import place_in_run
+from mindformers_ext.training.over_ranks import place_in_run, reduce_over_ranks
 
 KILL_SWITCH, SAVE_NOW = "kill_switch", "save_now"  # files in output_dir
 NOTHING, SAVE, STOP = range(3)
@@ -38,7 +34,7 @@ class Steering(Callback):
         """Do what somebody has asked for."""
         cb_params = run_context.original_args()
         asked, why = self.asked()
-        asked = largest_over_ranks(asked)
+        asked = int(reduce_over_ranks(np.array([asked], np.int32), "max")[0])
         cb_params.save_now = asked == SAVE
         if asked == NOTHING:
             return
@@ -60,12 +56,3 @@ class Steering(Callback):
         if self.graceful_exit and (self.folder / KILL_SWITCH).exists():
             return STOP, f"{self.folder / KILL_SWITCH} is there"
         return (SAVE if self.graceful_exit and (self.folder / SAVE_NOW).exists() else NOTHING), ""
-
-
-def largest_over_ranks(value: int) -> int:
-    """The largest of all ranks' numbers."""
-    if is_cpu_rank():
-        return int(collectives.all_reduce(np.array([value], np.int32), range(RankJob.current().world_size), "max")[0])
-    if get_real_group_size() == 1:
-        return value
-    return int(ops.AllReduce(ops.ReduceOp.MAX)(Tensor([value], mstype.int32)).asnumpy()[0])

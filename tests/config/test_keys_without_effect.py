@@ -36,7 +36,8 @@ EFFECTS = {
     "Sections": {
         "mindformers_ext/training/run_modes.py": """
             output_dir run_mode load_checkpoint resume_training input_data processor eval_dataset
-            eval_dataset_task context callbacks model runner_wrapper data_skip_steps""",
+            eval_dataset_task context callbacks model runner_wrapper data_skip_steps do_eval
+            eval_step_interval""",
         "mindformers_ext/training/start.py": "use_parallel",
         "mindformers_ext/training/resuming_trainer.py": """
             ignore_data_skip use_skip_data_by_global_norm use_graceful_exit max_train_hours max_step_minutes""",
@@ -188,8 +189,13 @@ EFFECTS = {
         "mindformers/tools/register/register.py": "type:333 auto_register:362",
     },
     "TrainingMetrics": {
-        "mindformers_ext/training/metrics.py": "output_dir per_print_times device_peak_tflops max_skipped_steps",
+        "mindformers_ext/training/metrics.py": """
+            output_dir per_print_times device_peak_tflops max_skipped_steps monitors""",
         "mindformers/tools/register/register.py": "type:333",
+    },
+    "Monitors": {
+        "mindformers_ext/training/monitors.py": """
+            gradient_norms weight_norms update_norms moment_norms experts times""",
     },
     "CheckpointMonitor": {
         "mindformers_ext/training/checkpoint_monitor.py": """
@@ -257,7 +263,7 @@ EFFECTS = {
 # Section class -> keys that are known, and refused with any but one value.
 REFUSED = {
     "Sections": """
-        micro_batch_interleave_num calculate_per_token_loss do_eval eval_step_interval eval_epoch_interval
+        micro_batch_interleave_num calculate_per_token_loss eval_epoch_interval
         eval_callbacks metric load_ckpt_format transform_process_num reshard_worker_num auto_trans_ckpt
         only_save_strategy load_ckpt_async remove_redundancy transform_by_rank balanced_load
         use_checkpoint_health_monitor resume_by_last_timestamp_ckpt src_strategy_path_or_dir checkpoint
@@ -405,7 +411,7 @@ def test_every_other_value_is_refused(section: str) -> None:
 def test_it_is_refused_in_a_yaml() -> None:
     """One of every section, at its place."""
     asked = {
-        "do_eval": True,
+        "eval_epoch_interval": 1,
         "checkpoint": {"load_path": "x"},
         "model.generation_config": {"top_k": 1},
         "runner_config.stop_step": 5,
@@ -447,6 +453,7 @@ NEEDS = [
     ({"use_skip_data_by_global_norm": True, "runner_wrapper.use_clip_grad": False}, "use_skip_data", "use_clip_grad"),
     ({"monitor_config.global_norm_spike_factor": 5.0}, "global_norm_spike_factor", "use_skip_data_by_global_norm"),
     ({"data_skip_steps": 3, "ignore_data_skip": True}, "data_skip_steps", "ignore_data_skip"),
+    ({"do_eval": True, "eval_dataset": None}, "do_eval", "eval_dataset"),
     ({"optimizer.amsgrad": True}, "optimizer.amsgrad", "use_fused"),
     ({"optimizer.use_fused": True}, "optimizer.use_fused", "Ascend"),
     ({"train_dataset.python_multiprocessing": True}, "train_dataset.python_multiprocessing", "one thread"),

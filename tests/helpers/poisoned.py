@@ -7,7 +7,7 @@ from safetensors.numpy import save_file
 
 from mindformers_ext.bin_dataset.blended_dataset import build_datasets
 from mindformers_ext.bin_dataset.gpt_dataset import GPTDatasetConfig
-from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter
+from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path
 from mindformers_ext.bin_dataset.sample_order import passages
 
 NAN_TOKEN, SPIKE_TOKEN = 62, 63
@@ -31,8 +31,8 @@ def write_data(prefix: Path) -> dict[str, str]:
 
 
 def write(prefix: Path, tokens: np.ndarray) -> None:
-    for path in prefix.parent.glob(f"{prefix.name}.*"):
-        path.unlink()
+    for path in (bin_path(prefix), idx_path(prefix)):
+        path.unlink(missing_ok=True)
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
         for document in tokens:
             writer.add_document(document)
