@@ -14,7 +14,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -125,11 +124,9 @@ def hand_on(ranks: list[subprocess.Popen]) -> None:
 
 
 def stack_of(beat: heartbeat.Beat, log: Path) -> str:
-    """Where a rank is, which prints it into its log, also when it was stopped."""
+    """Where a rank is, which prints it into its log."""
     before = log.stat().st_size
-    for number in (signal.SIGUSR2, signal.SIGCONT):
-        os.kill(beat.pid, number)
-    time.sleep(1)
+    heartbeat.show_stack(beat)
     with log.open(encoding="utf-8", errors="replace") as stream:
         stream.seek(before)
         return stream.read()

@@ -10,12 +10,14 @@ the run.
 """
 
 import argparse
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,6 +35,8 @@ from mindformers_ext.sharded_checkpoint.writer import LATEST
 SCRIPT = "run_mindformer.py"
 STATE = "keep_running.json"  # in output_dir
 MAX_STEP_MINUTES = 30  # for a YAML that does not say it
+PATIENCE = 2.0  # bounds: a launcher of ranks on CPU and the ranks themselves act before
+POLL_SECONDS = 0.5
 NO_RESTART = (ConfigError.exit_code, INTERRUPTED)
 
 
@@ -122,7 +126,7 @@ def keep_running(command: list[str], restarts: int, hours: float, say: Callable[
     state = convert(read_object(path), State, path) if path.exists() else State()
     while True:
         heartbeat.clear(output_dir)
-        code = run_once(with_options(command, options_of(run, state)))
+        code = run_once(with_options(command, options_of(run, state)), output_dir, bound_of(run), say)
         if code == 0 or code in NO_RESTART:
             return code
         say(f"the run ended with exit code {code}")
@@ -139,8 +143,13 @@ def keep_running(command: list[str], restarts: int, hours: float, say: Callable[
         say(f"restart {len(state.restarts)} of at most {restarts} in {hours:g} hours")
 
 
-def run_once(command: list[str]) -> int:
-    """Run the command to its end; signals that ask for a graceful exit reach it."""
+def bound_of(run: Run) -> float:
+    """Seconds of a step after which a rank hangs."""
+    return 60 * (run.sections.max_step_minutes or MAX_STEP_MINUTES)
+
+
+def run_once(command: list[str], output_dir: Path, bound: float, say: Callable[[str], None]) -> int:
+    """Run the command to its end, or end its ranks when one hangs; signals that ask for a graceful exit reach it."""
     process = subprocess.Popen(command)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     ended: list[int] = []
@@ -152,11 +161,29 @@ def run_once(command: list[str]) -> int:
     for number in before:
         signal.signal(number, hand_on)
     try:
-        code = process.wait()
+        while (code := process.poll()) is None:
+            end_when_hung(output_dir, PATIENCE * bound, say)
+            time.sleep(POLL_SECONDS)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return INTERRUPTED if ended and code else code
+
+
+def end_when_hung(output_dir: Path, seconds: float, say: Callable[[str], None]) -> None:
+    """Show the stacks of a rank that hangs, and kill all ranks of this machine; whoever started them notices."""
+    beats = heartbeat.read(output_dir)
+    late = heartbeat.hung(beats, seconds)
+    if late is None:
+        return
+    say(f"{late} gave no sign for {seconds:.0f} s; its stacks follow, here or in its log, and all ranks are ended")
+    with suppress(OSError):
+        heartbeat.show_stack(late)
+    for beat in beats:
+        with suppress(OSError):
+            if beat.is_here:
+                os.kill(beat.pid, signal.SIGKILL)
+    time.sleep(1)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,10 +4,8 @@ MindFormers 1.9.0 leaves a rank that hangs to HCCL's timeout, which names no lin
 """
 
 import faulthandler
-import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 from mindformers.tools.utils import get_output_root_path
@@ -42,8 +40,8 @@ class Heartbeat(Callback):
         """Write where this rank is."""
         cb_params = run_context.original_args()
         step, compiling = cb_params.cur_step_num, in_step and not self.stepped
-        beat = heartbeat.Beat(self.rank, os.getpid(), start_of(cb_params).step + step, in_step, compiling, time.time())
-        heartbeat.write(self.folder, beat)
+        step += start_of(cb_params).step
+        heartbeat.write(self.folder, heartbeat.Beat.of_this_process(self.rank, step, in_step, compiling))
 
     def on_train_step_begin(self, run_context: RunContext) -> None:
         """In the step."""

@@ -16,7 +16,7 @@ from mindspore.train import Callback
 
 from mindformers_ext.config.run import Sections
 from mindformers_ext.config.sections import MonitorConfig
-from mindformers_ext.data.data_position import Start, position_of, read_before
+from mindformers_ext.data.data_position import Start, position_of, read_before, source_of
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.sharded_checkpoint.layout import Meta
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint
@@ -83,6 +83,13 @@ class ResumingTrainer(CausalLanguageModelingTrainer):
             runner.initial_epoch = done // per_epoch
             logger.info("going on at step %d, batch %d of epoch %d", self.start.step, done % size, done // size)
         super().set_train_dataset(dataset)
+
+    def get_train_data_size(self) -> int:
+        """Steps of a pass with no sample left out: the learning rate must not follow another schedule without some."""
+        dataset, source = self.train_dataset, source_of(self.train_dataset)
+        if not hasattr(source, "left_out") or len(source) == source.left_out.size:
+            return dataset.get_dataset_size()
+        return source.left_out.size // samples_per_step(dataset)
 
     def sort_callbacks(self, default_callbacks: list[Callback]) -> list[Callback]:
         """Load before all others; save after them, so that metrics.jsonl holds every step that a checkpoint does."""

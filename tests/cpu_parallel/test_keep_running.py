@@ -1,8 +1,13 @@
 """The supervisor of a run: it goes on from the last checkpoint, gives up, and leaves out a step that kills twice."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +33,7 @@ Path("plan.json").write_text(json.dumps(plan))
 with open("told.jsonl", "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
 if begins:
-    heartbeat.write(Path("out"), heartbeat.Beat(0, os.getpid(), step, True, False, time.time()))
+    heartbeat.write(Path("out"), heartbeat.Beat.of_this_process(0, step, True, False))
 sys.exit(code)
 """
 
@@ -92,11 +97,20 @@ def test_the_rank_that_holds_the_others_up() -> None:
     now = time.time()
 
     def beats(*facts: tuple[int, bool, float]) -> list[heartbeat.Beat]:
-        return [heartbeat.Beat(i, 1, step, inside, False, now - age) for i, (step, inside, age) in enumerate(facts)]
+        made = enumerate(facts)
+        return [heartbeat.Beat(i, "other", 1, 0, step, inside, False, now - age) for i, (step, inside, age) in made]
 
     assert heartbeat.hung(beats((7, True, 50), (7, True, 50)), 60) is None
     assert heartbeat.hung([], 60) is None
     assert heartbeat.hung(beats((7, True, 70), (6, False, 69), (7, True, 71)), 60).rank == 1
     assert heartbeat.hung(beats((7, True, 70), (7, True, 69), (7, True, 71)), 60).rank == 2
-    compiling = [heartbeat.Beat(0, 1, 1, True, True, now - 700)]
+    compiling = [heartbeat.Beat(0, "other", 1, 0, 1, True, True, now - 700)]
     assert heartbeat.hung(compiling, 60) is None
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as stopped:
+        stopped.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
+        born = heartbeat.state_of(stopped.pid)[1]
+        sleeping = heartbeat.Beat(3, socket.gethostname(), stopped.pid, born, 7, True, False, now - 61)
+        assert heartbeat.hung([*beats((7, True, 70), (6, False, 69)), sleeping], 60).rank == 3
+        assert not replace(sleeping, born=born + 1).is_here  # another process of the same number
+        stopped.kill()
