@@ -1,10 +1,10 @@
 """Start a training again when it dies, from its last healthy checkpoint.
 
-    bash scripts/keep_running.sh [--restarts 10] [--hours 24] -- python run_mindformer.py --config Y [...]
+    bash scripts/keep_running.sh [--restarts 10] [--hours 24] [--deaths 2] -- python run_mindformer.py --config Y [...]
     bash scripts/keep_running.sh -- bash scripts/msrun_launcher.sh "run_mindformer.py --config Y" 8
 
 It gives up after RESTARTS restarts in HOURS hours, and at once when the YAML is wrong or somebody pressed Ctrl-C. A
-step in which the run has died twice is left out: its samples are not read again. What it knows is kept in
+step in which the run has died DEATHS times is left out: its samples are not read again. What it knows is kept in
 OUTPUT_DIR/keep_running.json, so it can be started again itself. SIGTERM and SIGUSR1 are handed on, and end it with
 the run.
 """
@@ -97,8 +97,8 @@ def samples_of(run: Run, state: State, step: int) -> list[list[int]]:
     return ranges_of(samples_of_step(left_out, run.global_batch, step, skipped, after, whole))
 
 
-def note_death(run: Run, state: State, say: Callable[[str], None]) -> None:
-    """Remember the step in which the run died; leave it out when it is the second time."""
+def note_death(run: Run, state: State, deaths: int, say: Callable[[str], None]) -> None:
+    """Remember the step in which the run died; leave it out when that is the `deaths`-th time, with 0 never."""
     beats = heartbeat.read(Path(run.sections.output_dir))
     if not beats:
         say("it died before its first step")
@@ -107,14 +107,14 @@ def note_death(run: Run, state: State, say: Callable[[str], None]) -> None:
     step = last.step if last.in_step else last.step + 1
     state.died[step] = state.died.get(step, 0) + 1
     say(f"it died at step {step}, for the {state.died[step]}. time")
-    if state.died[step] > 1 and run.sections.train_dataset.megatron is not None:
+    if 0 < deaths <= state.died[step] and run.sections.train_dataset.megatron is not None:
         ranges = samples_of(run, state, step)
         state.leave_out += ranges
         state.died[step] = 0  # other samples now
         say(f"samples {ranges} of step {step} are left out from now on")
 
 
-def keep_running(command: list[str], restarts: int, hours: float, say: Callable[[str], None]) -> int:
+def keep_running(command: list[str], restarts: int, hours: float, deaths: int, say: Callable[[str], None]) -> int:
     """Run the command until it ends well; returns its exit code.
 
     Raises:
@@ -130,7 +130,7 @@ def keep_running(command: list[str], restarts: int, hours: float, say: Callable[
         if code == 0 or code in NO_RESTART:
             return code
         say(f"the run ended with exit code {code}")
-        note_death(run, state, say)
+        note_death(run, state, deaths, say)
         now = time.time()
         state.restarts = [then for then in state.restarts if now - then < hours * 3600]
         if len(state.restarts) >= restarts:
@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--restarts", type=int, default=10, help="at most so many")
     parser.add_argument("--hours", type=float, default=24.0, help="in so many hours")
+    parser.add_argument("--deaths", type=int, default=2, help="in one step, after which it is left out; 0: never")
     parser.add_argument("command", nargs=argparse.REMAINDER, help=f"what starts {SCRIPT}")
     options = parser.parse_args(argv)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"keep_running: {text}", file=sys.stderr, flush=True)
 
-    return keep_running(command, options.restarts, options.hours, say)
+    return keep_running(command, options.restarts, options.hours, options.deaths, say)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def supervised(toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / "plan.json").write_text(json.dumps(plan))
         command = [sys.executable, "run_mindformer.py", "--config", str(TOY / "train_toy.yaml"), "--output_dir", "out"]
         try:
-            code = keep_running.keep_running(command, restarts, 1.0, print)
+            code = keep_running.keep_running(command, restarts, 1.0, 2, print)
         finally:
             told = [json.loads(line)[4:] for line in (tmp_path / "told.jsonl").read_text().splitlines()]
         return code, told
