@@ -3,11 +3,13 @@
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.command_line import TOY, run_mindformer
+from helpers.command_line import ROOT, TOY, run_command, run_mindformer
+from training.test_resume import SMALL, TINY, four_ranks
 
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter
 from mindformers_ext.sharded_checkpoint.reader import open_source
@@ -84,3 +86,23 @@ def test_monitors(watched: Path) -> None:
     for name in names:
         for kind, key in (("weight_norms", name), ("first_moment_norms", f"adam_m.{name}")):
             assert last[kind]["parameters"][name] == pytest.approx(float(np.linalg.norm(saved.read(key)[:])), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_ranks_evaluate_as_one_process_does(toy_folder: Path) -> None:
+    """DeepSeek-V3 in small over four ranks; the norms of their monitors are those of whole gradients."""
+    data = "--eval_dataset.data_loader.config.data_path ['1','toy_text_document']"
+    monitors = json.dumps(MONITORS, separators=(",", ":"))
+    options = ["--do_eval True --eval_step_interval 40", data, f"--callbacks.0.monitors '{monitors}'"]
+    result = run_command(four_ranks("--output_dir", "evaluated", *options), toy_folder, timeout=900)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    found = lines(toy_folder / "evaluated/eval.jsonl")
+    assert [record["step"] for record in found] == [40, 80]
+    for record in lines(toy_folder / "evaluated/metrics.jsonl")[1::2]:
+        assert record["gradient_norms"]["all"] == pytest.approx(record["grad_norm"], rel=1e-4)
+    one = [f"--{key} {value}" for key, value in SMALL.items()] + [data, "--run_mode eval --use_parallel False"]
+    one += ["--parallel.parallel_mode 0 --output_dir alone --load_checkpoint evaluated/checkpoint/step_000080"]
+    command = [sys.executable, str(ROOT / "run_mindformer.py"), "--config", str(TINY), *" ".join(one).split()]
+    result = run_command(command, toy_folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"validation loss {found[1]['loss']:.4f}, perplexity {found[1]['perplexity']:.2f}" in result.stdout
