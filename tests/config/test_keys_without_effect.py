@@ -452,6 +452,16 @@ NEEDS = [
     ({"auto_tune": True, "filepath_prefix": "x", "autotune_per_step": 10}, None, ""),
     ({"use_skip_data_by_global_norm": True, "runner_wrapper.use_clip_grad": False}, "use_skip_data", "use_clip_grad"),
     ({"monitor_config.global_norm_spike_factor": 5.0}, "global_norm_spike_factor", "use_skip_data_by_global_norm"),
+    (
+        {
+            "use_skip_data_by_global_norm": True,
+            "context.device_target": "Ascend",
+            "runner_config.sink_mode": True,
+            "runner_config.sink_size": 4,
+        },
+        "runner_config.sink_size",
+        "every step",
+    ),
     ({"data_skip_steps": 3, "ignore_data_skip": True}, "data_skip_steps", "ignore_data_skip"),
     ({"do_eval": True, "eval_dataset": None}, "do_eval", "eval_dataset"),
     ({"optimizer.amsgrad": True}, "optimizer.amsgrad", "use_fused"),
