@@ -16,7 +16,6 @@ from msgspec import Meta
 from mindformers_ext.config.model import FAMILIES, ModelConfig, MoeConfig
 from mindformers_ext.config.sections import (
     CHECKPOINTS,
-    NO_EVALUATION,
     Arch,
     Callback,
     Context,
@@ -37,7 +36,7 @@ from mindformers_ext.config.sections import (
     Trainer,
     Wrapper,
 )
-from mindformers_ext.config.typed import NotNegative, Only, Positive, Reader, dotted_keys, only, says
+from mindformers_ext.config.typed import NotNegative, Only, Positive, PositiveNumber, Reader, dotted_keys, only, says
 from mindformers_ext.config.yaml_files import load_yaml, lookup, override
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -93,12 +92,19 @@ class Sections:
     swap_config: SwapConfig | None = None
     monitor_config: MonitorConfig | None = None
     tensorboard: Tensorboard | None = None
-    use_skip_data_by_global_norm: bool = False
+    use_skip_data_by_global_norm: bool = False  # leave bad steps out; monitor_config says what is bad
+    do_eval: bool = False  # evaluate eval_dataset while training,
+    eval_step_interval: Positive = 100  # every so many steps
+    use_graceful_exit: bool = False  # end after the step on SIGTERM, SIGUSR1 or the file OUTPUT_DIR/kill_switch
+    max_train_hours: PositiveNumber | None = None  # end after the step when the process is this old
+    max_step_minutes: PositiveNumber | None = None  # a rank whose step takes longer is named and ended
+    data_skip_steps: NotNegative | None = None  # batches that a training from its start leaves out
+    ignore_data_skip: bool = False  # resume the training, and begin the data from its start
     auto_tune: bool = False
     filepath_prefix: Text | None = None
     autotune_per_step: Positive | None = None
     passed_on = {
-        bool: "ignore_data_skip lr_scale check_for_nan_in_loss_and_grad profile profile_communication "
+        bool: "lr_scale check_for_nan_in_loss_and_grad profile profile_communication "
         "profile_memory profile_pipeline init_start_profile mstx",
         bool | None: "train_precision_sync infer_precision_sync",
         Positive: "lr_scale_factor profile_start_step profile_stop_step",
@@ -106,19 +112,16 @@ class Sections:
         list[NotNegative] | None: "profile_rank_ids",
         Annotated[int, Only(1, TWICE)]: "micro_batch_interleave_num",
         Annotated[bool, Only(False, BY_BATCH)]: "calculate_per_token_loss",
-        only(False, NO_EVALUATION): "do_eval",
-        only(100, NO_EVALUATION): "eval_step_interval",
-        only(-1, NO_EVALUATION): "eval_epoch_interval",
-        only(None, NO_EVALUATION): "eval_callbacks metric",
+        only(-1, "eval_step_interval counts steps"): "eval_epoch_interval",
+        only(None, "do_eval finds loss and perplexity, and writes them to eval.jsonl"): "eval_callbacks metric",
         only("safetensors", CHECKPOINTS): "load_ckpt_format",
         only(True, CHECKPOINTS): "use_legacy_format",
         only(False, CHECKPOINTS): "auto_trans_ckpt only_save_strategy load_ckpt_async remove_redundancy "
-        "transform_by_rank balanced_load use_checkpoint_health_monitor resume_by_last_timestamp_ckpt",
+        "transform_by_rank balanced_load resume_by_last_timestamp_ckpt",
+        only(False, "the callback CheckpointMonitor has check_health"): "use_checkpoint_health_monitor",
         only(1, CHECKPOINTS): "transform_process_num reshard_worker_num",
         only("", CHECKPOINTS): "src_strategy_path_or_dir",
         only(None, CHECKPOINTS): "checkpoint npu_num_per_node remote_save_url",
-        only(False, "it ends the run without one of this project's checkpoints"): "use_graceful_exit",
-        only(None, "a checkpoint's position in the data would not count the steps left out"): "data_skip_steps",
         only("", HUGGINGFACE): "pretrained_model_dir",
         only(True, LEGACY): "use_legacy",
         only(None, GENERATION): "adapter_id generation_config predict_batch_size save_file top_k",

@@ -158,6 +158,19 @@ def keys_that_need_others(run: Run) -> Iterator[Violation]:
         yield Violation("auto_tune", "it needs filepath_prefix, a folder for what it finds, and autotune_per_step")
     if s.use_skip_data_by_global_norm and run.trains and not run.value("runner_wrapper.use_clip_grad"):
         yield Violation("use_skip_data_by_global_norm", "the norm is known with runner_wrapper.use_clip_grad only")
+    sinks = not run.on_cpu and run.value("runner_config.sink_mode")
+    if s.use_skip_data_by_global_norm and sinks and run.value("runner_config.sink_size") not in (None, 1):
+        yield Violation("runner_config.sink_size", "use_skip_data_by_global_norm looks at every step; set it to 1")
+    if s.do_eval and run.trains:
+        if s.eval_dataset is None or s.eval_dataset.megatron is None:
+            yield Violation("do_eval", "it needs the section eval_dataset with Megatron files")
+        if not any(isinstance(item, CheckpointMonitor) for item in s.callbacks):
+            yield Violation("do_eval", "it evaluates checkpoints; add `- type: CheckpointMonitor` to callbacks")
+    for key in ("global_norm_spike_threshold", "global_norm_spike_factor"):
+        if not s.use_skip_data_by_global_norm and run.value(f"monitor_config.{key}") is not None:
+            yield Violation(f"monitor_config.{key}", "only use_skip_data_by_global_norm reads it; set it to True")
+    if s.data_skip_steps and s.ignore_data_skip:
+        yield Violation("data_skip_steps", "ignore_data_skip begins the data from its start; set it to False")
     for key in ("amsgrad", "maximize"):
         if isinstance(s.optimizer, AdamW) and getattr(s.optimizer, key) and not s.optimizer.use_fused:
             yield Violation(f"optimizer.{key}", "MindFormers' AdamW has it with use_fused only")

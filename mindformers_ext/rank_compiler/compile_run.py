@@ -22,6 +22,7 @@ WITHOUT = {
     "run_mode": "train",
     "load_checkpoint": "",
     "resume_training": "False",
+    "do_eval": "False",
     "processor": "null",
     "callbacks": '[{"type": "TopkBiasBalanceCallback"}]',  # never called: a model whose bias balances asks for it
     "train_dataset.num_parallel_workers": "1",

@@ -20,7 +20,8 @@ FORMAT = 1
 BLOCK_BYTES = 4 * 2**20
 # Sums over the micro-batches of one step: zero, or about to be, whenever a step has ended.
 COUNTERS = ("expert_load", "loss_parts", "max_logits_val")
-SETTINGS = ("learning_rate",)  # a parameter of MindSpore's optimizers, but the YAML decides it
+# A parameter of MindSpore's optimizers, but the YAML decides it; training/bad_steps.py decides the other.
+SETTINGS = ("learning_rate", "norm_limit")
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Meta:
     prefix: str = ""  # the run's name
     model: dict[str, int] = field(default_factory=dict)  # sizes, see model_facts
     versions: dict[str, str] = field(default_factory=dict)
+    health: dict[str, list[float]] = field(default_factory=dict)  # what was usual so far, see bad_steps.py and gate.py
     format: int = FORMAT
 
     def check(self) -> None:
