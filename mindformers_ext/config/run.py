@@ -7,6 +7,7 @@ a run takes this object; strings with dots and mappings of the YAML stay in this
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from mindformers_ext.config.model import FAMILIES, ModelConfig, MoeConfig
+from mindformers_ext.config.pipeline import Pipeline
 from mindformers_ext.config.sections import (
     CHECKPOINTS,
     Arch,
@@ -260,18 +262,23 @@ class Run:
         return self.sections.parallel.parallel_optimizer_config.parallel_optimizer_threshold * 1024
 
     @property
-    def layers_per_stage(self) -> list[int]:
-        """Decoder layers of each stage, without MTP's, which lie on the last."""
-        return self.model.layers_per_stage(self.pp)
+    def scheduler(self) -> str:
+        """The order of micro-batches in the pipeline."""
+        return self.sections.parallel.pipeline_config.pipeline_scheduler
+
+    @property
+    def chunks(self) -> int:
+        """Runs of layers in each stage."""
+        return self.model.pp_interleave_num
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """Where every decoder layer lies."""
+        return self.model.pipeline(self.pp, self.scheduler)
 
     def layers_of(self, stage: int) -> list[int]:
         """Decoder layers of `stage`; layer num_layers and above are MTP's."""
-        counts = self.layers_per_stage
-        first = sum(counts[:stage])
-        layers = list(range(first, first + counts[stage]))
-        if stage == self.pp - 1:
-            layers += range(self.model.num_layers, self.model.layers_in_all)
-        return layers
+        return self.pipeline.layers_of(stage)
 
     def stage_of(self, rank: int) -> int:
         """Pipeline stage of a global rank: stages are blocks of consecutive ranks."""

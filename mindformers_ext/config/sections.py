@@ -26,8 +26,8 @@ MEGATRON = "BlendedMegatronDatasetDataLoader"
 Text = Annotated[str, Meta(min_length=1)]
 AllOr = Annotated[int, Meta(ge=-1, description="a whole number of at least 1, or -1 for all")]
 Layers = Annotated[
-    bool | Annotated[list[int], Meta(min_length=1)],
-    Meta(description="True, False, or a list with a number of layers per pipeline stage"),
+    bool | Annotated[list[int | list[int]], Meta(min_length=1)],
+    Meta(description="True, False, or a list with a number of layers per pipeline stage, or one such list per chunk"),
 ]
 Shares = Annotated[
     Text | Annotated[list[Text | int | float], Meta(min_length=1)],
@@ -151,7 +151,7 @@ class PipelineConfig:
     """pipeline_config of the parallel section."""
 
     pipeline_interleave: bool = False
-    passed_on = {only("1f1b", "MindSpore has the others with pipeline_interleave only"): "pipeline_scheduler"}
+    pipeline_scheduler: only("1f1b", "no other order of micro-batches has been proved with these models") = "1f1b"
 
 
 @dataclass(kw_only=True)

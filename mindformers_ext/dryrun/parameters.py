@@ -45,13 +45,11 @@ def model_weights(plan: Run) -> Iterator[Weight]:
 
 
 def _base_weights(plan: Run) -> Iterator[Weight]:
-    model, last = plan.model, plan.pp - 1
+    model, last = plan.model, plan.pipeline.last.stage
     table = (model.vocab_size, model.hidden_size)
     yield Weight("model.embed_tokens.weight", table, 0, 0, 1 if plan.vocab_emb_dp else plan.mp)
-    for stage in range(plan.pp):
-        for layer in plan.layers_of(stage):
-            if layer < model.num_layers:
-                yield from _layer(plan, f"model.layers.{layer}.", layer, stage)
+    for layer, place in enumerate(plan.pipeline.places[: model.num_layers]):
+        yield from _layer(plan, f"model.layers.{layer}.", layer, place.stage)
     yield Weight("model.norm.weight", (model.hidden_size,), last)
     if not model.tie_word_embeddings:
         yield Weight("lm_head.weight", table, last, 0, plan.mp)

@@ -223,7 +223,10 @@ def weight_differences(plan: Run, result: RankResult, expected: dict[str, Weight
 
 
 def layer_names(plan: Run, stage: int) -> str:
-    """'58-60 + MTP'."""
-    layers = [i for i in plan.layers_of(stage) if i < plan.model.num_layers]
-    text = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
-    return text + (" + MTP" if plan.layers_of(stage)[-1] >= plan.model.num_layers else "")
+    """'58-60 + MTP', with two chunks '28-29, 58-60 + MTP'."""
+    runs = [plan.pipeline.layers_of(stage, chunk) for chunk in range(plan.chunks)]
+    texts = []
+    for layers in runs:
+        main = [i for i in layers if i < plan.model.num_layers]
+        texts.append(f"{main[0]}-{main[-1]}" if len(main) > 1 else f"{main[0]}")
+    return ", ".join(texts) + (" + MTP" if plan.layers_of(stage)[-1] >= plan.model.num_layers else "")

@@ -15,6 +15,7 @@ from mindformers_ext.config.strategy_rules import check_plan
 from mindformers_ext.dryrun.parameters import model_weights
 from mindformers_ext.errors import ConfigError
 
+INTERLEAVE, CHUNKS = "parallel.pipeline_config.pipeline_interleave", "model.model_config.pp_interleave_num"
 CLUSTER = Path(__file__).parents[1] / "helpers" / "runs" / "cluster_671b.yaml"
 
 
@@ -70,7 +71,29 @@ ILLEGAL = [
         [("model.model_config.tie_word_embeddings", True)],
         ["a parameter lies on one pipeline stage", "the last of 16", "nearest legal: False, or pipeline_stage 1"],
     ),
-    ([("parallel.pipeline_config.pipeline_interleave", True)], ["one run; nearest legal: False"]),
+    ([("parallel.pipeline_config.pipeline_interleave", True)], ["one chunk", "pp_interleave_num to 2 or more"]),
+    ([("model.model_config.pp_interleave_num", 2)], ["only with parallel.pipeline_config.pipeline_interleave True"]),
+    (
+        [(INTERLEAVE, True), ("model.model_config.pp_interleave_num", 4)],
+        ["pipeline_stage x pp_interleave_num is 16 x 4", "num_layers is 61", "nearest legal: 8"],
+    ),
+    (
+        [(INTERLEAVE, True), (CHUNKS, 2), ("model.model_config.offset", [[1] * 16, [1] * 16])],
+        ["= 1 + offset[i] layers", "sum to 32 instead of 29", "64 layers"],
+    ),
+    (
+        [(INTERLEAVE, True), (CHUNKS, 2), ("model.model_config.offset", [[1] * 15 + [-1], [1] * 15 + [0]])],
+        ["chunk 0 of stage 15 holds 1 + (-1) = 0", "nearest legal: offset[0][15] = 0"],
+    ),
+    (
+        [(INTERLEAVE, True), (CHUNKS, 2), ("model.model_config.offset", [[1] * 16])],
+        ["one list per chunk", "pp_interleave_num is 2"],
+    ),
+    (
+        [(INTERLEAVE, True), (CHUNKS, 2), ("model.model_config.offset", 0)]
+        + [("recompute_config.recompute", [[1] * 16, [9] + [2] * 15])],
+        ["recompute[1][0] must lie between 0 and the layers of chunk 1 of stage 0, but is 9", "holds 2"],
+    ),
     ([("moe_config.num_experts_chosen", 300)], ["num_experts_chosen is 300", "expert_num = 256"]),
     ([("moe_config.topk_group", 9)], ["topk_group is 9", "n_group = 8", "nearest legal: 8"]),
     ([("moe_config.n_group", 7)], ["n_group is 7", "must divide expert_num = 256", "nearest legal: 4 or 8"]),

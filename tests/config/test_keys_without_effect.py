@@ -231,6 +231,7 @@ EFFECTS = {
             softmax_compute_type use_flash_attention use_fused_rope use_fused_swiglu use_fused_rms_norm
             use_fused_cross_entropy""",
         "mindformers_ext/layers/router.py": "router_dense_type",
+        "mindformers_ext/config/strategy_rules.py": "pp_interleave_num",
         "mindformers_ext/layers/moe_dispatch.py": "seq_length",
         "mindformers_ext/training/run_modes.py": "eos_token_id max_decode_length do_sample top_k top_p temperature",
         "mindformers_ext/config/model.py": "n_kv_heads multiple_of offset pet_config",
