@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from mindformers_ext.dryrun.report import GIB, summed_collectives
+from mindformers_ext.dryrun.rooflines import OPERATOR_HEADERS, PART_HEADERS, operator_rows, part_rows, roofline_text
 from mindformers_ext.rank_compiler.operator_rules import DOCUMENTED, DOUBTFUL, VIOLATION
 from mindformers_ext.rank_compiler.rank_pool import COMPILED
 
@@ -41,6 +42,7 @@ def render_ranks(report: dict[str, Any]) -> str:
         compiled = [r for r in report["ranks"] if r["status"] == COMPILED]
         parts += [f"Collectives of rank {r['rank']} in a step:\n" + collective_table(r) for r in compiled[:1]]
         parts += [parameter_text(report["parameter_check"])] if compiled else []
+        parts += [longest_roofline(compiled)] if compiled else []
         parts += filter(None, [broken_text(report), doubtful_text(report)])
     parts.append(f"Verdict: {report['verdict']}")
     return "\n\n".join(parts)
@@ -137,6 +139,22 @@ def collective_table(record: dict[str, Any]) -> str:
         for r in summed_collectives(record["collectives"])
     ]
     return table(["kind", "group", "where", "count", "tensor MB", "sent MB"], rows)
+
+
+def longest_roofline(compiled: list[dict[str, Any]]) -> str:
+    """The rank whose micro-batch takes longest: its time by part of the model and by operator."""
+    record = max(compiled, key=lambda r: r["roofline"]["micro_batch_seconds"])
+    roofline = record["roofline"]
+    operators = [row[:-2] for row in operator_rows(roofline)[:OPERATORS_SHOWN]]
+    parts = [
+        f"Operators of rank {record['rank']}: {roofline_text(roofline)}",
+        table(PART_HEADERS, part_rows(roofline)),
+        table(OPERATOR_HEADERS[:-2], operators),
+    ]
+    return "\n\n".join(parts)
+
+
+OPERATORS_SHOWN = 10
 
 
 def failure_text(record: dict[str, Any]) -> str:
