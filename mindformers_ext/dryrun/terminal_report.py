@@ -191,7 +191,7 @@ def doubtful_text(report: dict[str, Any]) -> str:
     return "\n".join(["Doubtful on Ascend, in a step of the compiled ranks:", *lines]) if lines else ""
 
 
-AUDIT_HEADERS = ["verdict", "count", "operator", "attributes", "types"]
+AUDIT_HEADERS = ["verdict", "count", "in MindFormers'", "operator", "attributes", "types"]
 
 
 def audit_rows(report: dict[str, Any]) -> list[list[Any]]:
@@ -200,14 +200,14 @@ def audit_rows(report: dict[str, Any]) -> list[list[Any]]:
     rows: dict[tuple, list[Any]] = {}
     for f in sorted(report["audit"], key=lambda f: order.index(f["verdict"])):
         key = (f["operator"], f["attributes"], f["dtypes"])
-        rows.setdefault(key, [f["verdict"], f["count"], *key])
+        rows.setdefault(key, [f["verdict"], f["count"], "yes" if f["in_mindformers"] else "no", *key])
     return list(rows.values())
 
 
 def audit_table(report: dict[str, Any]) -> str:
     """The signatures with their verdicts, one a line."""
     rows = [AUDIT_HEADERS, *audit_rows(report)]
-    return "\n".join(f"{row[0]:<10}  {row[1]:>6}  {'  '.join(filter(None, row[2:]))}" for row in rows)
+    return "\n".join(f"{row[0]:<10}  {row[1]:>6}  {row[2]:<15}  {'  '.join(filter(None, row[3:]))}" for row in rows)
 
 
 def parameter_text(check: dict[str, Any]) -> str:
