@@ -206,7 +206,10 @@ ROPE = {
 }
 # quantization_config, as hf_weights.py reads it: FP8 in blocks, or experts of four bits in groups (compressed-tensors).
 QUANTIZATION = {
-    "fp8": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, ("activation_scheme", "scale_fmt")),
+    "fp8": (
+        {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+        ("activation_scheme", "scale_fmt"),
+    ),
     "compressed-tensors": (
         {"quant_method": "compressed-tensors", "format": "pack-quantized", "kv_cache_scheme": None},
         ("config_groups", "ignore", "quantization_status", "global_compression_ratio", "version", "sparsity_config"),

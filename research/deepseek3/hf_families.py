@@ -54,8 +54,8 @@ def from_glm(values: dict[str, Any], where: Any) -> dict[str, Any]:
     dense = kinds.index("sparse") if isinstance(kinds, list) and "sparse" in kinds else layers
     if not isinstance(layers, int) or kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
         raise ConfigError(
-            f"{where}: mlp_layer_types is {short(kinds)}, but must be 'dense' for the first layers and 'sparse' for all "
-            "others, num_hidden_layers in all"
+            f"{where}: mlp_layer_types is {short(kinds)}, but must be 'dense' for the first layers and 'sparse' for "
+            "all others, num_hidden_layers in all"
         )
     return {**kept, "first_k_dense_replace": dense}
 

@@ -88,7 +88,16 @@ def audit_names(entries: list[Entry], names: Iterable[str], where: str | Path, s
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise ConfigError(f"{where}: tensor {min(found)!r}{more} {problem}; check config.json and the files")
-    return Audit(len(tensors), len(scales), len(tensors & copies), len(entries), len(left_out), len(stale), len(not_text), len(packed))
+    return Audit(
+        len(tensors),
+        len(scales),
+        len(tensors & copies),
+        len(entries),
+        len(left_out),
+        len(stale),
+        len(not_text),
+        len(packed),
+    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ class Dequantised:
 
 @dataclass(frozen=True)
 class Unpacked:
-    """An INT4 matrix as float32: eight numbers of -8..7 in an int32, one scale for GROUP columns (compressed-tensors)."""
+    """An INT4 matrix as float32: eight numbers of -8..7 in an int32, a scale for GROUP columns (compressed-tensors)."""
 
     words: StoredTensor  # (rows, ceil(columns / 8)) int32
     scale: StoredTensor  # (rows, ceil(columns / 32))
@@ -278,10 +287,10 @@ class HuggingFaceWeights(Source):
                     f"{self.path}: {name + suffix} is {tensor.dtype.name} {tensor.shape}, but groups of {GROUP} of "
                     f"{shape} need {types[0]} {size}"
                 )
-        if tuple(self.tensors[name + PACKED_SHAPE][:]) != shape:
+        told = tuple(self.tensors[name + PACKED_SHAPE][:].tolist())
+        if told != shape:
             raise ConfigError(
-                f"{self.path}: {name + PACKED_SHAPE} says {tuple(self.tensors[name + PACKED_SHAPE][:])}, but this model "
-                f"needs {shape}; check config.json"
+                f"{self.path}: {name + PACKED_SHAPE} is {told}, but this model needs {shape}; check config.json"
             )
 
     def _equal(self, one: str, other: str) -> bool:
