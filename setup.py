@@ -92,7 +92,8 @@ setup(
         custom_operator(
             "mindformers_ext.collectives._collectives",
             [f"{COLLECTIVES}/{name}.cc" for name in ("shared_job", "collectives", "collective_op", "kernel_threads")],
-            [f"{COLLECTIVES}/{name}.h" for name in ("shared_job", "reduce", "collectives")],
+            [f"{COLLECTIVES}/{name}.h" for name in ("shared_job", "reduce", "collectives")]
+            + ["mindformers_ext/cpu_kernels/vector_math.h"],
         ),
         *cpu_kernel_builds(),
         Extension("mindformers_ext.training._interrupt", ["mindformers_ext/training/interrupt.c"]),

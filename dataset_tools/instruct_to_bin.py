@@ -37,7 +37,7 @@ def convert(arguments: list[str] | None = None) -> None:
     missing = [name for name in (BOS, EOS, USER, ASSISTANT) if name not in tokenizer.special_ids]
     if missing:
         raise TokenizerError(f"{tokenizer.path} lacks the chat template's tokens {missing}; use DeepSeek's tokenizer")
-    shape = partial(Pack, args.seq_length, tokenizer.pad_id(args.pad_token))
+    shape = partial(Pack, args.seq_length, tokenizer.special_id("pad", args.pad_token))
     options = {"ignored": sorted(args.ignore_keys)}
     job = cli.text_job("instruct_to_bin", args, tokenizer, read=read_conversations, read_options=options, shape=shape)
     cli.run_and_report(job)

@@ -38,7 +38,7 @@ def convert(arguments: list[str] | None = None) -> None:
     if args.pad_or_stitch == "stitch":
         shape = partial(Stitch, length)
     elif args.pad_or_stitch == "pad":
-        shape = partial(Pad, length, tokenizer.pad_id(args.pad_token))
+        shape = partial(Pad, length, tokenizer.special_id("pad", args.pad_token))
     job = cli.text_job("wikitext_to_bin", args, tokenizer, read=read_wikitext, starts_document=is_heading, shape=shape)
     cli.run_and_report(job)
 

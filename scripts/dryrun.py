@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT))
 from mindformers_ext.config.command_line import parse_overrides  # noqa: E402
 from mindformers_ext.config.run import Run, read_run  # noqa: E402
 from mindformers_ext.config.strategy_rules import check_plan  # noqa: E402
-from mindformers_ext.config.yaml_files import short  # noqa: E402
 from mindformers_ext.dryrun.cost_model import estimate  # noqa: E402 (after the project is on the path)
 from mindformers_ext.dryrun.device_profile import DEFAULT_PROFILE, DeviceProfile, load_profile  # noqa: E402
 from mindformers_ext.dryrun.html_report import render_html  # noqa: E402
@@ -28,6 +27,7 @@ from mindformers_ext.dryrun.sweep import Candidate, parse_axes, sweep  # noqa: E
 from mindformers_ext.dryrun.terminal_report import GIB, audit_table, render_plan, render_ranks, table  # noqa: E402
 from mindformers_ext.errors import ConfigError, exit_code_of, of_files  # noqa: E402
 from mindformers_ext.files.atomic import write_json, write_text  # noqa: E402
+from mindformers_ext.files.json_files import short  # noqa: E402
 from mindformers_ext.rank_compiler.stand_in_cann import COMPILE, MEMORY, StandInError  # noqa: E402
 
 LEVELS = {"compile": COMPILE, "memory": MEMORY}

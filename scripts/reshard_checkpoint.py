@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mindformers_ext.errors import ConfigError, UserError, exit_code_of
 from mindformers_ext.files.json_files import read_object
-from mindformers_ext.sharded_checkpoint.layout import Piece, Slot, compiled_slots
+from mindformers_ext.sharded_checkpoint.layout import Piece, compiled_slots
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, check_names, load, open_source
+from mindformers_ext.sharded_checkpoint.shards import Slot
 from mindformers_ext.sharded_checkpoint.writer import Saver
 
 

@@ -23,6 +23,7 @@ ROOMS = (
     "dryrun",
     "lowering",
     "cpu_parallel",
+    "cluster",
 )
 
 

@@ -39,9 +39,10 @@ def measure(side: str, prefix: str, sequence_length: int) -> None:
                 for start in range(0, READS, BATCH):
                     dataset.batch(chosen[start : start + BATCH])
         elif side == "loader":
+            from mindformers_ext.bin_dataset.sample_order import LeftOut
             from mindformers_ext.data.megatron_dataloader import COLUMNS, SampleSource
 
-            source = SampleSource(dataset, list(COLUMNS[:4]), 0, len(dataset))
+            source = SampleSource(dataset, list(COLUMNS[:4]), 0, LeftOut([], len(dataset)))
 
             def read() -> None:
                 for index in range(READS):

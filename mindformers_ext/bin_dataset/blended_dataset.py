@@ -96,48 +96,17 @@ def build_datasets(
     ``data_path`` is a list of prefixes, or of weights and prefixes by turns, cut by ``config.split``; ``per_split``
     gives each split its own list instead. ``only`` builds one of the three.
     """
-    plans = _plan_splits(config, sizes, data_path, per_split, only)
-    return [None if plan is None else _build_split(config, plan) for plan in plans]
+    return [plan and plan.build() for plan in plan_splits(config, sizes, data_path, per_split, only)]
 
 
-def count_samples(
-    config: GPTDatasetConfig,
-    sizes: Sequence[int | None],
-    data_path: str | Sequence[str | float] | None,
-    per_split: Sequence[str | Sequence[str | float] | None],
-    only: int,
-) -> int | None:
-    """How many samples ``build_datasets`` would give one split, from the lengths alone, and its errors."""
-    plan = _plan_splits(config, sizes, data_path, per_split, only)[only]
-    if plan is None:
-        return None
-    counts = [
-        plan_samples(*_open_part(prefix, plan.share), config, size, plan.split).samples
-        for prefix, size in zip(plan.prefixes, plan.part_sizes, strict=True)
-    ]
-    return counts[0] if plan.single else _blend_size(config, plan, counts)
-
-
-@dataclass(frozen=True)
-class _SplitPlan:
-    """What one split is made of."""
-
-    split: str  # of SPLITS
-    prefixes: list[str]
-    weights: list[float] | None  # sum to 1; None: all samples of every prefix
-    share: tuple[float, float]  # of the sequences of each prefix
-    size: int | None  # samples asked for
-    part_sizes: list[int | None]  # samples asked of each prefix
-    single: bool  # one prefix, not a blend
-
-
-def _plan_splits(
+def plan_splits(
     config: GPTDatasetConfig,
     sizes: Sequence[int | None],
     data_path: str | Sequence[str | float] | None,
     per_split: Sequence[str | Sequence[str | float] | None],
     only: int | None,
-) -> list[_SplitPlan | None]:
+) -> list["SplitPlan | None"]:
+    """What ``build_datasets`` builds each split of."""
     if len(sizes) != len(SPLITS):
         raise ValueError(f"sizes needs a number of samples for train, valid and test, got {list(sizes)}")
     if (data_path is None) == all(blend is None for blend in per_split):
@@ -146,59 +115,83 @@ def _plan_splits(
     blends = per_split if own_list else [data_path] * len(SPLITS)
     shares = [(0.0, 1.0)] * len(SPLITS) if own_list else split_ranges(config.split)
     return [
-        _plan_split(config, SPLITS[i], blends[i], shares[i], sizes[i], own_list)
+        SplitPlan.of(config, SPLITS[i], blends[i], shares[i], sizes[i], own_list)
         if blends[i] and shares[i] and only in (None, i)
         else None
         for i in range(len(SPLITS))
     ]
 
 
-def _plan_split(
-    config: GPTDatasetConfig,
-    split: str,
-    blend: str | Sequence[str | float],
-    share: tuple[float, float],
-    size: int | None,
-    own_list: bool,
-) -> _SplitPlan:
-    prefixes, weights = parse_blend(blend)
-    # megatron-core ignores the weight of a split's own single prefix, but blends the single prefix of data_path.
-    if len(prefixes) == 1 and (weights is None or own_list):
-        return _SplitPlan(split, prefixes, None, share, size, [size], single=True)
-    if weights is None:
-        return _SplitPlan(split, prefixes, None, share, size, [None] * len(prefixes), single=False)
-    if size is None:
-        raise ValueError(f"weights in data_path need a number of samples for {split} in sizes")
-    weights = (np.array(weights) / np.sum(weights)).tolist()
-    surplus = 1 + config.mid_level_dataset_surplus
-    part_sizes = [math.ceil(math.ceil(size * weight) * surplus) for weight in weights]
-    return _SplitPlan(split, prefixes, weights, share, size, part_sizes, single=False)
+@dataclass(frozen=True)
+class SplitPlan:
+    """What one split is made of."""
 
+    config: GPTDatasetConfig
+    split: str  # of SPLITS
+    prefixes: list[str]
+    weights: list[float] | None  # sum to 1; None: all samples of every prefix
+    share: tuple[float, float]  # of the sequences of each prefix
+    size: int | None  # samples asked for
+    part_sizes: list[int | None]  # samples asked of each prefix
+    single: bool = False  # one prefix, not a blend
 
-def _build_split(config: GPTDatasetConfig, plan: _SplitPlan) -> Dataset:
-    def build(prefix: str, size: int | None) -> GPTDataset:
-        indexed, first, last = _open_part(prefix, plan.share)
-        return GPTDataset(indexed, config, size, plan.split, first, last)
+    @classmethod
+    def of(
+        cls,
+        config: GPTDatasetConfig,
+        split: str,
+        blend: str | Sequence[str | float],
+        share: tuple[float, float],
+        size: int | None,
+        own_list: bool,
+    ) -> "SplitPlan":
+        """The plan of a split that has data; ``own_list``: of its own, not a share of everybody's."""
+        prefixes, weights = parse_blend(blend)
+        # megatron-core ignores the weight of a split's own single prefix, but blends the single prefix of data_path.
+        if len(prefixes) == 1 and (weights is None or own_list):
+            return cls(config, split, prefixes, None, share, size, [size], single=True)
+        if weights is None:
+            return cls(config, split, prefixes, None, share, size, [None] * len(prefixes))
+        if size is None:
+            raise ValueError(f"weights in data_path need a number of samples for {split} in sizes")
+        weights = (np.array(weights) / np.sum(weights)).tolist()
+        surplus = 1 + config.mid_level_dataset_surplus
+        part_sizes = [math.ceil(math.ceil(size * weight) * surplus) for weight in weights]
+        return cls(config, split, prefixes, weights, share, size, part_sizes)
 
-    if plan.single:
-        return build(plan.prefixes[0], plan.size)
-    with ThreadPoolExecutor(config.num_dataset_builder_threads) as pool:
-        parts = list(pool.map(build, plan.prefixes, plan.part_sizes))
-    lengths = [len(part) for part in parts]
-    size = _blend_size(config, plan, lengths)
-    if plan.weights is None:
-        return BlendedDataset(parts, lengths, None if plan.size is None else size, config)
-    return BlendedDataset(parts, plan.weights, size, config)
+    def build(self) -> Dataset:
+        """The dataset, its indices built or found in the cache."""
 
+        def build(prefix: str, size: int | None) -> GPTDataset:
+            indexed, first, last = _open_part(prefix, self.share)
+            return GPTDataset(indexed, self.config, size, self.split, first, last)
 
-def _blend_size(config: GPTDatasetConfig, plan: _SplitPlan, lengths: list[int]) -> int:
-    """Samples of the blend of parts that have these many."""
-    if plan.weights is not None:
-        return sum(math.ceil(plan.size * weight) for weight in plan.weights)
-    if 0 in lengths:
-        empty = plan.prefixes[lengths.index(0)]
-        raise ValueError(f"the {plan.split} split of {empty} has no sample of {config.sequence_length} tokens")
-    return sum(lengths) if plan.size is None else min(plan.size, sum(lengths))
+        if self.single:
+            return build(self.prefixes[0], self.size)
+        with ThreadPoolExecutor(self.config.num_dataset_builder_threads) as pool:
+            parts = list(pool.map(build, self.prefixes, self.part_sizes))
+        lengths = [len(part) for part in parts]
+        size = self._blend_size(lengths)
+        if self.weights is None:
+            return BlendedDataset(parts, lengths, None if self.size is None else size, self.config)
+        return BlendedDataset(parts, self.weights, size, self.config)
+
+    def count(self) -> int:
+        """How many samples ``build`` would give, from the lengths alone, and its errors."""
+        counts = [
+            plan_samples(*_open_part(prefix, self.share), self.config, size, self.split).samples
+            for prefix, size in zip(self.prefixes, self.part_sizes, strict=True)
+        ]
+        return counts[0] if self.single else self._blend_size(counts)
+
+    def _blend_size(self, lengths: list[int]) -> int:
+        """Samples of the blend of parts that have these many."""
+        if self.weights is not None:
+            return sum(math.ceil(self.size * weight) for weight in self.weights)
+        if 0 in lengths:
+            empty = self.prefixes[lengths.index(0)]
+            raise ValueError(f"the {self.split} split of {empty} has no sample of {self.config.sequence_length} tokens")
+        return sum(lengths) if self.size is None else min(self.size, sum(lengths))
 
 
 def _open_part(prefix: str, share: tuple[float, float]) -> tuple[IndexedDataset, int, int]:

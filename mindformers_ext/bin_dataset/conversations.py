@@ -193,8 +193,6 @@ def _rows(span: Span) -> Iterator[tuple[list[tuple[int, object]], int]]:
             rows = list(enumerate(items[start : start + ROWS_PER_BATCH], start + 1))
             yield rows, span.end * len(rows) // len(items)
         return
-    number = 0
-    for block, advance in blocks(span):
-        lines = block.split(b"\n")
-        yield [(number + i, line) for i, line in enumerate(lines, 1) if line.strip()], advance
-        number += len(lines) - 1
+    for block, advance, before in blocks(span):
+        lines = enumerate(block.split(b"\n"), before + 1)
+        yield [(number, line) for number, line in lines if line.strip()], advance

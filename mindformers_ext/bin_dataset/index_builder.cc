@@ -196,42 +196,35 @@ Array<T> ShuffleIndex(int64_t first, int64_t total, LegacyRandom* random, int th
 // document with that token and the offset the next sample starts from. Cut writes the rows of a stretch of documents;
 // stretches come from the last one to the first.
 template <typename T>
-class SampleCutter {
- public:
-  SampleCutter(const int32_t* lengths, const int32_t* documents, int64_t sequence_length, int64_t extra, T* rows)
-      : lengths_(lengths), documents_(documents), sequence_length_(sequence_length), extra_(extra), rows_(rows) {}
+struct SampleCutter {
+  const int32_t* lengths;
+  const int32_t* documents;
+  int64_t sequence_length, extra;
+  T* rows;
+  int64_t after = 0, row = 0;
 
   // Samples to `samples` at most are cut from the stretches to come, which end with token `tokens`.
   void Start(int64_t samples, int64_t tokens) {
-    after_ = tokens;
-    row_ = tokens < extra_ ? 0 : std::min(samples, (tokens - extra_) / sequence_length_);
+    after = tokens;
+    row = tokens < extra ? 0 : std::min(samples, (tokens - extra) / sequence_length);
   }
 
   void Cut(int64_t begin, int64_t end) {
     constexpr int64_t kAhead = 32;
     for (int64_t i = end - 1; i >= begin; --i) {
-      __builtin_prefetch(&lengths_[documents_[std::max(i - kAhead, begin)]]);
-      const int64_t before = after_ - lengths_[documents_[i]];
-      for (; row_ > 0 && row_ * sequence_length_ + extra_ > before; --row_) {
-        Write(row_, i, row_ * sequence_length_ - before);
+      __builtin_prefetch(&lengths[documents[std::max(i - kAhead, begin)]]);
+      const int64_t before = after - lengths[documents[i]];
+      for (; row > 0 && row * sequence_length + extra > before; --row) {
+        Write(row, i, row * sequence_length - before);
       }
-      after_ = before;
+      after = before;
     }
   }
 
-  void Write(int64_t row, int64_t document, int64_t offset) {
-    rows_[2 * row] = static_cast<T>(document);
-    rows_[2 * row + 1] = static_cast<T>(offset);
+  void Write(int64_t place, int64_t document, int64_t offset) {
+    rows[2 * place] = static_cast<T>(document);
+    rows[2 * place + 1] = static_cast<T>(offset);
   }
-
- private:
-  const int32_t* lengths_;
-  const int32_t* documents_;
-  int64_t sequence_length_;
-  int64_t extra_;
-  T* rows_;
-  int64_t after_ = 0;
-  int64_t row_ = 0;
 };
 
 // Fills out[first, last) with documents [begin, end), again and again, in random order; a second thread cuts the samples
@@ -264,7 +257,7 @@ py::tuple DocumentAndSampleIndex(const int32_t* lengths, int64_t begin, int64_t 
   Array<int32_t> document_index((end - begin) * epochs);
   Array<T> sample_index({samples + 1, int64_t{2}});
   int32_t* documents = document_index.mutable_data();
-  SampleCutter<T> cutter(lengths, documents, sequence_length, extra, sample_index.mutable_data());
+  SampleCutter<T> cutter{lengths, documents, sequence_length, extra, sample_index.mutable_data()};
   {
     py::gil_scoped_release release;
     const int64_t tokens = std::accumulate(lengths + begin, lengths + end, int64_t{0});
@@ -446,13 +439,8 @@ bool ReadSamples(const Array<In>& tokens, const Array<int64_t>& pointers, const 
     throw std::invalid_argument("read_samples: extra must be at least 0 and threads 1 to 1024");
   }
   const int64_t rows = places.shape(0);
-  const SampleSource source{reinterpret_cast<const char*>(tokens.data()),
-                            static_cast<int64_t>(tokens.nbytes()),
-                            pointers.data(),
-                            lengths.data(),
-                            lengths.size(),
-                            documents.data(),
-                            documents.size()};
+  const SampleSource source{reinterpret_cast<const char*>(tokens.data()), static_cast<int64_t>(tokens.nbytes()),
+                            pointers.data(), lengths.data(), lengths.size(), documents.data(), documents.size()};
   const int64_t width = out.shape(1);
   const int64_t* place = places.data();
   Out* out_data = out.mutable_data();

@@ -20,17 +20,9 @@ from mindformers_ext.files.atomic import naming
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    6: np.float64,
-    7: np.float32,
-    8: np.uint16,
-}
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+CHUNK = 1 << 24  # tokens that are looked at together
 
 
 class CorruptDatasetError(ValueError):
@@ -149,21 +141,21 @@ class IndexedDataset:
         if vocab_size is not None:
             self._check_ids(vocab_size)
 
-    def _check_ids(self, vocab_size: int, chunk: int = 1 << 24) -> None:
-        for start in range(0, len(self.tokens), chunk):
-            part = self.tokens[start : start + chunk]
-            bad = np.flatnonzero((part < 0) | (part >= vocab_size))
-            if len(bad):
-                token = self.tokens[start + int(bad[0])]
+    def _check_ids(self, vocab_size: int) -> None:
+        for start in range(0, len(self.tokens), CHUNK):
+            part = self.tokens[start : start + CHUNK]
+            bad = (part < 0) | (part >= vocab_size)
+            if bad.any():
+                token = part[bad][0]
                 raise CorruptDatasetError(
                     f"{bin_path(self.prefix)}: {self.place_of(token)} is {token}, outside the vocabulary of "
                     f"{vocab_size} ids; the data was made with another tokenizer"
                 )
 
-    def place_of(self, token: int, chunk: int = 1 << 24) -> str:
+    def place_of(self, token: int) -> str:
         """Where a token id occurs first, in words: token, sequence and document. Raises ValueError if it does not."""
-        for start in range(0, len(self.tokens), chunk):
-            found = np.flatnonzero(self.tokens[start : start + chunk] == token)
+        for start in range(0, len(self.tokens), CHUNK):
+            found = np.flatnonzero(self.tokens[start : start + CHUNK] == token)
             if len(found):
                 at = start + int(found[0])
                 ends = np.cumsum(self.sequence_lengths, dtype=np.int64)
@@ -263,14 +255,6 @@ class IndexedDatasetWriter:
         """Append one document of one or (``lengths``) several sequences; ``lengths=[]`` marks an empty document."""
         lengths = [len(tokens)] if lengths is None else lengths
         self.add_batch(np.asarray(tokens), np.asarray(lengths, np.int32), np.array([len(lengths)], np.int64))
-
-    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append many documents of one sequence each: flat ``tokens`` and the length of each document.
-
-        A document of length 0 becomes a mark without a sequence, as Megatron's preprocessing writes it.
-        """
-        lengths = np.asarray(lengths, np.int32)
-        self.add_batch(np.asarray(tokens), lengths[lengths > 0], (lengths > 0).astype(np.int64))
 
     def add_index(self, prefix: str | Path) -> None:
         """Append all documents of another dataset of the same dtype."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mindformers_ext.bin_dataset.blended_dataset import SPLITS, Dataset, build_datasets, count_samples
+from mindformers_ext.bin_dataset.blended_dataset import SPLITS, Dataset, SplitPlan, plan_splits
 from mindformers_ext.bin_dataset.gpt_dataset import GPTDatasetConfig
 
 PHASES = {"train": 0, "valid": 1, "eval": 1, "dev": 1, "test": 2}
@@ -75,17 +75,11 @@ class LoaderConfig:
 
     def build(self) -> Dataset:
         """The dataset of the split, its indices built or found in the cache."""
-        dataset = build_datasets(self.samples, *self._source(), only=self.split)[self.split]
-        if dataset is None:
-            raise ValueError(self._nothing())
-        return dataset
+        return self._plan().build()
 
     def count(self) -> int:
         """How many samples `build` has to offer, from the lengths alone. Raises what `build` raises."""
-        count = count_samples(self.samples, *self._source(), only=self.split)
-        if count is None:
-            raise ValueError(self._nothing())
-        return self.size_of(count)
+        return self.size_of(self._plan().count())
 
     def size_of(self, available: int) -> int:
         """Samples to read of those there are. Raises ValueError if there are none, or fewer than asked for."""
@@ -102,14 +96,13 @@ class LoaderConfig:
             )
         return size
 
-    def _source(self) -> tuple[list[int | None], Any, list[Any]]:
-        """Sizes, data_path and each split's own list, of the one split."""
-        only = [size if i == self.split else None for i, size in enumerate(self.sizes)]
+    def _plan(self) -> SplitPlan:
+        sizes = [size if i == self.split else None for i, size in enumerate(self.sizes)]
         own = [self.paths[f"{name}_data_path"] if i == self.split else None for i, name in enumerate(SPLITS)]
-        return only, self.paths["data_path"], own
-
-    def _nothing(self) -> str:
-        return f"config.split {self.samples.split!r} leaves nothing for {SPLITS[self.split]}"
+        plan = plan_splits(self.samples, sizes, self.paths["data_path"], own, self.split)[self.split]
+        if plan is None:
+            raise ValueError(f"config.split {self.samples.split!r} leaves nothing for {SPLITS[self.split]}")
+        return plan
 
 
 def _is_size(value: object) -> bool:

@@ -151,9 +151,8 @@ def _run_parts(job: Job, parts: list[list[Span]], identity: str, total: int) -> 
         prefixes = [_part_prefix(job, number) for number in range(len(parts))]
         finished = [finished_counts(prefix, job, identity) for prefix in prefixes]
         if any(finished):
-            bar.write(
-                f"{sum(map(bool, finished))} of {len(parts)} partitions were finished by an earlier run", sys.stderr
-            )
+            done = sum(map(bool, finished))
+            print(f"{done} of {len(parts)} partitions were finished by an earlier run", file=sys.stderr)
         for spans, prefix, part in zip(parts, prefixes, finished, strict=True):
             if part is None:
                 with ExitStack() as of_part:

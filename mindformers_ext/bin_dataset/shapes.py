@@ -1,7 +1,7 @@
 """How encoded documents become the sequences that are written: as they are, stitched to one length, or padded."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,44 +19,36 @@ class Shaped:
     mask: np.ndarray | None = None
 
 
-class Shape(Protocol):
-    """Takes encoded documents batch by batch. ``dropped`` and ``truncated`` count what did not get through."""
-
-    has_mask: ClassVar[bool]
-    dropped_tokens: int
-    truncated_documents: int
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, per_document: np.ndarray) -> Shaped: ...
-
-    def finish(self) -> Shaped: ...
-
-
 _NOTHING = Shaped(np.empty(0, np.uint32), np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 @dataclass
-class AsIs:
-    """Every document stays one document; an empty one keeps its mark, as in Megatron."""
+class Shape:
+    """Has a method ``add(tokens, lengths, per_document) -> Shaped`` that takes encoded documents batch by batch.
+
+    ``dropped_tokens`` and ``truncated_documents`` count what did not get through.
+    """
 
     has_mask: ClassVar[bool] = False
-    dropped_tokens: int = 0
-    truncated_documents: int = 0
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, per_document: np.ndarray) -> Shaped:
-        return Shaped(tokens, lengths, per_document)
+    dropped_tokens: int = field(default=0, init=False)
+    truncated_documents: int = field(default=0, init=False)
 
     def finish(self) -> Shaped:
         return _NOTHING
 
 
+class AsIs(Shape):
+    """Every document stays one document; an empty one keeps its mark, as in Megatron."""
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, per_document: np.ndarray) -> Shaped:
+        return Shaped(tokens, lengths, per_document)
+
+
 @dataclass
-class Stitch:
+class Stitch(Shape):
     """All documents end to end, cut into documents of ``length`` tokens; the rest at the very end is dropped."""
 
-    has_mask: ClassVar[bool] = False
     length: int
-    dropped_tokens: int = 0
-    truncated_documents: int = 0
     _rest: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, per_document: np.ndarray) -> Shaped:
@@ -72,14 +64,11 @@ class Stitch:
 
 
 @dataclass
-class Pad:
+class Pad(Shape):
     """Every document that has tokens becomes one of ``length`` tokens: cut there, or filled with ``pad``."""
 
-    has_mask: ClassVar[bool] = False
     length: int
     pad: int
-    dropped_tokens: int = 0
-    truncated_documents: int = 0
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, per_document: np.ndarray) -> Shaped:
         # Sentences of one document are joined: the sum of their lengths, document by document.
@@ -95,12 +84,9 @@ class Pad:
         table[inside] = tokens[(starts[:, None] + column)[inside]]
         return Shaped(table.ravel(), np.full(len(sizes), self.length), np.ones(len(sizes), np.int64))
 
-    def finish(self) -> Shaped:
-        return _NOTHING
-
 
 @dataclass
-class Pack:
+class Pack(Shape):
     """Conversations packed whole into documents of ``length`` tokens, with a mask on the assistant's tokens.
 
     Sequences of a document are by turns prompt and answer. Each conversation goes to the fullest of the open samples
@@ -112,8 +98,6 @@ class Pack:
     OPEN_SAMPLES: ClassVar[int] = 64
     length: int
     pad: int
-    dropped_tokens: int = 0
-    truncated_documents: int = 0
     _open: list[list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=list)
     _room: list[int] = field(default_factory=list)
     _closed: list[list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=list)

@@ -73,23 +73,17 @@ def plan_partitions(
     before = 0
     for path, size in zip(paths, sizes, strict=True):
         if _is_cuttable(path):
-            bounds = sorted(
-                {0, size, *(cut - before for cut in _cuts(total, partitions) if before < cut < before + size)}
-            )
-            bounds = [_align(path, bound, size, starts_document) for bound in bounds]
+            cuts = (total * i // partitions - before for i in range(1, partitions))
+            cuts = sorted({0, size, *(cut for cut in cuts if 0 < cut < size)})
+            bounds = [_align(path, cut, size, starts_document) for cut in cuts]
         else:
             bounds = [0, size]
         for start, end in zip(bounds, bounds[1:], strict=False):
             if start < end:
-                parts[min(partitions - 1, (before + start) * partitions // max(total, 1))].append(
-                    Span(path, start, end)
-                )
+                number = min(partitions - 1, (before + start) * partitions // max(total, 1))
+                parts[number].append(Span(path, start, end))
         before += size
     return [part for part in parts if part] or [[]]
-
-
-def _cuts(total: int, partitions: int) -> list[int]:
-    return [total * i // partitions for i in range(1, partitions)]
 
 
 def _is_cuttable(path: str) -> bool:
@@ -126,8 +120,7 @@ def read_json_lines(span: Span, keys: Sequence[str], skip_bad: bool = False) -> 
     fields = [(f"column{i}", Text, msgspec.field(name=key)) for i, key in enumerate(keys)]
     decoder = msgspec.json.Decoder(msgspec.defstruct("Row", fields))
     names = [name for name, _, _ in fields]
-    done = 0  # lines
-    for block, advance in blocks(span):
+    for block, advance, done in blocks(span):
         bad: list[str] = []
         try:
             rows = decoder.decode_lines(block)
@@ -136,7 +129,6 @@ def read_json_lines(span: Span, keys: Sequence[str], skip_bad: bool = False) -> 
             texts = _decode_one_by_one(block, span, done, keys, bad)
         if bad and not skip_bad:
             raise BadInputError(f"{bad[0]}; repair the line, or count and skip such lines with --skip-bad-lines")
-        done += block.count(b"\n")
         yield Batch(texts, advance, bad)
 
 
@@ -326,17 +318,14 @@ def _without_space_at_line_ends(text: str) -> str:
 
 
 def _text_blocks(span: Span, skip_bad: bool) -> Iterator[tuple[list[str], int, list[str]]]:
-    done = 0  # lines
-    for block, advance in blocks(span):
+    for block, advance, done in blocks(span):
         bad: list[str] = []
         try:
             lines = block.decode("utf-8").split("\n")
         except UnicodeDecodeError as error:
-            if not skip_bad:
-                number = 1 + lines_before(span) + done + block.count(b"\n", 0, error.start)
-                raise BadInputError(f"{span.path}:{number}: invalid UTF-8; use --skip-bad-lines to skip it") from error
             lines = list(_valid_lines(block, span, done, bad))
-        done += block.count(b"\n")
+            if not skip_bad:
+                raise BadInputError(f"{bad[0]}; use --skip-bad-lines to skip it") from error
         yield lines, advance, bad
 
 
@@ -348,13 +337,13 @@ def _valid_lines(block: bytes, span: Span, done: int, bad: list[str]) -> Iterato
             bad.append(f"{span.path}:{lines_before(span) + done + number}: invalid UTF-8")
 
 
-def blocks(span: Span) -> Iterator[tuple[bytes, int]]:
-    """Whole lines of a span, about BLOCK bytes at once, with the bytes of the file they took.
+def blocks(span: Span) -> Iterator[tuple[bytes, int, int]]:
+    """Whole lines of a span, about BLOCK bytes at once, the bytes of the file they took, and the lines before them.
 
     The byte order mark that some editors write before UTF-8 is left out. Raises BadInputError for a damaged file, and
     for one that is no text whatever its name says.
     """
-    at_start = span.start == 0
+    at_start, lines = span.start == 0, 0
     with open(span.path, "rb") as raw:
         stream = _decompressed(raw, span)
         remaining = span.end - span.start if _is_cuttable(span.path) else None
@@ -371,8 +360,8 @@ def blocks(span: Span) -> Iterator[tuple[bytes, int]]:
                 _refuse_other_formats(block, span.path)
             if remaining is not None:
                 remaining -= len(block)
-            yield (block.removeprefix(codecs.BOM_UTF8) if at_start else block), raw.tell() - at
-            at, at_start = raw.tell(), False
+            yield (block.removeprefix(codecs.BOM_UTF8) if at_start else block), raw.tell() - at, lines
+            at, at_start, lines = raw.tell(), False, lines + block.count(b"\n")
 
 
 # How files begin that are no text; parquet also ends so.

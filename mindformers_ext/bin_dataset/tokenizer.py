@@ -36,9 +36,12 @@ if TYPE_CHECKING:
 CHECKED_FIRST = 4
 CHECKED_EVERY = 500
 CHECKED_LONGEST = 100_000  # characters of a document that are compared: the reference takes 150 bytes for each
-EOD_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<eod>", "[EOD]")
-BOS_NAMES = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
-PAD_NAMES = ("<｜▁pad▁｜>", "<pad>", "[PAD]", "<|pad|>")
+# Tokens that end a document, begin one or fill short samples: their key in tokenizer_config.json, and well-known names.
+SPECIAL = {
+    "eod": "eos_token <｜end▁of▁sentence｜> <|endoftext|> <|end_of_text|> </s> <eos> <eod> [EOD]",
+    "bos": "bos_token <｜begin▁of▁sentence｜> <|begin_of_text|> <s> <bos> [BOS]",
+    "pad": "pad_token <｜▁pad▁｜> <pad> [PAD] <|pad|>",
+}
 
 
 class TokenizerError(ValueError):
@@ -189,20 +192,11 @@ class TextTokenizer:
         added = msgspec.json.decode(self.path.read_bytes(), type=kind).added_tokens
         return {item["content"]: item["id"] for item in added}
 
-    def eod_id(self, name: str | None = None) -> int:
-        """Id of the token that ends a document: ``name``, the config's eos_token, or a well-known one."""
-        return self._special("eod", "eos_token", name, EOD_NAMES)
-
-    def bos_id(self, name: str | None = None) -> int:
-        """Id of the token that begins a document."""
-        return self._special("bos", "bos_token", name, BOS_NAMES)
-
-    def pad_id(self, name: str | None = None) -> int:
-        """Id of the token that fills short samples."""
-        return self._special("pad", "pad_token", name, PAD_NAMES)
-
-    def _special(self, role: str, key: str, name: str | None, known: Sequence[str]) -> int:
-        configured = self._config().get(key)
+    def special_id(self, role: str, name: str | None = None) -> int:
+        """Id of the token for a role of SPECIAL: ``name``, tokenizer_config.json's, or a well-known one."""
+        key, *known = SPECIAL[role].split()
+        path = self.path.with_name("tokenizer_config.json")
+        configured = json.loads(path.read_text()).get(key) if path.is_file() else None
         if isinstance(configured, dict):
             configured = configured.get("content")
         candidates = [name] if name else [configured, *known]
@@ -213,10 +207,6 @@ class TextTokenizer:
             f"{self.path} has no {role} token among {[c for c in candidates if c]}; name one with --{role}-token, "
             f"the special tokens are {list(self.special_ids)[:12]}"
         )
-
-    def _config(self) -> dict[str, object]:
-        path = self.path.with_name("tokenizer_config.json")
-        return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _tokenizer_file(path: Path) -> Path:

@@ -118,9 +118,7 @@ std::vector<Strided> Consecutive(char* base, const std::vector<int64_t>& bytes) 
 }
 
 std::string Named(const char* name, DType type, int64_t count) {
-  static const char* const types[] = {"float16", "bfloat16", "float32", "float64", "int8",
-                                      "uint8",   "int16",    "int32",   "int64",   "bool"};
-  return std::string(name) + " of " + std::to_string(count) + " " + types[type];
+  return std::string(name) + " of " + std::to_string(count) + " " + kTypes[type].name;
 }
 
 // Bytes of `count` elements; far less than what an address or an offset can be, so that arithmetic on them is safe.
@@ -205,15 +203,13 @@ void AllToAll(Job* job, const Ranks& ranks, DType type, const std::vector<int64_
   int64_t room = int64_t{1} << 48;  // for the product of all dimensions, even where one of them is 0
   for (const int64_t length : shape) {
     room /= std::max<int64_t>(1, length);
-    if (length < 0 || room == 0)
-      throw JobError("rank " + std::to_string(job->rank()) + ": AlltoAll of a shape that no array has");
+    if (length < 0 || room == 0) job->Fail("AlltoAll of a shape that no array has");
   }
   const int64_t count = Product(shape, 0, shape.size());
   const std::string what = Named("AlltoAll", type, count);
   if (split < 0 || split >= rank || concat < 0 || concat >= rank || shape[split] % group->size() != 0) {
-    throw JobError("rank " + std::to_string(job->rank()) + ": " + what + " cannot split dimension " +
-                   std::to_string(split) + " of " + std::to_string(rank) + " into " + std::to_string(group->size()) +
-                   " equal parts");
+    job->Fail(what + " cannot split dimension " + std::to_string(split) + " of " + std::to_string(rank) + " into " +
+              std::to_string(group->size()) + " equal parts");
   }
   group->Begin({kAllToAll, type, split, concat, count}, what);
   std::vector<int64_t> part = shape;
@@ -269,8 +265,7 @@ void Broadcast(Job* job, const Ranks& ranks, DType type, int root, const void* i
   Group* group = job->FindGroup(ranks);
   const int owner = static_cast<int>(std::find(ranks.begin(), ranks.end(), root) - ranks.begin());
   if (owner == group->size())
-    throw JobError("rank " + std::to_string(job->rank()) + ": Broadcast from rank " + std::to_string(root) +
-                   ", which is not in " + RankList(ranks));
+    job->Fail("Broadcast from rank " + std::to_string(root) + ", which is not in " + RankList(ranks));
   group->Begin({kBroadcast, type, 0, root, count}, Named("Broadcast", type, count));
   for (int64_t start = 0; start == 0 || start < bytes; start += static_cast<int64_t>(kSlotBytes)) {
     const int64_t length = std::min(static_cast<int64_t>(kSlotBytes), bytes - start);
@@ -316,6 +311,36 @@ void Receive(Job* job, int peer, int64_t tag, DType type, void* out, int64_t cou
   Job::Publish(&box.block->read, read + 1);
 }
 
+// The shapes say how much memory there is; the collective must not ask for more.
+void CheckSizes(const Request& request, int64_t in_count, int64_t out_count) {
+  const std::string& name = request.collective;
+  const int64_t size = static_cast<int64_t>(request.ranks.size());
+  int64_t expected = out_count;
+  if (name == "AllReduce" || name == "Broadcast" || name == "AlltoAll") expected = in_count;
+  if (name == "AllGather") expected = in_count * size;
+  if (name == "ReduceScatter") expected = size > 0 && in_count % size == 0 ? in_count / size : -1;
+  if (in_count >= 0 && out_count >= 0 && out_count == expected) return;
+  throw JobError(name + " of " + std::to_string(in_count) + " elements over " + std::to_string(size) +
+                 " ranks cannot give " + std::to_string(out_count));
+}
+
+void Run(const Request& r, const void* in, const std::vector<int64_t>& shape, void* out, int64_t out_count) {
+  Job* job = CurrentJob();
+  const int64_t count = Product(shape, 0, shape.size());
+  CheckSizes(r, count, out_count);
+  if (r.collective == "AllReduce") return AllReduce(job, r.ranks, r.type, r.reduce, in, out, count);
+  if (r.collective == "AllGather") return AllGather(job, r.ranks, r.type, in, out, count);
+  if (r.collective == "ReduceScatter") return ReduceScatter(job, r.ranks, r.type, r.reduce, in, out, out_count);
+  if (r.collective == "AlltoAll") return AllToAll(job, r.ranks, r.type, shape, r.split, r.concat, in, out);
+  if (r.collective == "AlltoAllV")
+    return AllToAllV(job, r.ranks, r.type, r.send_counts, r.recv_counts, in, count, out, out_count);
+  if (r.collective == "Broadcast") return Broadcast(job, r.ranks, r.type, r.root, in, out, count);
+  if (r.collective == "Barrier") return Barrier(job, r.ranks);
+  if (r.collective == "Send") return Send(job, r.peer, r.tag, r.type, in, count);
+  if (r.collective == "Receive") return Receive(job, r.peer, r.tag, r.type, out, out_count);
+  throw JobError("'" + r.collective + "' is not a collective of this library");
+}
+
 namespace {
 std::unique_ptr<Job> current_job;
 std::string last_error;
@@ -334,13 +359,7 @@ int RecordFailure(const char* message) {
 
 }  // namespace cpu_parallel
 
-using cpu_parallel::CurrentJob;
 using cpu_parallel::Guarded;
-
-namespace {
-cpu_parallel::Ranks ToRanks(const int* ranks, int size) { return cpu_parallel::Ranks(ranks, ranks + size); }
-std::vector<int64_t> ToCounts(const int64_t* counts, int size) { return std::vector<int64_t>(counts, counts + size); }
-}  // namespace
 
 extern "C" {
 
@@ -360,71 +379,20 @@ void cpu_parallel_abort(const char* message) {
   if (cpu_parallel::current_job != nullptr) cpu_parallel::current_job->Abort(message);
 }
 
-// Bytes of an element of this type, 0 when it is not one of ours.
-int cpu_parallel_element_size(const char* type) {
-  try {
-    return static_cast<int>(cpu_parallel::SizeOf(cpu_parallel::ParseDType(type)));
-  } catch (const std::exception&) {
-    return 0;
-  }
-}
-
 const char* cpu_parallel_last_error() { return cpu_parallel::last_error.c_str(); }
 
-int cpu_parallel_all_reduce(const char* type, const char* how, const int* ranks, int size, const void* in, void* out,
-                            int64_t count) {
+// As Run; the pointers to counts are null where a collective has none.
+int cpu_parallel_run(const char* collective, const char* type, const char* reduce, const int* ranks, int size,
+                     int split, int concat, int root, int peer, int64_t tag, const int64_t* send_counts,
+                     const int64_t* recv_counts, const int64_t* shape, int dimensions, const void* in, void* out,
+                     int64_t out_count) {
   return Guarded([&] {
-    AllReduce(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), cpu_parallel::ParseReduce(how), in,
-              out, count);
+    cpu_parallel::Request request{collective, cpu_parallel::Ranks(ranks, ranks + size), cpu_parallel::ParseDType(type),
+                                  cpu_parallel::ParseReduce(reduce), split, concat, root, peer, tag, {}, {}};
+    if (send_counts != nullptr) request.send_counts.assign(send_counts, send_counts + size);
+    if (recv_counts != nullptr) request.recv_counts.assign(recv_counts, recv_counts + size);
+    cpu_parallel::Run(request, in, std::vector<int64_t>(shape, shape + dimensions), out, out_count);
   });
-}
-
-int cpu_parallel_all_gather(const char* type, const int* ranks, int size, const void* in, void* out, int64_t count) {
-  return Guarded(
-      [&] { AllGather(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), in, out, count); });
-}
-
-int cpu_parallel_reduce_scatter(const char* type, const char* how, const int* ranks, int size, const void* in,
-                                void* out, int64_t count) {
-  return Guarded([&] {
-    ReduceScatter(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), cpu_parallel::ParseReduce(how),
-                  in, out, count);
-  });
-}
-
-int cpu_parallel_all_to_all(const char* type, const int* ranks, int size, const int64_t* shape, int dimensions,
-                            int split, int concat, const void* in, void* out) {
-  return Guarded([&] {
-    AllToAll(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), ToCounts(shape, dimensions), split,
-             concat, in, out);
-  });
-}
-
-int cpu_parallel_all_to_all_v(const char* type, const int* ranks, int size, const int64_t* send_counts,
-                              const int64_t* recv_counts, const void* in, int64_t in_count, void* out,
-                              int64_t out_count) {
-  return Guarded([&] {
-    AllToAllV(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), ToCounts(send_counts, size),
-              ToCounts(recv_counts, size), in, in_count, out, out_count);
-  });
-}
-
-int cpu_parallel_broadcast(const char* type, const int* ranks, int size, int root, const void* in, void* out,
-                           int64_t count) {
-  return Guarded(
-      [&] { Broadcast(CurrentJob(), ToRanks(ranks, size), cpu_parallel::ParseDType(type), root, in, out, count); });
-}
-
-int cpu_parallel_barrier(const int* ranks, int size) {
-  return Guarded([&] { Barrier(CurrentJob(), ToRanks(ranks, size)); });
-}
-
-int cpu_parallel_send(int peer, int64_t tag, const char* type, const void* in, int64_t count) {
-  return Guarded([&] { Send(CurrentJob(), peer, tag, cpu_parallel::ParseDType(type), in, count); });
-}
-
-int cpu_parallel_receive(int peer, int64_t tag, const char* type, void* out, int64_t count) {
-  return Guarded([&] { Receive(CurrentJob(), peer, tag, cpu_parallel::ParseDType(type), out, count); });
 }
 
 }  // extern "C"

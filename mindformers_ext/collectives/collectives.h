@@ -32,16 +32,29 @@ void Barrier(Job* job, const Ranks& ranks);
 void Send(Job* job, int peer, int64_t tag, DType type, const void* in, int64_t count);
 void Receive(Job* job, int peer, int64_t tag, DType type, void* out, int64_t count);
 
+// One collective by name: what the attributes of a graph's operator, or the arguments of collectives.py, say.
+struct Request {
+  std::string collective;
+  Ranks ranks;
+  DType type = kF32;
+  Reduce reduce = kSum;
+  int split = 0, concat = 0, root = -1, peer = -1;
+  int64_t tag = 0;
+  std::vector<int64_t> send_counts, recv_counts;
+};
+
+// Runs it on `in`, of this shape. Throws when `out_count` elements cannot be what comes of it.
+void Run(const Request& request, const void* in, const std::vector<int64_t>& shape, void* out, int64_t out_count);
+void CheckSizes(const Request& request, int64_t in_count, int64_t out_count);
+
 // Let MindSpore's own CPU kernels use OMP_NUM_THREADS threads of its pool (see kernel_threads.cc).
 void LimitKernelThreads();
 
 // The job of this process; throws JobError before cpu_parallel_join.
 Job* CurrentJob();
-// Runs an operation; on an exception records the sentence, stops the other ranks and returns 1.
-template <class Operation>
-int Guarded(Operation operation);
 int RecordFailure(const char* message);
 
+// Runs an operation; on an exception records the sentence, stops the other ranks and returns 1.
 template <class Operation>
 int Guarded(Operation operation) {
   try {

@@ -19,6 +19,7 @@ from mindformers_ext.built_library import built_library
 JOIN_SECONDS = 20.0
 # A peer that is alive may compile or write a checkpoint; one that dies is noticed at once, whatever this says.
 WAIT_SECONDS = 600.0
+NOTHING = np.empty(0, np.uint8)
 
 
 class CollectiveError(RuntimeError):
@@ -30,15 +31,11 @@ def library_path() -> Path:
     return built_library(Path(__file__).parent, "_collectives")
 
 
-_library: ctypes.CDLL | None = None
-
-
+@functools.cache
 def _lib() -> ctypes.CDLL:
-    global _library
-    if _library is None:
-        _library = ctypes.CDLL(str(library_path()))
-        _library.cpu_parallel_last_error.restype = ctypes.c_char_p
-    return _library
+    library = ctypes.CDLL(str(library_path()))
+    library.cpu_parallel_last_error.restype = ctypes.c_char_p
+    return library
 
 
 def last_error() -> str:
@@ -73,10 +70,6 @@ def abort(message: str) -> None:
     _lib().cpu_parallel_abort(message.encode())
 
 
-def _ranks(ranks: Sequence[int]) -> tuple[ctypes.Array, int]:
-    return _members(tuple(ranks))
-
-
 @functools.cache
 def _members(ranks: tuple[int, ...]) -> tuple[ctypes.Array, int]:
     return (ctypes.c_int * len(ranks))(*(_int("a rank", rank) for rank in ranks)), len(ranks)
@@ -87,10 +80,6 @@ def _int(name: str, value: int, bits: int = 32) -> int:
     if not -(1 << bits - 1) <= value < 1 << bits - 1:
         raise ValueError(f"{name} is {value}, which has more than {bits} bits")
     return value
-
-
-def _int64(name: str, value: int) -> ctypes.c_int64:
-    return ctypes.c_int64(_int(name, value, 64))
 
 
 def _counts(name: str, counts: Sequence[int], ranks: Sequence[int]) -> ctypes.Array:
@@ -105,58 +94,54 @@ def _data(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.__array_interface__["data"][0])
 
 
-def _type(array: np.ndarray, dtype: str | None) -> bytes:
-    if not dtype:
-        return _name(array.dtype)
-    if _lib().cpu_parallel_element_size(dtype.encode()) != array.itemsize:
-        raise ValueError(f"dtype '{dtype}' is no element type of {array.itemsize} bytes, as the array has")
-    return dtype.encode()
-
-
 @functools.cache
-def _name(dtype: np.dtype) -> bytes:
+def _type(dtype: np.dtype) -> bytes:
     if not dtype.isnative:
         raise ValueError(f"collectives need numbers in this machine's byte order, not {dtype}")
     return dtype.name.encode()
 
 
-def all_reduce(array: np.ndarray, ranks: Sequence[int], reduce: str = "sum", dtype: str | None = None) -> np.ndarray:
-    """Reduce (sum, prod, max, min) over the ranks, in rank order: the same bits on every rank.
+@functools.cache
+def _shape(shape: tuple[int, ...]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(shape))(*shape)
 
-    `dtype` names the element type when numpy has none for it (bfloat16 in a uint16 array).
-    """
-    out = np.empty_like(array)
-    members = _ranks(ranks)
-    _check(
-        _lib().cpu_parallel_all_reduce(
-            _type(array, dtype), reduce.encode(), *members, _data(array), _data(out), ctypes.c_int64(array.size)
-        )
-    )
+
+def _run(
+    collective: bytes,
+    array: np.ndarray,
+    out: np.ndarray,
+    ranks: Sequence[int] = (),
+    reduce: str = "sum",
+    dimensions: tuple[int, int] = (0, 0),
+    root: int = -1,
+    peer: int = -1,
+    tag: int = 0,
+    counts: tuple[ctypes.Array | None, ctypes.Array | None] = (None, None),
+) -> np.ndarray:
+    """Run a collective on `array`; returns `out`, filled."""
+    places = _int("root", root), _int("peer", peer), ctypes.c_int64(_int("tag", tag, 64))
+    settings = (_type(array.dtype), reduce.encode(), *_members(tuple(ranks)), *dimensions, *places, *counts)
+    data = _shape(array.shape), array.ndim, _data(array), _data(out), ctypes.c_int64(out.size)
+    _check(_lib().cpu_parallel_run(collective, *settings, *data))
     return out
+
+
+def all_reduce(array: np.ndarray, ranks: Sequence[int], reduce: str = "sum") -> np.ndarray:
+    """Reduce (sum, prod, max, min) over the ranks, in rank order: the same bits on every rank."""
+    return _run(b"AllReduce", array, np.empty_like(array), ranks, reduce)
 
 
 def all_gather(array: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
     """(n, *shape) <- (*shape): the arrays of all ranks."""
-    out = np.empty((len(ranks), *array.shape), array.dtype)
-    count = ctypes.c_int64(array.size)
-    _check(_lib().cpu_parallel_all_gather(_type(array, None), *_ranks(ranks), _data(array), _data(out), count))
-    return out
+    return _run(b"AllGather", array, np.empty((len(ranks), *array.shape), array.dtype), ranks)
 
 
-def reduce_scatter(
-    array: np.ndarray, ranks: Sequence[int], reduce: str = "sum", dtype: str | None = None
-) -> np.ndarray:
+def reduce_scatter(array: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
     """(s / n, ...) <- (s, ...): this rank's part of the reduction."""
     if not len(ranks) or array.ndim == 0 or array.shape[0] % len(ranks):
         raise ValueError(f"dimension 0 of {array.shape} must be a multiple of the {len(ranks)} ranks")
     out = np.empty((array.shape[0] // len(ranks), *array.shape[1:]), array.dtype)
-    members = _ranks(ranks)
-    _check(
-        _lib().cpu_parallel_reduce_scatter(
-            _type(array, dtype), reduce.encode(), *members, _data(array), _data(out), ctypes.c_int64(out.size)
-        )
-    )
-    return out
+    return _run(b"ReduceScatter", array, out, ranks)
 
 
 def all_to_all(array: np.ndarray, ranks: Sequence[int], split: int, concat: int) -> np.ndarray:
@@ -169,21 +154,7 @@ def all_to_all(array: np.ndarray, ranks: Sequence[int], split: int, concat: int)
         )
     shape[split] //= len(ranks)
     shape[concat] *= len(ranks)
-    out = np.empty(shape, array.dtype)
-    members = _ranks(ranks)
-    _check(
-        _lib().cpu_parallel_all_to_all(
-            _type(array, None),
-            *members,
-            (ctypes.c_int64 * array.ndim)(*array.shape),
-            array.ndim,
-            split,
-            concat,
-            _data(array),
-            _data(out),
-        )
-    )
-    return out
+    return _run(b"AlltoAll", array, np.empty(shape, array.dtype), ranks, dimensions=(split, concat))
 
 
 def all_to_all_v(
@@ -191,35 +162,24 @@ def all_to_all_v(
 ) -> np.ndarray:
     """Send send_counts[i] elements of the flat array to rank i, receive recv_counts[i] from it."""
     counts = _counts("send_counts", send_counts, ranks), _counts("recv_counts", recv_counts, ranks)
-    out = np.empty(max(sum(recv_counts), 0), array.dtype)
-    sides = _data(array), ctypes.c_int64(array.size), _data(out), ctypes.c_int64(out.size)
-    _check(_lib().cpu_parallel_all_to_all_v(_type(array, None), *_ranks(ranks), *counts, *sides))
-    return out
+    return _run(b"AlltoAllV", array, np.empty(max(sum(recv_counts), 0), array.dtype), ranks, counts=counts)
 
 
 def broadcast(array: np.ndarray, ranks: Sequence[int], root: int) -> np.ndarray:
     """The array of rank `root` (a global rank)."""
-    out = np.empty_like(array)
-    count = ctypes.c_int64(array.size)
-    members = (*_ranks(ranks), _int("root", root))
-    _check(_lib().cpu_parallel_broadcast(_type(array, None), *members, _data(array), _data(out), count))
-    return out
+    return _run(b"Broadcast", array, np.empty_like(array), ranks, root=root)
 
 
 def barrier(ranks: Sequence[int]) -> None:
     """Wait until every rank has arrived."""
-    _check(_lib().cpu_parallel_barrier(*_ranks(ranks)))
+    _run(b"Barrier", NOTHING, NOTHING, ranks)
 
 
 def send(array: np.ndarray, peer: int, tag: int = 0) -> None:
     """Send an array; returns when it is buffered (two messages of one tag at most)."""
-    count = ctypes.c_int64(array.size)
-    _check(_lib().cpu_parallel_send(_int("peer", peer), _int64("tag", tag), _type(array, None), _data(array), count))
+    _run(b"Send", array, NOTHING, peer=peer, tag=tag)
 
 
 def receive(like: np.ndarray, peer: int, tag: int = 0) -> np.ndarray:
     """Receive an array of the shape and type of `like`."""
-    out = np.empty_like(like)
-    count = ctypes.c_int64(out.size)
-    _check(_lib().cpu_parallel_receive(_int("peer", peer), _int64("tag", tag), _type(out, None), _data(out), count))
-    return out
+    return _run(b"Receive", like, np.empty_like(like), peer=peer, tag=tag)

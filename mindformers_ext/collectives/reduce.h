@@ -4,24 +4,16 @@
 // accumulated in float32 and rounded once (to nearest even).
 #pragma once
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "../cpu_kernels/vector_math.h"
 
 namespace cpu_parallel {
 
 enum DType : int32_t { kF16, kBF16, kF32, kF64, kI8, kU8, kI16, kI32, kI64, kBool };
 enum Reduce : int32_t { kSum, kProd, kMax, kMin };
-
-inline DType ParseDType(const std::string& name) {
-  static const char* const names[] = {"float16", "bfloat16", "float32", "float64", "int8",
-                                      "uint8",   "int16",    "int32",   "int64",   "bool"};
-  for (int32_t i = 0; i < 10; ++i) {
-    if (name == names[i]) return static_cast<DType>(i);
-  }
-  throw std::invalid_argument("element type '" + name + "' is not supported by the CPU collectives");
-}
 
 inline Reduce ParseReduce(const std::string& name) {
   static const char* const names[] = {"sum", "prod", "max", "min"};
@@ -29,11 +21,6 @@ inline Reduce ParseReduce(const std::string& name) {
     if (name == names[i]) return static_cast<Reduce>(i);
   }
   throw std::invalid_argument("reduction '" + name + "' is not one of sum, prod, max, min");
-}
-
-inline size_t SizeOf(DType type) {
-  static const size_t sizes[] = {2, 2, 4, 8, 1, 1, 2, 4, 8, 1};
-  return sizes[type];
 }
 
 // Vector code for new processors, plain code for the others, chosen when the library is loaded.
@@ -46,19 +33,8 @@ inline size_t SizeOf(DType type) {
 
 struct BFloat16 {
   uint16_t bits;
-  static float Widen(BFloat16 value) {
-    const uint32_t wide = static_cast<uint32_t>(value.bits) << 16;
-    float result;
-    std::memcpy(&result, &wide, sizeof(result));
-    return result;
-  }
-  static BFloat16 Narrow(float value) {
-    uint32_t wide;
-    std::memcpy(&wide, &value, sizeof(wide));
-    const bool nan = (wide & 0x7fffffffu) > 0x7f800000u;
-    const uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
-    return BFloat16{static_cast<uint16_t>(nan ? (wide >> 16) | 0x40u : rounded)};
-  }
+  static float Widen(BFloat16 value) { return cpu_kernels::from_bfloat16(value.bits); }
+  static BFloat16 Narrow(float value) { return BFloat16{cpu_kernels::to_bfloat16(value)}; }
 };
 
 struct Float16 {
@@ -84,25 +60,14 @@ __attribute__((always_inline)) inline void ReduceBlocks(Reduce how, const std::v
     for (int64_t i = 0; i < length; ++i) sum[i] = Convert::Widen(first[i]);
     for (size_t part = 1; part < parts.size(); ++part) {
       const T* next = reinterpret_cast<const T*>(parts[part]) + start;
-      switch (how) {
-        case kSum:
-          for (int64_t i = 0; i < length; ++i) sum[i] = sum[i] + Convert::Widen(next[i]);
-          break;
-        case kProd:
-          for (int64_t i = 0; i < length; ++i) sum[i] = sum[i] * Convert::Widen(next[i]);
-          break;
-        case kMax:  // a NaN of either side stays
-          for (int64_t i = 0; i < length; ++i) {
-            const Acc value = Convert::Widen(next[i]);
-            sum[i] = value > sum[i] || value != value ? value : sum[i];
-          }
-          break;
-        case kMin:
-          for (int64_t i = 0; i < length; ++i) {
-            const Acc value = Convert::Widen(next[i]);
-            sum[i] = value < sum[i] || value != value ? value : sum[i];
-          }
-          break;
+      const auto fold = [&](auto combine) {
+        for (int64_t i = 0; i < length; ++i) sum[i] = combine(sum[i], Convert::Widen(next[i]));
+      };
+      switch (how) {  // a NaN of either side stays
+        case kSum: fold([](Acc own, Acc value) { return own + value; }); break;
+        case kProd: fold([](Acc own, Acc value) { return own * value; }); break;
+        case kMax: fold([](Acc own, Acc value) { return value > own || value != value ? value : own; }); break;
+        case kMin: fold([](Acc own, Acc value) { return value < own || value != value ? value : own; }); break;
       }
     }
     T* target = reinterpret_cast<T*>(out) + start;
@@ -125,32 +90,31 @@ CPU_PARALLEL_REDUCE(ReduceI32, int32_t, int32_t, Plain<int32_t>)
 CPU_PARALLEL_REDUCE(ReduceI64, int64_t, int64_t, Plain<int64_t>)
 #undef CPU_PARALLEL_REDUCE
 
+struct Type {
+  const char* name;
+  size_t size;
+  void (*reduce)(Reduce how, const std::vector<const char*>& parts, char* out, int64_t count);
+};
+
+inline const Type kTypes[] = {{"float16", 2, ReduceF16}, {"bfloat16", 2, ReduceBF16}, {"float32", 4, ReduceF32},
+                              {"float64", 8, ReduceF64}, {"int8", 1, ReduceI8},       {"uint8", 1, ReduceU8},
+                              {"int16", 2, ReduceI16},   {"int32", 4, ReduceI32},     {"int64", 8, ReduceI64},
+                              {"bool", 1, ReduceU8}};  // as DType
+
+inline size_t SizeOf(DType type) { return kTypes[type].size; }
+
+inline DType ParseDType(const std::string& name) {
+  for (const Type& type : kTypes) {
+    if (name == type.name) return static_cast<DType>(&type - kTypes);
+  }
+  throw std::invalid_argument("element type '" + name + "' is not supported by the CPU collectives");
+}
+
 // Reduces `count` elements of every part, in the order of the parts, into out (which may be one of the parts).
 inline void ReduceParts(DType type, Reduce how, const std::vector<const char*>& parts, char* out, int64_t count) {
-  switch (type) {
-    case kF16:
-      return ReduceF16(how, parts, out, count);
-    case kBF16:
-      return ReduceBF16(how, parts, out, count);
-    case kF32:
-      return ReduceF32(how, parts, out, count);
-    case kF64:
-      return ReduceF64(how, parts, out, count);
-    case kI8:
-      return ReduceI8(how, parts, out, count);
-    case kU8:
-      return ReduceU8(how, parts, out, count);
-    case kI16:
-      return ReduceI16(how, parts, out, count);
-    case kI32:
-      return ReduceI32(how, parts, out, count);
-    case kI64:
-      return ReduceI64(how, parts, out, count);
-    case kBool:
-      break;
-  }
-  if (how != kMax && how != kMin) throw std::invalid_argument("bool can be reduced with max and min only");
-  ReduceU8(how, parts, out, count);
+  if (type == kBool && how != kMax && how != kMin)
+    throw std::invalid_argument("bool can be reduced with max and min only");
+  kTypes[type].reduce(how, parts, out, count);
 }
 
 }  // namespace cpu_parallel

@@ -30,6 +30,14 @@ uint64_t RoundUp(uint64_t value, uint64_t unit) { return (value + unit - 1) / un
 
 std::string ErrnoText() { return std::strerror(errno); }
 
+// A socket that is closed where its block ends.
+struct Socket {
+  const int fd;
+  ~Socket() {
+    if (fd >= 0) close(fd);
+  }
+};
+
 // Holds the job's robust lock: a rank that dies inside leaves it to the next one.
 class Locked {
  public:
@@ -59,36 +67,48 @@ bool IsSameUser(int socket) {
   return getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &length) == 0 && peer.uid == geteuid();
 }
 
-void SendDescriptor(int socket, int descriptor, int32_t size) {
+// A message of a number that has room for a descriptor.
+struct Envelope {
   char control[CMSG_SPACE(sizeof(int))] = {};
-  iovec data{&size, sizeof(size)};
+  iovec data;
   msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
-  cmsghdr* header = CMSG_FIRSTHDR(&message);
+
+  explicit Envelope(int32_t* number) : data{number, sizeof(*number)} {
+    message.msg_iov = &data;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+  }
+};
+
+void SendDescriptor(int socket, int descriptor, int32_t size) {
+  Envelope envelope(&size);
+  cmsghdr* header = CMSG_FIRSTHDR(&envelope.message);
   header->cmsg_level = SOL_SOCKET;
   header->cmsg_type = SCM_RIGHTS;
   header->cmsg_len = CMSG_LEN(sizeof(int));
   std::memcpy(CMSG_DATA(header), &descriptor, sizeof(int));
-  sendmsg(socket, &message, MSG_NOSIGNAL);  // a joiner that died meanwhile is noticed as missing
+  sendmsg(socket, &envelope.message, MSG_NOSIGNAL);  // a joiner that died meanwhile is noticed as missing
 }
 
 int ReceiveDescriptor(int socket, int32_t* size) {
-  char control[CMSG_SPACE(sizeof(int))] = {};
-  iovec data{size, sizeof(*size)};
-  msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
-  if (recvmsg(socket, &message, MSG_CMSG_CLOEXEC) <= 0) return -1;
-  cmsghdr* header = CMSG_FIRSTHDR(&message);
+  Envelope envelope(size);
+  if (recvmsg(socket, &envelope.message, MSG_CMSG_CLOEXEC) <= 0) return -1;
+  cmsghdr* header = CMSG_FIRSTHDR(&envelope.message);
   if (header == nullptr || header->cmsg_type != SCM_RIGHTS) return -1;
   int descriptor = -1;
   std::memcpy(&descriptor, CMSG_DATA(header), sizeof(int));
   return descriptor;
+}
+
+// The byte of the memfd that a rank holds as long as it lives.
+struct flock ByteOf(int rank) {
+  struct flock lock{};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  lock.l_start = rank;
+  lock.l_len = 1;
+  return lock;
 }
 
 uint64_t AvailableMemory() {
@@ -183,41 +203,35 @@ void Job::Create(const std::string& name, double seconds) {
   const double deadline = Now() + seconds;
   socklen_t length = 0;
   const sockaddr_un address = Address(name, &length);
-  const int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-  if (listener < 0) Fail("cannot open a unix socket: " + ErrnoText());
-  try {
-    if (bind(listener, reinterpret_cast<const sockaddr*>(&address), length) != 0) {
-      Fail("job '" + name + "' is already starting on this machine (" + ErrnoText() +
-           "): wait for it, end it, or choose another job name");
-    }
-    listen(listener, kMaxRanks);
-    fd_ = memfd_create(("cpu_parallel." + name).c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    const uint64_t bytes = RoundUp(sizeof(JobBlock), kPage);
-    const int error = fd_ < 0 ? errno : posix_fallocate(fd_, 0, static_cast<off_t>(bytes));
-    if (error == 0 && (fchmod(fd_, S_IRUSR | S_IWUSR) != 0 || fcntl(fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_SEAL) != 0))
-      Fail("cannot keep the shared memory to this user: " + ErrnoText());
-    if (error != 0) {
-      Fail("shared memory is full: " + std::to_string(bytes) + " bytes for job '" + name +
-           "': " + std::strerror(error));
-    }
-    Map();
-    pthread_mutexattr_t attribute;
-    pthread_mutexattr_init(&attribute);
-    pthread_mutexattr_setpshared(&attribute, PTHREAD_PROCESS_SHARED);
-    pthread_mutexattr_setrobust(&attribute, PTHREAD_MUTEX_ROBUST);
-    pthread_mutex_init(&block_->lock, &attribute);
-    block_->used = bytes;
-    block_->size = size_;
-    block_->failed_rank = -1;
-    block_->ranks[0].pid = getpid();
-    block_->ranks[0].state = kJoined;
-    block_->joined.value = 1;
-    WaitForAll(listener, deadline);
-  } catch (...) {
-    close(listener);
-    throw;
+  const Socket listener{socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0)};
+  if (listener.fd < 0) Fail("cannot open a unix socket: " + ErrnoText());
+  if (bind(listener.fd, reinterpret_cast<const sockaddr*>(&address), length) != 0) {
+    Fail("job '" + name + "' is already starting on this machine (" + ErrnoText() +
+         "): wait for it, end it, or choose another job name");
   }
-  close(listener);
+  listen(listener.fd, kMaxRanks);
+  fd_ = memfd_create(("cpu_parallel." + name).c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  const uint64_t bytes = RoundUp(sizeof(JobBlock), kPage);
+  const int error = fd_ < 0 ? errno : posix_fallocate(fd_, 0, static_cast<off_t>(bytes));
+  if (error == 0 && (fchmod(fd_, S_IRUSR | S_IWUSR) != 0 || fcntl(fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_SEAL) != 0))
+    Fail("cannot keep the shared memory to this user: " + ErrnoText());
+  if (error != 0) {
+    Fail("shared memory is full: " + std::to_string(bytes) + " bytes for job '" + name +
+         "': " + std::strerror(error));
+  }
+  Map();
+  pthread_mutexattr_t attribute;
+  pthread_mutexattr_init(&attribute);
+  pthread_mutexattr_setpshared(&attribute, PTHREAD_PROCESS_SHARED);
+  pthread_mutexattr_setrobust(&attribute, PTHREAD_MUTEX_ROBUST);
+  pthread_mutex_init(&block_->lock, &attribute);
+  block_->used = bytes;
+  block_->size = size_;
+  block_->failed_rank = -1;
+  block_->ranks[0].pid = getpid();
+  block_->ranks[0].state = kJoined;
+  block_->joined.value = 1;
+  WaitForAll(listener.fd, deadline);
 }
 
 void Job::WaitForAll(int listener, double deadline) {
@@ -226,11 +240,8 @@ void Job::WaitForAll(int listener, double deadline) {
     if (!failure.empty()) Fail("stopped while the ranks were joining because " + failure);
     pollfd waiting{listener, POLLIN, 0};
     if (poll(&waiting, 1, 50) > 0) {
-      const int peer = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
-      if (peer >= 0) {
-        if (IsSameUser(peer)) SendDescriptor(peer, fd_, size_);
-        close(peer);
-      }
+      const Socket peer{accept4(listener, nullptr, nullptr, SOCK_CLOEXEC)};
+      if (peer.fd >= 0 && IsSameUser(peer.fd)) SendDescriptor(peer.fd, fd_, size_);
     }
     if (Now() < deadline) continue;
     std::vector<int> missing;
@@ -251,15 +262,12 @@ void Job::Attach(const std::string& name, double seconds) {
   const sockaddr_un address = Address(name, &length);
   int32_t job_size = 0;
   while (fd_ < 0) {
-    const int peer = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    if (peer >= 0 && connect(peer, reinterpret_cast<const sockaddr*>(&address), length) == 0) {
-      if (!IsSameUser(peer)) {
-        close(peer);
+    const Socket peer{socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0)};
+    if (peer.fd >= 0 && connect(peer.fd, reinterpret_cast<const sockaddr*>(&address), length) == 0) {
+      if (!IsSameUser(peer.fd))
         Fail("another user of this machine has taken the name of job '" + name + "': choose another job name");
-      }
-      fd_ = ReceiveDescriptor(peer, &job_size);
+      fd_ = ReceiveDescriptor(peer.fd, &job_size);
     }
-    if (peer >= 0) close(peer);
     if (fd_ >= 0) break;
     if (Now() > deadline)
       Fail("rank 0 did not open job '" + name + "' in " + std::to_string(static_cast<int>(seconds)) + " s");
@@ -292,21 +300,13 @@ void Job::Map() {
   void* memory = mmap(nullptr, RoundUp(sizeof(JobBlock), kPage), PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
   if (memory == MAP_FAILED) Fail("cannot map the shared memory: " + ErrnoText());
   block_ = static_cast<JobBlock*>(memory);
-  struct flock lock{};
-  lock.l_type = F_WRLCK;
-  lock.l_whence = SEEK_SET;
-  lock.l_start = rank_;
-  lock.l_len = 1;
+  struct flock lock = ByteOf(rank_);
   if (fcntl(fd_, F_SETLK, &lock) != 0) Fail("another process already runs as this rank of the same job");
 }
 
 bool Job::Alive(int rank) const {
   if (rank == rank_) return true;
-  struct flock lock{};
-  lock.l_type = F_WRLCK;
-  lock.l_whence = SEEK_SET;
-  lock.l_start = rank;
-  lock.l_len = 1;
+  struct flock lock = ByteOf(rank);
   return fcntl(fd_, F_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
 }
 
@@ -389,19 +389,16 @@ Group* Job::FindGroup(const std::vector<int>& ranks) {
   if (index < 0) Fail("this rank is not a member of group " + RankList(ranks));
   const Locked guard(&block_->lock);
   const uint64_t bytes = kSlots * ranks.size() * kSlotBytes;
-  GroupBlock* found = nullptr;
+  GroupBlock* end = block_->group + block_->groups;
+  GroupBlock* found = std::find_if(block_->group, end, [&ranks](const GroupBlock& known) {
+    return std::equal(ranks.begin(), ranks.end(), known.ranks, known.ranks + known.size);
+  });
   char* data = nullptr;
-  for (int i = 0; i < block_->groups && found == nullptr; ++i) {
-    GroupBlock& candidate = block_->group[i];
-    if (candidate.size == static_cast<int>(ranks.size()) && std::equal(ranks.begin(), ranks.end(), candidate.ranks))
-      found = &candidate;
-  }
-  if (found != nullptr) {
+  if (found != end) {
     data = MapData(found->data_offset, bytes);
   } else {
     if (block_->groups == kMaxGroups)
       Fail("more than " + std::to_string(kMaxGroups) + " communication groups in one job");
-    found = &block_->group[block_->groups];
     data = Allocate(bytes, "group " + RankList(ranks), &found->data_offset);
     found->size = static_cast<int>(ranks.size());
     std::copy(ranks.begin(), ranks.end(), found->ranks);
@@ -426,12 +423,11 @@ Mailbox Job::FindMailbox(int source, int target, int64_t tag, uint64_t bytes) {
     Fail(name + " are impossible in a job of " + std::to_string(size_));
   const Locked guard(&block_->lock);
   const uint64_t total = RoundUp(slot_bytes * kMailboxDepth, kPage);
-  Mailbox found{nullptr, nullptr};
-  for (int i = 0; i < block_->mailboxes && found.block == nullptr; ++i) {
-    MailboxBlock& candidate = block_->mailbox[i];
-    if (candidate.source == source && candidate.target == target && candidate.tag == tag) found.block = &candidate;
-  }
-  if (found.block != nullptr) {
+  MailboxBlock* end = block_->mailbox + block_->mailboxes;
+  Mailbox found{std::find_if(block_->mailbox, end, [&](const MailboxBlock& known) {
+    return known.source == source && known.target == target && known.tag == tag;
+  })};
+  if (found.block != end) {
     if (found.block->slot_bytes != slot_bytes) {
       Fail(name + " have " + std::to_string(bytes) + " bytes here and about " +
            std::to_string(found.block->slot_bytes) + " on the other side");
@@ -440,7 +436,6 @@ Mailbox Job::FindMailbox(int source, int target, int64_t tag, uint64_t bytes) {
   } else {
     if (block_->mailboxes == kMaxMailboxes)
       Fail("more than " + std::to_string(kMaxMailboxes) + " Send/Receive pairs in one job");
-    found.block = &block_->mailbox[block_->mailboxes];
     found.data = Allocate(total, name, &found.block->data_offset);
     found.block->source = source;
     found.block->target = target;
@@ -485,10 +480,10 @@ void Group::CompareSignatures() const {
   const Signature* asked = block_->asked[number_ % 2];
   for (int i = 0; i < block_->size; ++i) {
     if (asked[i] == asked[index_]) continue;
-    throw JobError("rank " + std::to_string(job_->rank()) + ": the ranks disagree: here " + what_ + ", on rank " +
-                   std::to_string(block_->ranks[i]) + " another operation, type, size or root (operation code " +
-                   std::to_string(asked[i].op) + " against " + std::to_string(asked[index_].op) + ", " +
-                   std::to_string(asked[i].count) + " elements against " + std::to_string(asked[index_].count) + ")");
+    job_->Fail("the ranks disagree: here " + what_ + ", on rank " + std::to_string(block_->ranks[i]) +
+               " another operation, type, size or root (operation code " + std::to_string(asked[i].op) + " against " +
+               std::to_string(asked[index_].op) + ", " + std::to_string(asked[i].count) + " elements against " +
+               std::to_string(asked[index_].count) + ")");
   }
 }
 

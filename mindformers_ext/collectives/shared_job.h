@@ -94,7 +94,7 @@ class Group {
 
 struct Mailbox {
   MailboxBlock* block;
-  char* data;
+  char* data = nullptr;
 };
 
 struct JobBlock;
@@ -124,6 +124,8 @@ class Job {
   std::string FirstFailure() const;
   // Declares that this rank ends normally.
   void Leave();
+  // Throws a JobError that begins with this rank.
+  [[noreturn]] void Fail(const std::string& message) const;
 
  private:
   void Create(const std::string& name, double seconds);
@@ -135,7 +137,6 @@ class Job {
   void CheckPeers(const std::vector<int>& late, const std::string& what, double waited) const;
   bool Alive(int rank) const;
   std::string Describe(int rank) const;
-  [[noreturn]] void Fail(const std::string& message) const;
 
   int rank_, size_, fd_ = -1, spins_;
   double wait_seconds_;

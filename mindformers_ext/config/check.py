@@ -16,8 +16,9 @@ from mindformers_ext.config.run import Run
 from mindformers_ext.config.run_rules import Violation, refuse
 from mindformers_ext.config.strategy_rules import check_run
 from mindformers_ext.config.typed import Other
-from mindformers_ext.config.yaml_files import nearest, short
+from mindformers_ext.config.yaml_files import nearest
 from mindformers_ext.errors import ConfigError, is_full_or_closed
+from mindformers_ext.files.json_files import short
 
 MODEL = "model.model_config"
 

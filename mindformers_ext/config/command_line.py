@@ -27,15 +27,20 @@ def parse_bool_or_text(text: str) -> bool | str:
         return text
 
 
+def parse_text(text: str) -> str | None:
+    """A text as it stands; null and ~ are YAML's words for none."""
+    return None if text in ("null", "~") else text
+
+
 # Option, YAML key it sets, type, help.
 OPTIONS = (
-    ("run_mode", "run_mode", str, "train, finetune, eval or predict"),
+    ("run_mode", "run_mode", parse_text, "train, finetune, eval, predict, score or compile"),
     ("use_parallel", "use_parallel", parse_bool, "run on several devices (started by scripts/msrun_launcher.sh)"),
-    ("load_checkpoint", "load_checkpoint", str, "folder of checkpoints, of one step, or of safetensors files"),
+    ("load_checkpoint", "load_checkpoint", parse_text, "folder of checkpoints, of one step, or of safetensors files"),
     ("resume_training", "resume_training", parse_bool_or_text, "go on from load_checkpoint: True, or step_000100"),
-    ("output_dir", "output_dir", str, "folder for checkpoints, metrics and logs"),
+    ("output_dir", "output_dir", parse_text, "folder for checkpoints, metrics and logs"),
     ("seed", "seed", int, "random seed"),
-    ("device_target", "context.device_target", str, "CPU or Ascend"),
+    ("device_target", "context.device_target", parse_text, "CPU or Ascend"),
     ("device_id", "context.device_id", int, "device of a single-device run"),
     ("mode", "context.mode", int, "0 graph mode, 1 PyNative mode"),
     ("epochs", "runner_config.epochs", int, "passes over train_dataset"),
@@ -52,7 +57,7 @@ def build_parser(description: str = "") -> argparse.ArgumentParser:
     parser.add_argument("--register_path", default="research/deepseek3", help="folder of the model's Python files")
     parser.add_argument("--predict_data", nargs="+", help="one or more texts to continue (run_mode predict)")
     for name, _, kind, text in OPTIONS:
-        parser.add_argument(f"--{name}", type=kind, help=text)
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
     return parser
 
 
@@ -75,7 +80,7 @@ def parse_overrides(rest: list[str]) -> list[tuple[str, Any]]:
 
 def all_overrides(options: argparse.Namespace, rest: list[str]) -> list[tuple[str, Any]]:
     """Every key of the YAML that the command line sets."""
-    named = [(key, getattr(options, name)) for name, key, *_ in OPTIONS if getattr(options, name) is not None]
+    named = [(key, getattr(options, name)) for name, key, *_ in OPTIONS if hasattr(options, name)]
     return parse_overrides(rest) + named
 
 

@@ -1,7 +1,6 @@
 """Check what a YAML's data section asks for, and the files that it points to, before anything is built."""
 
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -15,11 +14,6 @@ from mindformers_ext.config.run import Run
 from mindformers_ext.errors import ConfigError
 
 
-def data_prefixes(data_path: Any) -> list[str]:
-    """The prefixes of a `data_path`: one text, a list of prefixes, or a list of weights and prefixes in turn."""
-    return parse_blend(data_path)[0]
-
-
 def check_data(run: Run, dataset: str) -> None:
     """Read a Megatron dataset section as the loader will, open every file and compare it with the model's sizes.
 
@@ -31,13 +25,11 @@ def check_data(run: Run, dataset: str) -> None:
     if section is None or section.megatron is None:
         return
     path, name, config = run.path, f"{dataset}.data_loader.config", section.megatron.config
-    if not config.paths:
-        raise ConfigError(f"{path}: {name}.data_path is missing; give the prefix of a .bin/.idx pair")
     asked = read_loader(run, dataset)
     check_tokenizer(run)
     vocab_size = run.value("model.model_config.vocab_size")
     for key, given in config.paths.items():
-        files = [open_dataset(prefix, f"{name}.{key}", path) for prefix in data_prefixes(given)]
+        files = [open_dataset(prefix, f"{name}.{key}", path) for prefix in parse_blend(given)[0]]
         tokens = sum(len(file.tokens) for file in files)
         if tokens < config.seq_length + 1:
             raise ConfigError(

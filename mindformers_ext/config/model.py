@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
+from mindformers_ext.config.pipeline import FOLDED, Pipeline
 from mindformers_ext.config.typed import (
     FloatType,
     NotNegative,
@@ -23,7 +24,10 @@ from mindformers_ext.config.typed import (
 )
 
 MODEL, MOE = "model.model_config", "moe_config"
-Offset = Annotated[Literal[0] | list[int], Meta(description="0, or a list with a number of layers per pipeline stage")]
+Offset = Annotated[
+    Literal[0] | Annotated[list[int | list[int]], Meta(min_length=1)],
+    Meta(description="0, or a list with a number of layers per pipeline stage, or one such list per chunk"),
+]
 NO_CACHE = (
     "this is a training system that keeps no key/value cache; predict recomputes the prompt (or export and serve with "
     "vLLM)"
@@ -75,7 +79,6 @@ ELSEWHERE = (
         ("mla_qkv_concat", "use_attn_mask_compression", "use_fused_mla", "use_pad_tokens"),
         "leave it out: it chooses among MindFormers' own layers",
     )
-    | {"pp_interleave_num": "leave it out: every pipeline stage has one run of layers"}
     | dict.fromkeys(("block_size", "num_blocks"), f"leave it out: {NO_CACHE}")
 )
 EVEN = "must be even: rotary positions turn pairs"
@@ -285,7 +288,8 @@ class ModelConfig:
     use_fused_rms_norm: bool = False
     use_fused_cross_entropy: bool = False  # CPU: head and loss in one operator that keeps no logits
     # run
-    offset: Offset = 0  # layers more (or fewer) than num_layers // pipeline_stage, per stage
+    pp_interleave_num: Positive = 1  # chunks of layers in each pipeline stage
+    offset: Offset = 0  # layers more (or fewer) than num_layers // pipeline_stage // pp_interleave_num, per stage
     return_extra_loss: bool = True  # add the balance losses to the loss
     use_past: Annotated[bool, Only(False, NO_CACHE)] = False
     checkpoint_name_or_path: str | None = ""
@@ -337,12 +341,10 @@ class ModelConfig:
         """True when decoder layer `layer` (from 0, MTP's follow the last) has experts."""
         return self.moe_config.expert_num > 1 and layer >= self.moe_config.first_k_dense_replace
 
-    def layers_per_stage(self, stages: int) -> list[int]:
-        """Decoder layers of each pipeline stage, without MTP's, which lie on the last."""
-        if isinstance(self.offset, list):
-            return [self.num_layers // stages + more for more in self.offset]
-        base, rest = divmod(self.num_layers, stages)  # as MindFormers, the remainder goes to the last stages
-        return [base + (stage >= stages - rest) for stage in range(stages)]
+    def pipeline(self, stages: int, scheduler: str = "1f1b") -> Pipeline:
+        """Where every decoder layer lies."""
+        folded = scheduler == FOLDED
+        return Pipeline(self.num_layers, self.mtp_depth, stages, self.pp_interleave_num, folded, self.offset)
 
     def _check_sizes(self) -> None:
         rule = f"MLA has one key/value head per query head: leave it out or set num_heads = {self.num_heads}"

@@ -13,6 +13,7 @@ def one_process_overrides(run: Run) -> dict[str, Any]:
         "parallel_config": {},
         "recompute_config": {},
         "model.model_config.offset": 0,
+        "model.model_config.pp_interleave_num": 1,
         "runner_config.batch_size": run.global_batch,
         "runner_config.gradient_accumulation_steps": 1,
     }

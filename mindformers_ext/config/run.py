@@ -7,15 +7,17 @@ a run takes this object; strings with dots and mappings of the YAML stay in this
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from mindformers_ext.config.model import FAMILIES, ModelConfig, MoeConfig
+from mindformers_ext.config.pipeline import Pipeline
 from mindformers_ext.config.sections import (
     CHECKPOINTS,
-    NO_EVALUATION,
     Arch,
     Callback,
     Context,
@@ -36,7 +38,7 @@ from mindformers_ext.config.sections import (
     Trainer,
     Wrapper,
 )
-from mindformers_ext.config.typed import NotNegative, Only, Positive, Reader, dotted_keys, only, says
+from mindformers_ext.config.typed import NotNegative, Only, Positive, PositiveNumber, Reader, dotted_keys, only, says
 from mindformers_ext.config.yaml_files import load_yaml, lookup, override
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -66,7 +68,7 @@ class Sections:
 
     seed: NotNegative = 0
     output_dir: Text = "./output"
-    run_mode: Literal["train", "finetune", "eval", "predict"] = "train"
+    run_mode: Literal["train", "finetune", "eval", "predict", "score", "compile"] = "train"
     use_parallel: bool = False
     load_checkpoint: str | None = ""
     resume_training: Resume = False
@@ -92,12 +94,19 @@ class Sections:
     swap_config: SwapConfig | None = None
     monitor_config: MonitorConfig | None = None
     tensorboard: Tensorboard | None = None
-    use_skip_data_by_global_norm: bool = False
+    use_skip_data_by_global_norm: bool = False  # leave bad steps out; monitor_config says what is bad
+    do_eval: bool = False  # evaluate eval_dataset while training,
+    eval_step_interval: Positive = 100  # every so many steps
+    use_graceful_exit: bool = False  # end after the step on SIGTERM, SIGUSR1 or the file OUTPUT_DIR/kill_switch
+    max_train_hours: PositiveNumber | None = None  # end after the step when the process is this old
+    max_step_minutes: PositiveNumber | None = None  # a rank whose step takes longer is named and ended
+    data_skip_steps: NotNegative | None = None  # batches that a training from its start leaves out
+    ignore_data_skip: bool = False  # resume the training, and begin the data from its start
     auto_tune: bool = False
     filepath_prefix: Text | None = None
     autotune_per_step: Positive | None = None
     passed_on = {
-        bool: "ignore_data_skip lr_scale check_for_nan_in_loss_and_grad profile profile_communication "
+        bool: "lr_scale check_for_nan_in_loss_and_grad profile profile_communication "
         "profile_memory profile_pipeline init_start_profile mstx",
         bool | None: "train_precision_sync infer_precision_sync",
         Positive: "lr_scale_factor profile_start_step profile_stop_step",
@@ -105,19 +114,16 @@ class Sections:
         list[NotNegative] | None: "profile_rank_ids",
         Annotated[int, Only(1, TWICE)]: "micro_batch_interleave_num",
         Annotated[bool, Only(False, BY_BATCH)]: "calculate_per_token_loss",
-        only(False, NO_EVALUATION): "do_eval",
-        only(100, NO_EVALUATION): "eval_step_interval",
-        only(-1, NO_EVALUATION): "eval_epoch_interval",
-        only(None, NO_EVALUATION): "eval_callbacks metric",
+        only(-1, "eval_step_interval counts steps"): "eval_epoch_interval",
+        only(None, "do_eval finds loss and perplexity, and writes them to eval.jsonl"): "eval_callbacks metric",
         only("safetensors", CHECKPOINTS): "load_ckpt_format",
         only(True, CHECKPOINTS): "use_legacy_format",
         only(False, CHECKPOINTS): "auto_trans_ckpt only_save_strategy load_ckpt_async remove_redundancy "
-        "transform_by_rank balanced_load use_checkpoint_health_monitor resume_by_last_timestamp_ckpt",
+        "transform_by_rank balanced_load resume_by_last_timestamp_ckpt",
+        only(False, "the callback CheckpointMonitor has check_health"): "use_checkpoint_health_monitor",
         only(1, CHECKPOINTS): "transform_process_num reshard_worker_num",
         only("", CHECKPOINTS): "src_strategy_path_or_dir",
         only(None, CHECKPOINTS): "checkpoint npu_num_per_node remote_save_url",
-        only(False, "it ends the run without one of this project's checkpoints"): "use_graceful_exit",
-        only(None, "a checkpoint's position in the data would not count the steps left out"): "data_skip_steps",
         only("", HUGGINGFACE): "pretrained_model_dir",
         only(True, LEGACY): "use_legacy",
         only(None, GENERATION): "adapter_id generation_config predict_batch_size save_file top_k",
@@ -129,6 +135,11 @@ class Sections:
         only(False, "MindFormers 1.9 reads it nowhere"): "exclude_cann_cpu",
         only(False, "nothing is uploaded; convert_reversed.py writes a HuggingFace folder"): "push_to_hub",
     }
+
+
+def said(dotted_key: str) -> property:
+    """What the sections of a run say at `section.key`."""
+    return property(attrgetter(f"sections.{dotted_key}"))
 
 
 @dataclass
@@ -148,6 +159,20 @@ class Run:
     model: ModelConfig | None
     device_num: int
     values: dict[str, Any] = field(repr=False)
+
+    dp = said("parallel_config.data_parallel")
+    cp = said("parallel_config.context_parallel")
+    mp = said("parallel_config.model_parallel")
+    pp = said("parallel_config.pipeline_stage")
+    ep = said("parallel_config.expert_parallel")
+    batch_size = said("runner_config.batch_size")  # sequences of a data-parallel rank and micro-batch
+    sequence_parallel = said("parallel_config.use_seq_parallel")  # tokens lie on mp between its operators
+    recompute = said("recompute_config.recompute")  # layers that are computed again in the backward
+    select_recompute = said("recompute_config.select_recompute")  # layers of which only some operators are
+    # Weights and optimizer states are split over their copies; over how many (-1: all); gradient buffers are too.
+    shard_optimizer = said("parallel.enable_parallel_optimizer")
+    optimizer_shard_size = said("parallel.parallel_optimizer_config.optimizer_weight_shard_size")
+    shard_gradients = said("parallel.parallel_optimizer_config.gradient_accumulation_shard")
 
     @classmethod
     def of(cls, values: dict[str, Any], path: str | Path, device_num: int | None = None) -> "Run":
@@ -196,33 +221,13 @@ class Run:
 
     @property
     def trains(self) -> bool:
-        """True for run modes that change weights."""
-        return self.sections.run_mode in ("train", "finetune")
+        """True for run modes that change weights, or compile what would."""
+        return self.sections.run_mode in ("train", "finetune", "compile")
 
     @property
-    def dp(self) -> int:
-        """Data parallel ranks."""
-        return self.sections.parallel_config.data_parallel
-
-    @property
-    def cp(self) -> int:
-        """Context parallel ranks."""
-        return self.sections.parallel_config.context_parallel
-
-    @property
-    def mp(self) -> int:
-        """Model (tensor) parallel ranks."""
-        return self.sections.parallel_config.model_parallel
-
-    @property
-    def pp(self) -> int:
-        """Pipeline stages."""
-        return self.sections.parallel_config.pipeline_stage
-
-    @property
-    def ep(self) -> int:
-        """Expert parallel ranks."""
-        return self.sections.parallel_config.expert_parallel
+    def only_compiles(self) -> bool:
+        """True when the run ends where training would begin."""
+        return self.sections.run_mode == "compile"
 
     @property
     def devices_per_stage(self) -> int:
@@ -237,11 +242,6 @@ class Run:
         return self.sections.runner_config.gradient_accumulation_steps
 
     @property
-    def batch_size(self) -> int:
-        """Sequences of a data-parallel rank and micro-batch."""
-        return self.sections.runner_config.batch_size
-
-    @property
     def global_batch(self) -> int:
         """Sequences per optimizer step."""
         return self.batch_size * self.dp * self.micro_batches
@@ -252,39 +252,9 @@ class Run:
         return self.global_batch * self.model.seq_length
 
     @property
-    def sequence_parallel(self) -> bool:
-        """Tokens lie on model_parallel between its operators."""
-        return self.sections.parallel_config.use_seq_parallel
-
-    @property
     def vocab_emb_dp(self) -> bool:
         """Every rank holds the whole embedding; MindFormers resets it with a pipeline."""
         return self.sections.parallel_config.vocab_emb_dp and self.pp == 1
-
-    @property
-    def recompute(self) -> bool | list[int]:
-        """Layers that are computed again in the backward."""
-        return self.sections.recompute_config.recompute
-
-    @property
-    def select_recompute(self) -> bool | list[int]:
-        """Layers of which only some operators are."""
-        return self.sections.recompute_config.select_recompute
-
-    @property
-    def shard_optimizer(self) -> bool:
-        """Weights and optimizer states are split over their copies."""
-        return self.sections.parallel.enable_parallel_optimizer
-
-    @property
-    def optimizer_shard_size(self) -> int:
-        """Over how many; -1: all."""
-        return self.sections.parallel.parallel_optimizer_config.optimizer_weight_shard_size
-
-    @property
-    def shard_gradients(self) -> bool:
-        """Gradient accumulation buffers are split like the optimizer states."""
-        return self.sections.parallel.parallel_optimizer_config.gradient_accumulation_shard
 
     @property
     def optimizer_threshold_bytes(self) -> int:
@@ -292,18 +262,23 @@ class Run:
         return self.sections.parallel.parallel_optimizer_config.parallel_optimizer_threshold * 1024
 
     @property
-    def layers_per_stage(self) -> list[int]:
-        """Decoder layers of each stage, without MTP's, which lie on the last."""
-        return self.model.layers_per_stage(self.pp)
+    def scheduler(self) -> str:
+        """The order of micro-batches in the pipeline."""
+        return self.sections.parallel.pipeline_config.pipeline_scheduler
+
+    @property
+    def chunks(self) -> int:
+        """Runs of layers in each stage."""
+        return self.model.pp_interleave_num
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """Where every decoder layer lies."""
+        return self.model.pipeline(self.pp, self.scheduler)
 
     def layers_of(self, stage: int) -> list[int]:
         """Decoder layers of `stage`; layer num_layers and above are MTP's."""
-        counts = self.layers_per_stage
-        first = sum(counts[:stage])
-        layers = list(range(first, first + counts[stage]))
-        if stage == self.pp - 1:
-            layers += range(self.model.num_layers, self.model.layers_in_all)
-        return layers
+        return self.pipeline.layers_of(stage)
 
     def stage_of(self, rank: int) -> int:
         """Pipeline stage of a global rank: stages are blocks of consecutive ranks."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from mindformers_ext.config.run import Run
 from mindformers_ext.config.sections import AdamW, AdapterMonitor, CheckpointMonitor, Dataset, TopkBiasBalance
-from mindformers_ext.config.yaml_files import short
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.files.json_files import short
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ def what_training_needs(run: Run) -> Iterator[Violation]:
         yield Violation("model.arch", "training needs this section")
 
 
+def what_compiling_needs(run: Run) -> Iterator[Violation]:
+    if run.only_compiles and not run.is_semi_auto:
+        yield Violation("run_mode", "only a graph that is split over ranks is compiled before it runs; leave it out")
+
+
 def what_inference_needs(run: Run) -> Iterator[Violation]:
     s = run.sections
     if run.trains:
@@ -56,7 +61,7 @@ def dataset_in_use(run: Run) -> tuple[str, Dataset | None]:
     """Name and section of the Megatron data that the run reads: training is not refused for its eval section."""
     name = "eval_dataset" if run.sections.run_mode == "eval" else "train_dataset"
     dataset = getattr(run.sections, name)
-    reads = run.sections.run_mode != "predict" and dataset is not None and dataset.megatron is not None
+    reads = run.sections.run_mode not in ("predict", "score") and dataset is not None and dataset.megatron is not None
     return name, dataset if reads else None
 
 
@@ -153,6 +158,19 @@ def keys_that_need_others(run: Run) -> Iterator[Violation]:
         yield Violation("auto_tune", "it needs filepath_prefix, a folder for what it finds, and autotune_per_step")
     if s.use_skip_data_by_global_norm and run.trains and not run.value("runner_wrapper.use_clip_grad"):
         yield Violation("use_skip_data_by_global_norm", "the norm is known with runner_wrapper.use_clip_grad only")
+    sinks = not run.on_cpu and run.value("runner_config.sink_mode")
+    if s.use_skip_data_by_global_norm and sinks and run.value("runner_config.sink_size") not in (None, 1):
+        yield Violation("runner_config.sink_size", "use_skip_data_by_global_norm looks at every step; set it to 1")
+    if s.do_eval and run.trains:
+        if s.eval_dataset is None or s.eval_dataset.megatron is None:
+            yield Violation("do_eval", "it needs the section eval_dataset with Megatron files")
+        if not any(isinstance(item, CheckpointMonitor) for item in s.callbacks):
+            yield Violation("do_eval", "it evaluates checkpoints; add `- type: CheckpointMonitor` to callbacks")
+    for key in ("global_norm_spike_threshold", "global_norm_spike_factor"):
+        if not s.use_skip_data_by_global_norm and run.value(f"monitor_config.{key}") is not None:
+            yield Violation(f"monitor_config.{key}", "only use_skip_data_by_global_norm reads it; set it to True")
+    if s.data_skip_steps and s.ignore_data_skip:
+        yield Violation("data_skip_steps", "ignore_data_skip begins the data from its start; set it to False")
     for key in ("amsgrad", "maximize"):
         if isinstance(s.optimizer, AdamW) and getattr(s.optimizer, key) and not s.optimizer.use_fused:
             yield Violation(f"optimizer.{key}", "MindFormers' AdamW has it with use_fused only")
@@ -189,6 +207,7 @@ def operators_of_a_card(run: Run) -> Iterator[Violation]:
 
 RUN_RULES = (
     what_training_needs,
+    what_compiling_needs,
     what_inference_needs,
     data_of_a_run,
     the_models_own_network,

@@ -26,8 +26,8 @@ MEGATRON = "BlendedMegatronDatasetDataLoader"
 Text = Annotated[str, Meta(min_length=1)]
 AllOr = Annotated[int, Meta(ge=-1, description="a whole number of at least 1, or -1 for all")]
 Layers = Annotated[
-    bool | Annotated[list[int], Meta(min_length=1)],
-    Meta(description="True, False, or a list with a number of layers per pipeline stage"),
+    bool | Annotated[list[int | list[int]], Meta(min_length=1)],
+    Meta(description="True, False, or a list with a number of layers per pipeline stage, or one such list per chunk"),
 ]
 Shares = Annotated[
     Text | Annotated[list[Text | int | float], Meta(min_length=1)],
@@ -47,7 +47,7 @@ Sizes = Annotated[list[NotNegative], Meta(min_length=3, max_length=3)]
 Columns = Annotated[list[str], Meta(min_length=1)]
 GigaBytes = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)?GB$", description="a text like '55GB'")]
 SEARCH = "only a search for strategies reads it, which these models are not split by"
-NO_EVALUATION = "a training run evaluates nothing; use --run_mode eval on its checkpoints"
+NO_EVALUATION = "do_eval evaluates while training, and its callback keeps the best checkpoint"
 CHECKPOINTS = (
     "checkpoints are this project's own: load_checkpoint reads one into any layout, the callback CheckpointMonitor "
     "says how they are saved"
@@ -151,7 +151,7 @@ class PipelineConfig:
     """pipeline_config of the parallel section."""
 
     pipeline_interleave: bool = False
-    passed_on = {only("1f1b", "MindSpore has the others with pipeline_interleave only"): "pipeline_scheduler"}
+    pipeline_scheduler: only("1f1b", "no other order of micro-batches has been proved with these models") = "1f1b"
 
 
 @dataclass(kw_only=True)
@@ -242,16 +242,20 @@ class Context:
 
 @dataclass(kw_only=True)
 class MonitorConfig:
-    """MindFormers' TrainingStateMonitor."""
+    """MindFormers' TrainingStateMonitor; and with use_skip_data_by_global_norm, which steps are left out."""
 
     monitor_on: bool = False
+    global_norm_spike_threshold: PositiveNumber | None = None  # the norm of a step that counts is below it,
+    global_norm_spike_factor: Annotated[float, Meta(gt=1)] | None = None  # and below this times the running median
+    global_norm_spike_window: Positive = 64  # of so many steps, from when there are as many
+    global_norm_spike_count_threshold: Positive = 10  # steps in a row that may be left out
+    own = ("global_norm_spike_factor", "global_norm_spike_window")  # that MindFormers does not know
     passed_on = {
         str: "dump_path",
         list[str] | None: "target",
         bool: "invert print_struct",
-        Positive: "step_interval global_norm_spike_count_threshold",
+        Positive: "step_interval",
         Formats: "local_norm_format device_local_norm_format optimizer_state_format weight_state_format",
-        PositiveNumber: "global_norm_spike_threshold",
         PositiveNumber | None: "throughput_baseline",
         dict[str, Any] | None: "stable_rank_config",
         only(None, OTHER_LAYERS): "local_loss_format device_local_loss_format max_attention_logit_format",
@@ -304,6 +308,10 @@ class MegatronLoader:
         Literal["train", "valid", "eval", "dev", "test"]: "phase",
         only(None, "MindFormers fills it in with the input_columns of the dataset"): "column_names",
         only(0, "training sets it when it goes on with another batch size"): "first_sample",
+        Annotated[
+            list[Annotated[list[NotNegative], Meta(min_length=2, max_length=2)]],
+            Meta(description="a list of ranges of samples, each [first, one after the last]"),
+        ]: "leave_out",
         Text: "auto_register",
     }
 
@@ -366,7 +374,8 @@ class Tokenizer:
 
     tokenizer_file: Text | None = None
     passed_on = {
-        only(None, "a tokenizer is its tokenizer.json, named by tokenizer_file"): "type auto_register vocab_file"
+        only("PreTrainedTokenizerFast", "tokenizer_file is read, which is that class's"): "type",
+        only(None, "a tokenizer is its tokenizer.json, named by tokenizer_file"): "auto_register vocab_file",
     }
 
 
@@ -537,10 +546,23 @@ class Wrapper(Choice):
 
 
 @dataclass(kw_only=True)
+class Monitors:
+    """monitors of TrainingMetrics: every how many steps each looks; None: never (training/monitors.py)."""
+
+    gradient_norms: Positive | None = None  # before clipping; keeps a copy of the first moments during the step
+    weight_norms: Positive | None = None
+    update_norms: Positive | None = None  # of what the step changed; keeps a copy of the weights during the step
+    moment_norms: Positive | None = None  # of AdamW's first and second moments
+    experts: Positive | None = None  # entropy of the loads, experts without a token
+    times: Positive | None = None  # seconds in the step, and between steps
+
+
+@dataclass(kw_only=True)
 class TrainingMetrics:
     """training/metrics.py."""
 
     type: str
+    monitors: Monitors | None = None
     passed_on = {
         Text: "output_dir",
         Positive: "per_print_times",
@@ -558,7 +580,10 @@ class CheckpointMonitor:
     passed_on = {
         str: "prefix",
         Positive: "save_checkpoint_steps keep_checkpoint_max",
-        bool: "async_save",
+        Positive | None: "keep_every_steps",
+        bool: "async_save check_health",
+        Annotated[float, Meta(gt=1)]: "embedding_norm_factor",
+        PositiveNumber | None: "max_expert_bias",
         Annotated[bool, Only(False, "every rank saves its own part")]: "integrated_save",
         Literal["safetensors"]: "checkpoint_format",
     }

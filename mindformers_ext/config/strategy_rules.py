@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from math import gcd
 
 from mindformers_ext.config.model import FAMILIES
+from mindformers_ext.config.pipeline import by_chunk
 from mindformers_ext.config.run import Run
 from mindformers_ext.config.run_rules import CPU_RULES, RUN_RULES, Violation
 from mindformers_ext.config.typed import divisors_near, legal_words, nearest_legal
@@ -200,15 +201,43 @@ def capacity_groups(plan: Run) -> Iterator[Violation]:
         )
 
 
-def stages_within_layers(plan: Run) -> Iterator[Violation]:
-    if plan.pp > plan.model.num_layers:
-        layers = plan.model.num_layers
-        near = nearest_legal(layers, lambda n: plan.device_num % n == 0, layers)
+def chunks_and_their_switch(plan: Run) -> Iterator[Violation]:
+    """A stage has several chunks when model and MindSpore's context both say so; only then other schedulers work."""
+    pipeline, chunks = plan.sections.parallel.pipeline_config, plan.chunks
+    if chunks > 1 and plan.pp == 1:
         yield Violation(
-            "parallel_config.pipeline_stage",
-            f"every stage needs a layer, but pipeline_stage is {plan.pp} and num_layers is {layers}; "
-            f"{legal_words(near)}",
+            "model.model_config.pp_interleave_num",
+            "chunks of a stage need a pipeline, and pipeline_stage is 1; nearest legal: 1",
         )
+    elif pipeline.pipeline_interleave and plan.pp == 1:
+        yield Violation(
+            "parallel.pipeline_config.pipeline_interleave",
+            "pipeline_stage is 1, which has no order to change; nearest legal: False",
+        )
+    elif chunks > 1 and not pipeline.pipeline_interleave:
+        yield Violation(
+            "model.model_config.pp_interleave_num",
+            "MindSpore orders chunks only with parallel.pipeline_config.pipeline_interleave True; set it, or leave "
+            "pp_interleave_num out",
+        )
+    elif chunks == 1 and pipeline.pipeline_interleave and plan.scheduler == "1f1b":
+        yield Violation(
+            "parallel.pipeline_config.pipeline_interleave",
+            "stages have one chunk of layers; set model.model_config.pp_interleave_num to 2 or more, or leave it out",
+        )
+
+
+def stages_within_layers(plan: Run) -> Iterator[Violation]:
+    layers, chunks = plan.model.num_layers, plan.chunks
+    if plan.pp * chunks > layers:
+        near = nearest_legal(layers, lambda n: plan.device_num % n == 0 and n * chunks <= layers, layers)
+        if chunks > 1:
+            held = (
+                f"every chunk of a stage needs a layer, but pipeline_stage x pp_interleave_num is {plan.pp} x {chunks}"
+            )
+        else:
+            held = f"every stage needs a layer, but pipeline_stage is {plan.pp}"
+        yield Violation("parallel_config.pipeline_stage", f"{held} and num_layers is {layers}; {legal_words(near)}")
 
 
 def micro_batches_fill_stages(plan: Run) -> Iterator[Violation]:
@@ -220,64 +249,86 @@ def micro_batches_fill_stages(plan: Run) -> Iterator[Violation]:
         )
 
 
+def wrong_form(key: str, value: list, plan: Run, example: str = "") -> Iterator[Violation]:
+    """A list is one number per stage, or one such list per chunk."""
+    rows = [row for row in value if isinstance(row, list)]
+    name = key.rpartition(".")[2]
+    if not rows and len(value) != plan.pp:
+        yield Violation(
+            key,
+            f"{name} needs one number per pipeline stage, but has {len(value)} and pipeline_stage is {plan.pp}; "
+            f"nearest legal: {example}",
+        )
+    elif rows and (len(rows) != len(value) or len(rows) != plan.chunks or any(len(row) != plan.pp for row in rows)):
+        yield Violation(
+            key,
+            f"{name} needs one list per chunk, each with one number per pipeline stage, but pp_interleave_num is "
+            f"{plan.chunks} and pipeline_stage is {plan.pp}; nearest legal: {example}",
+        )
+
+
 def offset_list(plan: Run) -> Iterator[Violation]:
-    offset, layers, pp = plan.model.offset, plan.model.num_layers, plan.pp
+    key, offset, layers, pp, chunks = (
+        "model.model_config.offset",
+        plan.model.offset,
+        plan.model.num_layers,
+        plan.pp,
+        plan.chunks,
+    )
     if not isinstance(offset, list):
         return
-    base, rest = divmod(layers, pp)
-    even = [1] * rest + [0] * (pp - rest)
-    if len(offset) != pp:
+    base, rest = divmod(layers, pp * plan.chunks)
+    first = plan.pipeline.way[:rest]
+    rows = [[int((stage, chunk) in first) for stage in range(pp)] for chunk in range(plan.chunks)]
+    example = rows if plan.chunks > 1 else rows[0]
+    if found := [*wrong_form(key, offset, plan, str(example))]:
+        yield from found
+        return
+    rows = by_chunk(offset, plan.chunks)
+    total = sum(map(sum, rows))
+    if total != rest:
+        ways = "num_layers // pipeline_stage" + (" // pp_interleave_num" if chunks > 1 else "")
+        what = "chunk of stage i holds" if chunks > 1 else "stage i holds"
         yield Violation(
-            "model.model_config.offset",
-            f"offset needs one number per pipeline stage, but has {len(offset)} and pipeline_stage is {pp}; "
-            f"nearest legal: {even}",
+            key,
+            f"{what} {ways} + offset[i] = {base} + offset[i] layers, which must sum to num_layers = {layers}, but the "
+            f"offsets sum to {total} instead of {rest} and give {base * pp * chunks + total} layers; nearest legal: "
+            f"{example}",
         )
-    elif sum(offset) != rest:
-        yield Violation(
-            "model.model_config.offset",
-            f"stage i holds num_layers // pipeline_stage + offset[i] = {base} + offset[i] layers, which must sum to "
-            f"num_layers = {layers}, but the offsets sum to {sum(offset)} instead of {rest} and give "
-            f"{base * pp + sum(offset)} layers; nearest legal: {even}",
-        )
-    for stage, count in enumerate(plan.layers_per_stage):
+    for (stage, chunk), count in plan.pipeline.counts.items():
         if count < 1:
+            place = f"[{chunk}][{stage}]" if isinstance(offset[0], list) else f"[{stage}]"
+            what = f"chunk {chunk} of stage {stage}" if chunks > 1 else f"stage {stage}"
             yield Violation(
-                "model.model_config.offset",
-                f"every stage needs a layer, but stage {stage} holds {base} + ({count - base}) = {count}; "
-                f"nearest legal: offset[{stage}] = {1 - base}",
+                key,
+                f"every {'chunk' if chunks > 1 else 'stage'} needs a layer, but {what} holds {base} + ({count - base}) "
+                f"= {count}; nearest legal: offset{place} = {1 - base}",
             )
 
 
 def recompute_lists(plan: Run) -> Iterator[Violation]:
-    if len(plan.layers_per_stage) != plan.pp:
-        return  # an offset list of another length: its own rule speaks
-    held_by_stage = [len(plan.layers_of(stage)) for stage in range(plan.pp)]
-    for key, value in (("recompute", plan.recompute), ("select_recompute", plan.select_recompute)):
+    if [*offset_list(plan)]:
+        return  # its own rule speaks
+    held = {place: len(plan.pipeline.layers_of(*place)) for place in plan.pipeline.way}
+    by_stage = [len(plan.layers_of(stage)) for stage in range(plan.pp)]
+    for name, value in (("recompute", plan.recompute), ("select_recompute", plan.select_recompute)):
         if not isinstance(value, list):
             continue
-        if len(value) != plan.pp:
-            yield Violation(
-                f"recompute_config.{key}",
-                f"{key} needs one number of layers per pipeline stage, but has {len(value)} and pipeline_stage is "
-                f"{plan.pp}; nearest legal: a list of {plan.pp} numbers up to {held_by_stage}",
-            )
+        key = f"recompute_config.{name}"
+        if found := [*wrong_form(key, value, plan, f"a list of {plan.pp} numbers up to {by_stage}")]:
+            yield from found
             continue
-        for stage, (asked, held) in enumerate(zip(value, held_by_stage, strict=True)):
-            if not 0 <= asked <= held:
+        in_chunks = isinstance(value[0], list)
+        for stage, chunk in held if in_chunks else [(stage, 0) for stage in range(plan.pp)]:
+            asked, most = (value[chunk][stage], held[stage, chunk]) if in_chunks else (value[stage], by_stage[stage])
+            if not 0 <= asked <= most:
+                place = f"[{chunk}][{stage}]" if in_chunks else f"[{stage}]"
+                what = f"chunk {chunk} of stage {stage}" if in_chunks else f"stage {stage}"
                 yield Violation(
-                    f"recompute_config.{key}",
-                    f"{key}[{stage}] must lie between 0 and the layers of stage {stage}, but is {asked} and the stage "
-                    f"holds {held}; {legal_words([min(max(asked, 0), held)])}",
+                    key,
+                    f"{name}{place} must lie between 0 and the layers of {what}, but is {asked} and "
+                    f"{'it' if in_chunks else 'the stage'} holds {most}; {legal_words([min(max(asked, 0), most)])}",
                 )
-
-
-def plain_pipeline(plan: Run) -> Iterator[Violation]:
-    if plan.sections.parallel.pipeline_config.pipeline_interleave:
-        yield Violation(
-            "parallel.pipeline_config.pipeline_interleave",
-            "interleaving needs several runs of layers in a stage (MindSpore's Cell.pipeline_segment), and this model "
-            "gives every stage one run; nearest legal: False",
-        )
 
 
 def tied_embeddings(plan: Run) -> Iterator[Violation]:
@@ -348,9 +399,9 @@ RULES = (
     experts_need_sequence_parallel,
     sequence_over_devices,
     capacity_groups,
+    chunks_and_their_switch,
     stages_within_layers,
     micro_batches_fill_stages,
-    plain_pipeline,
     offset_list,
     recompute_lists,
     tied_embeddings,

@@ -16,8 +16,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from mindformers_ext.config.yaml_files import nearest, short
+from mindformers_ext.config.yaml_files import nearest
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.files.json_files import short
 
 LARGEST_WHOLE, LARGEST_NUMBER = 2**62, 3e38  # what int64 and float32 can hold
 

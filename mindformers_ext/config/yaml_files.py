@@ -95,12 +95,6 @@ def lookup(config: dict, dotted_key: str, default: Any = None) -> Any:
     return value
 
 
-def short(value: Any) -> str:
-    """A value as it is shown in an error, cut to one readable piece."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def nearest(key: Any, legal: Iterable[str]) -> str:
     """Say which legal key is closest to a mistyped one."""
     near = difflib.get_close_matches(str(key), map(str, legal), n=1, cutoff=0.5)

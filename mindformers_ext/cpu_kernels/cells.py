@@ -6,6 +6,10 @@ Legend: T tokens, H hidden, F expert width, L experts, K experts per token, R = 
 B batch, N heads, S sequence, D head width, V vocabulary.
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -14,68 +18,76 @@ from mindspore.ops import signature as sig
 from mindformers_ext.cpu_kernels.library import custom
 
 
-class RmsNorm(nn.Cell):
+class Kernel(nn.Cell):
+    """One operator of the library (see `custom`), called with its inputs."""
+
+    def __init__(self, *operator, **attributes):
+        super().__init__()
+        self.operator = custom(*operator, **attributes)
+
+    def construct(self, *inputs):
+        return self.operator(*inputs)
+
+
+class FirstOf(Kernel):
+    """An operator whose first output is the result; the others are kept for its gradient."""
+
+    def construct(self, *inputs):
+        return self.operator(*inputs)[0]
+
+
+class Attention(nn.Cell):
+    """An operator with a mask as its last input, which it does not have where that is None: causal."""
+
+    def __init__(self, operator: Callable, causal_bprop: Callable, masked_bprop: Callable):
+        super().__init__()
+        self.causal, self.masked = operator(bprop=causal_bprop), operator(bprop=masked_bprop)
+
+    def construct(self, *inputs):
+        if inputs[-1] is None:
+            return self.causal(*inputs[:-1])[0]
+        return self.masked(*inputs)[0]
+
+
+class RmsNorm(FirstOf):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
 
     def __init__(self, eps: float):
-        super().__init__()
-        grad = custom("RmsNormGrad", lambda dy, x, r, w: (x, w), lambda dy, x, r, w: (x, w))
+        grad = custom("RmsNormGrad", lambda dy, x, r, w: (x, w))
 
         def bprop(x, weight, out, dout):
             return grad(dout[0], x, out[1], weight)
 
-        self.norm = custom("RmsNorm", lambda x, w: (x, rows_of(x)), lambda x, w: (x, mstype.float32), bprop, eps=eps)
+        def shapes(x, w):
+            return x, (math.prod(x[:-1]),)
 
-    def construct(self, x, weight):
-        return self.norm(x, weight)[0]
-
-
-def rows_of(shape) -> tuple[int, ...]:
-    """All axes but the last, as one."""
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return (rows,)
+        super().__init__("RmsNorm", shapes, lambda x, w: (x, mstype.float32), bprop, eps=eps)
 
 
-class FlashAttention(nn.Cell):
+class FlashAttention(Attention):
     """softmax(query key^T * scale) value without scores in memory; mask None (causal) or uint8, 1 may not be attended.
 
     query, key (B, N, S, D), value (B, N, S, Dv), mask (1 or B, 1, S, S) -> (B, N, S, Dv).
     """
 
     def __init__(self, scale: float):
-        super().__init__()
-        self.causal = self._operator(scale, masked=False)
-        self.masked = self._operator(scale, masked=True)
-
-    @staticmethod
-    def _operator(scale: float, masked: bool) -> ops.Custom:
         rule = dict(scale=scale, diagonal=0)
-        grad = custom("FlashAttentionGrad", lambda d, q, k, v, *_: (q, k, v), lambda d, q, k, v, *_: (q, k, v), **rule)
+        grad = custom("FlashAttentionGrad", lambda d, q, k, v, *_: (q, k, v), **rule)
 
         def causal_bprop(query, key, value, out, dout):
             return grad(dout[0], query, key, value, out[0], out[1])
 
         def masked_bprop(query, key, value, mask, out, dout):
-            dquery, dkey, dvalue = grad(dout[0], query, key, value, out[0], out[1], mask)
-            return dquery, dkey, dvalue, ops.zeros_like(mask)
+            return (*grad(dout[0], query, key, value, out[0], out[1], mask), ops.zeros_like(mask))
 
-        return custom(
-            "FlashAttention",
-            lambda q, k, v, *_: (tuple(q[:3]) + (v[3],), tuple(q[:3])),
-            lambda q, k, v, *_: (q, mstype.float32),
-            masked_bprop if masked else causal_bprop,
-            **rule,
-        )
+        def shapes(q, k, v, *_):
+            return (*q[:3], v[3]), tuple(q[:3])
 
-    def construct(self, query, key, value, mask):
-        if mask is None:
-            return self.causal(query, key, value)[0]
-        return self.masked(query, key, value, mask)[0]
+        operator = partial(custom, "FlashAttention", shapes, lambda q, *_: (q, mstype.float32), **rule)
+        super().__init__(operator, causal_bprop, masked_bprop)
 
 
-class LatentAttention(nn.Cell):
+class LatentAttention(Attention):
     """Causal or masked attention of MLA from its projections to the context, heads, rotation and shared key included.
 
     (T, N*Dv) <- query (T, N*(nope+rope)), kv (T, N*(nope+Dv)): each head's key and value side by side, k_pe (T, rope),
@@ -84,16 +96,8 @@ class LatentAttention(nn.Cell):
     """
 
     def __init__(self, heads: int, scale: float):
-        super().__init__()
-        self.causal = self._operator(heads, scale, masked=False)
-        self.masked = self._operator(heads, scale, masked=True)
-
-    @staticmethod
-    def _operator(heads: int, scale: float, masked: bool) -> ops.Custom:
         rule = dict(heads=heads, scale=scale)
-        grad = custom(
-            "LatentAttentionGrad", lambda d, q, kv, pe, *_: (q, kv, pe), lambda d, q, kv, pe, *_: (q, kv, pe), **rule
-        )
+        grad = custom("LatentAttentionGrad", lambda d, q, kv, pe, *_: (q, kv, pe), **rule)
 
         def causal_bprop(query, kv, k_pe, cos, sin, out, dout):
             gradients = grad(dout[0], query, kv, k_pe, cos, sin, out[0], out[1])
@@ -106,88 +110,64 @@ class LatentAttention(nn.Cell):
         def shapes(q, kv, pe, cos, *_):
             return (q[0], kv[1] - q[1] + heads * pe[1]), (q[0] // cos[2], heads, cos[2])
 
-        bprop = masked_bprop if masked else causal_bprop
-        return custom("LatentAttention", shapes, lambda q, *_: (q, mstype.float32), bprop, **rule)
-
-    def construct(self, query, kv, k_pe, cos, sin, mask):
-        if mask is None:
-            return self.causal(query, kv, k_pe, cos, sin)[0]
-        return self.masked(query, kv, k_pe, cos, sin, mask)[0]
+        operator = partial(custom, "LatentAttention", shapes, lambda q, *_: (q, mstype.float32), **rule)
+        super().__init__(operator, causal_bprop, masked_bprop)
 
 
-class SplitColumns(nn.Cell):
+class SplitColumns(Kernel):
     """The first `width` columns of x (T, D) and the rest, (T, width) and (T, D - width)."""
 
     def __init__(self, width: int):
-        super().__init__()
         join = custom("JoinColumns", lambda a, b: (a[0], a[1] + b[1]), lambda a, b: a)
 
         def bprop(x, out, dout):
             return (join(dout[0], dout[1]),)
 
-        self.split = custom("SplitColumns", lambda x: ((x[0], width), (x[0], x[1] - width)), lambda x: (x, x), bprop)
-
-    def construct(self, x):
-        return self.split(x)
+        super().__init__("SplitColumns", lambda x: ((x[0], width), (x[0], x[1] - width)), lambda x: (x, x), bprop)
 
 
-class Rotary(nn.Cell):
+class Rotary(Kernel):
     """Turn each pair (x_2i, x_2i+1) of x (B, N, S, D) by its angle; cos, sin (1 or B, 1, S, D) get no gradient."""
 
     def __init__(self):
-        super().__init__()
-        back = custom("Rotary", lambda x, c, s: x, lambda x, c, s: x, direction=-1, halves=False)
+        back = custom("Rotary", lambda x, c, s: x, direction=-1, halves=False)
 
         def bprop(x, cos, sin, out, dout):
             return back(dout, cos, sin), ops.zeros_like(cos), ops.zeros_like(sin)
 
-        self.rotary = custom("Rotary", lambda x, c, s: x, lambda x, c, s: x, bprop, direction=1, halves=False)
-
-    def construct(self, x, cos, sin):
-        return self.rotary(x, cos, sin)
+        super().__init__("Rotary", lambda x, c, s: x, bprop=bprop, direction=1, halves=False)
 
 
-class SwiGlu(nn.Cell):
+class SwiGlu(Kernel):
     """silu(gate) * up."""
 
     def __init__(self):
-        super().__init__()
-        grad = custom("SwiGluGrad", lambda d, g, u: (g, u), lambda d, g, u: (g, u))
+        grad = custom("SwiGluGrad", lambda d, g, u: (g, u))
 
         def bprop(gate, up, out, dout):
             return grad(dout, gate, up)
 
-        self.swiglu = custom("SwiGlu", lambda g, u: g, lambda g, u: g, bprop)
-
-    def construct(self, gate, up):
-        return self.swiglu(gate, up)
+        super().__init__("SwiGlu", lambda g, u: g, bprop=bprop)
 
 
-class FeedForward(nn.Cell):
+class FeedForward(FirstOf):
     """down(silu(gate(x)) * up(x)) in one operator: (T, H) <- x (T, H), gate (F, H), up (F, H), down (H, F).
 
     What lies between the products stays float32, whatever the type of the inputs.
     """
 
     def __init__(self):
-        super().__init__()
-        grad = custom("FeedForwardGrad", lambda d, x, g, u, v, h: (x, g, u, v), lambda d, x, g, u, v, h: (x, g, u, v))
+        grad = custom("FeedForwardGrad", lambda d, x, g, u, v, h: (x, g, u, v))
 
         def bprop(x, gate, up, down, out, dout):
             return grad(dout[0], x, gate, up, down, out[1])
 
-        self.feed_forward = custom(
-            "FeedForward",
-            lambda x, g, u, v: (x, (x[0], 2 * g[0])),
-            lambda x, g, u, v: (x, mstype.float32),
-            bprop,
+        super().__init__(
+            "FeedForward", lambda x, g, u, v: (x, (x[0], 2 * g[0])), lambda x, g, u, v: (x, mstype.float32), bprop
         )
 
-    def construct(self, x, gate, up, down):
-        return self.feed_forward(x, gate, up, down)[0]
 
-
-class RoutedExperts(nn.Cell):
+class RoutedExperts(FirstOf):
     """SwiGLU of the chosen experts, weighed with the gates, in one operator.
 
     (T, H) <- x (T, H), gates (T, K) float32, ids (T, K) int32, gate_up (L, H, 2F), down (L, F, H). A choice whose id
@@ -195,27 +175,21 @@ class RoutedExperts(nn.Cell):
     """
 
     def __init__(self):
-        super().__init__()
-        grad = custom(
-            "RoutedExpertsGrad", lambda d, x, g, i, w, v, h: (x, g, w, v), lambda d, x, g, i, w, v, h: (x, g, w, v)
-        )
+        grad = custom("RoutedExpertsGrad", lambda d, x, g, i, w, v, h: (x, g, w, v))
 
         def bprop(x, gates, ids, gate_up, down, out, dout):
             dx, dgates, dgate_up, ddown = grad(dout[0], x, gates, ids, gate_up, down, out[1])
             return dx, dgates, ops.zeros_like(ids), dgate_up, ddown
 
-        self.experts = custom(
+        super().__init__(
             "RoutedExperts",
             lambda x, g, i, w, v: (x, (i[0] * i[1], w[2])),
             lambda x, g, i, w, v: (x, mstype.float32),
             bprop,
         )
 
-    def construct(self, x, gates, ids, gate_up, down):
-        return self.experts(x, gates, ids, gate_up, down)[0]
 
-
-class TopkSelect(nn.Cell):
+class TopkSelect(Kernel):
     """DeepSeek's choice of K experts, from logits (T, E) and bias (E,), both float32.
 
     Returns gates (T, K), ids (T, K) int32, scores (T, E), chosen (T, E) (1.0 where a token uses an expert) and the same
@@ -223,14 +197,13 @@ class TopkSelect(nn.Cell):
     """
 
     def __init__(self, topk: int, groups: int, topk_group: int, **rules: bool | float):
-        super().__init__()
         shared = {name: rules[name] for name in ("sigmoid", "normalize", "scaling")}
-        grad = custom("TopkRouterGrad", lambda w, d, s, i: s, lambda w, d, s, i: s, **shared)
+        grad = custom("TopkRouterGrad", lambda w, d, s, i: s, **shared)
 
         def bprop(logits, bias, out, dout):
             return grad(dout[0], dout[2], out[2], out[1]), ops.zeros_like(bias)
 
-        self.select = custom(
+        super().__init__(
             "TopkRouter",
             lambda z, b: ((z[0], topk), (z[0], topk), z, z, z),
             lambda z, b: (mstype.float32, mstype.int32, mstype.float32, mstype.float32, mstype.float32),
@@ -241,43 +214,32 @@ class TopkSelect(nn.Cell):
             **shared,
         )
 
-    def construct(self, logits, bias):
-        return self.select(logits, bias)
 
-
-class Linear(nn.Cell):
+class Linear(Kernel):
     """x weight^T: (T, O) <- x (T, I), weight (O, I)."""
 
     def __init__(self):
-        super().__init__()
-        grad = custom("LinearGrad", lambda d, x, w: (x, w), lambda d, x, w: (x, w))
+        grad = custom("LinearGrad", lambda d, x, w: (x, w))
 
         def bprop(x, weight, out, dout):
             return grad(dout, x, weight)
 
-        self.linear = custom("Linear", lambda x, w: (x[0], w[0]), lambda x, w: x, bprop)
-
-    def construct(self, x, weight):
-        return self.linear(x, weight)
+        super().__init__("Linear", lambda x, w: (x[0], w[0]), lambda x, w: x, bprop)
 
 
-class Embedding(nn.Cell):
+class Embedding(Kernel):
     """Rows of a table: (T, H) <- weight (V, H), ids (T,). A token outside the vocabulary stops the run."""
 
     def __init__(self):
-        super().__init__()
-        grad = custom("EmbeddingGrad", lambda d, i, w: w, lambda d, i, w: w)
+        grad = custom("EmbeddingGrad", lambda d, i, w: w)
 
         def bprop(weight, ids, out, dout):
             return grad(dout, ids, weight), ops.zeros_like(ids)
 
-        self.look_up = custom("Embedding", lambda w, i: (i[0], w[1]), lambda w, i: w, bprop)
-
-    def construct(self, weight, ids):
-        return self.look_up(weight, ids)
+        super().__init__("Embedding", lambda w, i: (i[0], w[1]), lambda w, i: w, bprop)
 
 
-class LinearCrossEntropy(nn.Cell):
+class LinearCrossEntropy(FirstOf):
     """Mean of -log softmax(hidden weight^T)[label] over the tokens of mask; logits are never stored.
 
     (1,) float32 <- hidden (T, H), weight (V, H), labels (T,) int32 in 0..V-1, mask (T,) float32. The forward computes
@@ -285,20 +247,15 @@ class LinearCrossEntropy(nn.Cell):
     """
 
     def __init__(self):
-        super().__init__()
-
         def bprop(hidden, weight, labels, mask, out, dout):
             scale = dout[0]
             dhidden = out[1] * ops.cast(scale, out[1].dtype)
             dweight = out[2] * ops.cast(scale, out[2].dtype)
             return dhidden, dweight, ops.zeros_like(labels), ops.zeros_like(mask)
 
-        self.loss = custom(
+        super().__init__(
             "LinearCrossEntropy", lambda x, w, n, m: ((1,), x, w), lambda x, w, n, m: (mstype.float32, x, w), bprop
         )
-
-    def construct(self, hidden, weight, labels, mask):
-        return self.loss(hidden, weight, labels, mask)[0]
 
 
 class GlobalNorm(nn.Cell):

@@ -53,12 +53,10 @@ void linear_cross_entropy(const Call& call) {
     const int64_t rows = std::min(block, tokens - first);
     float* z = logits.get();
     multiply_parallel(rows, vocabulary, hidden, {x + first * hidden, hidden}, {w, hidden, true}, z, stride);
-    parallel_ranges(rows, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t t = first + i;
-        const float c = static_cast<float>(mask[t] / divisor);
-        losses[t] = mask[t] * loss_and_gradient(z + i * stride, vocabulary, labels[t], c);
-      }
+    parallel_rows(rows, 8, [&](int64_t i) {
+      const int64_t t = first + i;
+      const float c = static_cast<float>(mask[t] / divisor);
+      losses[t] = mask[t] * loss_and_gradient(z + i * stride, vocabulary, labels[t], c);
     });
     multiply_parallel(rows, hidden, vocabulary, {z, stride}, {w, hidden}, dx + first * hidden, hidden);
     multiply_parallel(vocabulary, hidden, rows, {z, stride, true}, {x + first * hidden, hidden}, dw, hidden,
@@ -67,8 +65,6 @@ void linear_cross_entropy(const Call& call) {
   double total = 0;
   for (const double loss : losses) total += loss;
   *static_cast<float*>(call[4].data) = static_cast<float>(total / divisor);
-  dx.store();
-  dw.store();
 }
 
 }  // namespace

@@ -18,11 +18,8 @@ void feed_forward(const Call& call) {
   const Scratch a(rows * f);
   multiply_parallel(rows, f, hidden, {x, hidden}, {gate, hidden, true}, h, 2 * f);
   multiply_parallel(rows, f, hidden, {x, hidden}, {up, hidden, true}, h + f, 2 * f);
-  parallel_ranges(rows, kRows, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) swiglu_row(h + i * 2 * f, h + i * 2 * f + f, a.get() + i * f, f);
-  });
+  parallel_rows(rows, kRows, [&](int64_t i) { swiglu_row(h + i * 2 * f, h + i * 2 * f + f, a.get() + i * f, f); });
   multiply_parallel(rows, hidden, f, {a.get(), f}, {down, f, true}, y, hidden);
-  y.store();
 }
 
 // Inputs dy (T, H), x, G, U, D, h; outputs dx (T, H), dG, dU, dD.
@@ -32,13 +29,11 @@ void feed_forward_grad(const Call& call) {
   const int64_t rows = call[1].rows(), hidden = call[1].columns(), f = call[2].rows();
   const Scratch da(rows * f), a(rows * f), dh(rows * 2 * f);
   multiply_parallel(rows, f, hidden, {dy, hidden}, {down, f}, da.get(), f);
-  parallel_ranges(rows, kRows, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float *own = h + i * 2 * f, *gradient = da.get() + i * f;
-      float* out = dh.get() + i * 2 * f;
-      swiglu_row(own, own + f, a.get() + i * f, f);
-      swiglu_row_grad(gradient, own, own + f, out, out + f, f);
-    }
+  parallel_rows(rows, kRows, [&](int64_t i) {
+    const float *own = h + i * 2 * f, *gradient = da.get() + i * f;
+    float* out = dh.get() + i * 2 * f;
+    swiglu_row(own, own + f, a.get() + i * f, f);
+    swiglu_row_grad(gradient, own, own + f, out, out + f, f);
   });
   const Matrix dh_gate = {dh.get(), 2 * f}, dh_up = {dh.get() + f, 2 * f};
   multiply_parallel(rows, hidden, f, dh_gate, {gate, hidden}, dx, hidden);
@@ -46,10 +41,6 @@ void feed_forward_grad(const Call& call) {
   multiply_parallel(f, hidden, rows, transpose(dh_gate), {x, hidden}, dgate, hidden);
   multiply_parallel(f, hidden, rows, transpose(dh_up), {x, hidden}, dup, hidden);
   multiply_parallel(hidden, f, rows, {dy, hidden, true}, {a.get(), f}, ddown, f);
-  dx.store();
-  dgate.store();
-  dup.store();
-  ddown.store();
 }
 
 }  // namespace

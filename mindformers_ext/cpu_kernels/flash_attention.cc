@@ -43,7 +43,6 @@ void flash_attention(const Call& call) {
     const int64_t row = index * rule.queries + query;
     attend(rule, prepared[index], query, out + row * rule.value_width, log_sum + row);
   });
-  out.store();
 }
 
 // Inputs dcontext, query, key, value, context, L and, unless causal, the mask; outputs dquery, dkey, dvalue.
@@ -62,9 +61,6 @@ void flash_attention_grad(const Call& call) {
                 log_sum + index * rule.queries, dout + context, dq + query, dk + key,
                 dv + index * rule.keys * rule.value_width);
   });
-  dq.store();
-  dk.store();
-  dv.store();
 }
 
 // Inputs query, key, value and perhaps a mask; outputs softmax_max (B, N, Sq, 8), softmax_sum, softmax_out, context.
@@ -75,7 +71,6 @@ void flash_attention_score(const Call& call) {
   for (int i = inputs; i < inputs + 3; ++i) {
     Output unused(call[i]);
     std::fill_n(static_cast<float*>(unused), call[i].count(), std::numeric_limits<float>::quiet_NaN());
-    unused.store();
   }
   std::vector<int> order = {0, 1, 2, inputs + 3, inputs};
   if (inputs == 4) order.insert(order.begin() + 3, 3);

@@ -37,7 +37,6 @@ void product(const Call& call, bool transposed) {
              {w + block.expert * inner * width, stride, transposed}, y + block.begin * width, width);
   });
   std::fill(y + first.back() * width, y + rows * width, std::numeric_limits<float>::quiet_NaN());
-  y.store();
 }
 
 // Inputs x (R, K), W (L, K, N), group_list (L,): ends of the groups; output y (R, N).
@@ -58,7 +57,6 @@ void weight_grad(const Call& call) {
     multiply(inner, std::min(kColumns, width - column), first[e + 1] - first[e], {x + first[e] * inner, inner, true},
              {dy + first[e] * width + column, width}, dw + e * inner * width + column, width);
   });
-  dw.store();
 }
 
 }  // namespace

@@ -80,8 +80,8 @@ Call Call::pick(const std::vector<int>& order) const {
 Input::Input(const Tensor& tensor) : data_(static_cast<const float*>(tensor.data)) {
   if (tensor.type == DType::kFloat32) return;
   check(tensor.type == DType::kBFloat16, "a floating-point input must be float32 or bfloat16");
-  owned_.push_back(new Scratch(tensor.count()));
-  float* copy = owned_.back()->get();
+  copy_ = std::make_unique<Scratch>(tensor.count());
+  float* copy = copy_->get();
   const auto* source = static_cast<const uint16_t*>(tensor.data);
   parallel_ranges(tensor.count(), 1 << 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) copy[i] = from_bfloat16(source[i]);
@@ -89,20 +89,14 @@ Input::Input(const Tensor& tensor) : data_(static_cast<const float*>(tensor.data
   data_ = copy;
 }
 
-Input::~Input() {
-  for (Scratch* scratch : owned_) delete scratch;
-}
-
 Output::Output(const Tensor& tensor) : tensor_(tensor), data_(static_cast<float*>(tensor.data)) {
   if (tensor.type == DType::kFloat32) return;
   check(tensor.type == DType::kBFloat16, "a floating-point output must be float32 or bfloat16");
-  scratch_ = new Scratch(tensor.count());
+  scratch_ = std::make_unique<Scratch>(tensor.count());
   data_ = scratch_->get();
 }
 
-Output::~Output() { delete scratch_; }
-
-void Output::store() {
+Output::~Output() {
   if (scratch_ == nullptr) return;
   auto* target = static_cast<uint16_t*>(tensor_.data);
   parallel_ranges(tensor_.count(), 1 << 16, [&](int64_t begin, int64_t end) {

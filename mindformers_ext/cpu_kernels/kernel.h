@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -64,32 +65,23 @@ class Call {
 class Input {
  public:
   explicit Input(const Tensor& tensor);
-  const float* get() const { return data_; }
   operator const float*() const { return data_; }
 
  private:
-  std::vector<Scratch*> owned_;
+  std::unique_ptr<Scratch> copy_;
   const float* data_;
-
- public:
-  ~Input();
-  Input(const Input&) = delete;
-  Input& operator=(const Input&) = delete;
 };
 
-// A floating-point output that is written as float32; `store` rounds it into a bfloat16 tensor.
+// A floating-point output that is written as float32; rounded into a bfloat16 tensor when the kernel leaves it.
 class Output {
  public:
   explicit Output(const Tensor& tensor);
   ~Output();
-  Output(const Output&) = delete;
-  Output& operator=(const Output&) = delete;
   operator float*() const { return data_; }
-  void store();
 
  private:
   Tensor tensor_;
-  Scratch* scratch_ = nullptr;
+  std::unique_ptr<Scratch> scratch_;
   float* data_;
 };
 
@@ -103,6 +95,14 @@ void parallel(int64_t count, const std::function<void(int64_t)>& task);
 
 // The same for ranges [begin, end) of at most `grain` of `count` items.
 void parallel_ranges(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& task);
+
+// row(i) for each of `count` rows, `grain` of them a task.
+template <class Row>
+void parallel_rows(int64_t count, int64_t grain, const Row& row) {
+  parallel_ranges(count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) row(i);
+  });
+}
 
 inline int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
 

@@ -95,7 +95,6 @@ void latent_attention(const Call& call) {
     const int64_t token = i / s.heads * s.length + first, n = i % s.heads;
     attend(rule, heads[i], first, out + token * s.out_row() + n * s.value, log_sum + i * s.length + first);
   });
-  out.store();
 }
 
 // dquery and dkv of one head from its own dq, dk and dv.
@@ -143,9 +142,6 @@ void latent_attention_grad(const Call& call) {
       tables.turn(sum.data(), s, sequence, t, -1.0f, dk_pe + token * s.rope);
     }
   });
-  dquery.store();
-  dkv.store();
-  dk_pe.store();
 }
 
 }  // namespace

@@ -68,19 +68,21 @@ def _fit_threads() -> None:
     set_threads(min(count, ms.get_context("runtime_num_threads")))
 
 
-def custom(name: str, shapes: Callable, types: Callable, bprop: Callable | None = None, **attributes):
+def custom(
+    name: str, shapes: Callable, types: Callable | None = None, bprop: Callable | None = None, **attributes: float
+):
     """The operator `name` of the library.
 
     Args:
         shapes: the outputs' shapes (a tuple of tuples; for one output its shape) from the inputs' shapes.
-        types: the outputs' types, likewise.
+        types: the outputs' types, likewise; None where both functions are one.
         bprop: function (*inputs, outputs, gradients of the outputs) -> gradients of the inputs.
         attributes: numbers that the kernel reads.
     """
     from mindspore import ops
 
     _fit_threads()
-    operator = ops.Custom(f"{library_path()}:{name}", shapes, types, "aot", bprop)
+    operator = ops.Custom(f"{library_path()}:{name}", shapes, types or shapes, "aot", bprop)
     for key, value in attributes.items():
         operator.add_prim_attr(key, repr(float(value)))
     return operator

@@ -15,7 +15,6 @@ void linear(const Call& call) {
   Output y(call[2]);
   const int64_t inner = call[0].columns(), width = call[2].columns();
   multiply_parallel(call[0].rows(), width, inner, {x, inner}, {w, inner, true}, y, width);
-  y.store();
 }
 
 // Inputs dy (T, O), x (T, I), W (O, I); outputs dx (T, I), dW (O, I).
@@ -25,8 +24,6 @@ void linear_grad(const Call& call) {
   const int64_t rows = call[0].rows(), width = call[0].columns(), inner = call[1].columns();
   multiply_parallel(rows, inner, width, {dy, width}, {w, inner}, dx, inner);
   multiply_parallel(width, inner, rows, {dy, width, true}, {x, inner}, dw, inner);
-  dx.store();
-  dw.store();
 }
 
 // Inputs A, B, output y (M, N). Attributes transpose_a, transpose_b: A is stored (K, M), B is stored (N, K).
@@ -37,7 +34,6 @@ void matmul(const Call& call) {
   const int64_t a_width = call[0].columns(), b_width = call[1].columns(), width = call[2].columns();
   const int64_t inner = a_turned ? call[0].rows() : a_width;
   multiply_parallel(call[2].rows(), width, inner, {a, a_width, a_turned}, {b, b_width, b_turned}, y, width);
-  y.store();
 }
 
 // Inputs W (V, H), ids (T,); output y (T, H).
@@ -47,10 +43,7 @@ void embedding(const Call& call) {
   const std::vector<int32_t> ids = integers(call[1]);
   const int64_t width = call[0].columns(), vocabulary = call[0].rows();
   for (const int32_t id : ids) check(id >= 0 && id < vocabulary, "a token lies outside the vocabulary");
-  parallel_ranges(ids.size(), 64, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) std::copy_n(w + ids[t] * width, width, y + t * width);
-  });
-  y.store();
+  parallel_rows(ids.size(), 64, [&](int64_t t) { std::copy_n(w + ids[t] * width, width, y + t * width); });
 }
 
 // Inputs dy (T, H), ids (T,) and W, which only gives its shape; output dW (V, H).
@@ -65,7 +58,6 @@ void embedding_grad(const Call& call) {
       if (ids[t] >= begin && ids[t] < end) add_scaled(dw + ids[t] * width, dy + t * width, 1.0f, width);
     }
   });
-  dw.store();
 }
 
 }  // namespace

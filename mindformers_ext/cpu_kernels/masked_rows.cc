@@ -13,16 +13,13 @@ void masked_rows(const Call& call) {
   check(call[1].type == DType::kByte, "the mask of rows must be bool");
   const auto* masked = static_cast<const uint8_t*>(call[1].data);
   const int64_t width = call[0].columns();
-  parallel_ranges(call[0].rows(), kRows, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (masked[i]) {
-        std::fill_n(y + i * width, width, number[0]);
-      } else {
-        std::copy_n(x + i * width, width, y + i * width);
-      }
+  parallel_rows(call[0].rows(), kRows, [&](int64_t i) {
+    if (masked[i]) {
+      std::fill_n(y + i * width, width, number[0]);
+    } else {
+      std::copy_n(x + i * width, width, y + i * width);
     }
   });
-  y.store();
 }
 
 }  // namespace

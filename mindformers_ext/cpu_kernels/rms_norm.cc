@@ -17,16 +17,13 @@ void rms_norm(const Call& call) {
   Output y(call[2]), r(call[3]);
   const int64_t width = call[0].columns();
   const float eps = static_cast<float>(call.number("eps"));
-  parallel_ranges(call[0].rows(), kRows, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float* row = x + i * width;
-      float* out = y + i * width;
-      const float scale = 1.0f / std::sqrt(dot(row, row, width) / width + eps);
-      r[i] = scale;
-      for (int64_t j = 0; j < width; ++j) out[j] = row[j] * scale * w[j];
-    }
+  parallel_rows(call[0].rows(), kRows, [&](int64_t i) {
+    const float *row = x + i * width, *weight = w;
+    float* out = y + i * width;
+    const float scale = 1.0f / std::sqrt(dot(row, row, width) / width + eps);
+    r[i] = scale;
+    for (int64_t j = 0; j < width; ++j) out[j] = row[j] * scale * weight[j];
   });
-  y.store();
 }
 
 // Inputs dy (..., D), x (..., D), r (rows,), w (D,); outputs dx (..., D), dw (D,).
@@ -54,8 +51,6 @@ void rms_norm_grad(const Call& call) {
   });
   std::fill_n(static_cast<float*>(dw), width, 0.0f);
   for (int64_t block = 0; block < blocks; ++block) add_scaled(dw, partial.get() + block * width, 1.0f, width);
-  dx.store();
-  dw.store();
 }
 
 }  // namespace

@@ -19,13 +19,10 @@ void rotary(const Call& call) {
   const bool per_sequence = call[1].shape.at(0) > 1;
   const float direction = static_cast<float>(call.number("direction"));
   const auto turn = call.number("halves") != 0 ? turn_halves : turn_row;
-  parallel_ranges(call[0].rows(), kRows, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t place = i % length + (per_sequence ? i / (heads * length) * length : 0);
-      turn(x + i * width, cos + place * width, sin + place * width, direction, width, y + i * width);
-    }
+  parallel_rows(call[0].rows(), kRows, [&](int64_t i) {
+    const int64_t place = i % length + (per_sequence ? i / (heads * length) * length : 0);
+    turn(x + i * width, cos + place * width, sin + place * width, direction, width, y + i * width);
   });
-  y.store();
 }
 
 }  // namespace

@@ -92,8 +92,6 @@ void routed_experts(const Call& call) {
   });
   std::fill(h + sorted.first_row.back() * 2 * f, h + s.tokens * s.topk * 2 * f, 0.0f);
   multiply_and_sum(s, sorted, blocks, weighted.get(), f, down, false, y);
-  y.store();
-  h.store();
 }
 
 // What the backward of the experts reads and writes: sorted rows of dh (T*K, 2F), dp by choice, dW and dD.
@@ -155,10 +153,6 @@ void routed_experts_grad(const Call& call) {
     std::fill_n(ddown + expert * weights, weights, 0.0f);
   });
   multiply_and_sum(s, sorted, row_blocks(sorted.first_row, kRows), dh.get(), 2 * s.width, gate_up, true, dx);
-  dx.store();
-  dp.store();
-  dgate_up.store();
-  ddown.store();
 }
 
 }  // namespace

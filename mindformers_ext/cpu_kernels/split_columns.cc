@@ -13,11 +13,9 @@ void copy(const Tensor& a, const Tensor& b, const Tensor& x, bool join) {
   int64_t first = 0;
   for (const Tensor* part : {&a, &b}) {
     const int64_t own = part->columns() * item;
-    parallel_ranges(x.rows(), kRows, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        char *whole = static_cast<char*>(x.data) + i * width + first, *cut = static_cast<char*>(part->data) + i * own;
-        std::memcpy(join ? whole : cut, join ? cut : whole, own);
-      }
+    parallel_rows(x.rows(), kRows, [&](int64_t i) {
+      char *whole = static_cast<char*>(x.data) + i * width + first, *cut = static_cast<char*>(part->data) + i * own;
+      std::memcpy(join ? whole : cut, join ? cut : whole, own);
     });
     first += own;
   }
@@ -29,9 +27,8 @@ void cut_columns(const Call& call) {
   check(x.type == DType::kFloat32 || x.type == DType::kBFloat16, "columns are cut from float32 or bfloat16");
   const int64_t item = x.type == DType::kFloat32 ? 4 : 2, width = x.columns() * item, own = y.columns() * item;
   const char* source = static_cast<const char*>(x.data) + static_cast<int64_t>(call.number("first")) * item;
-  parallel_ranges(x.rows(), kRows, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) std::memcpy(static_cast<char*>(y.data) + i * own, source + i * width, own);
-  });
+  parallel_rows(x.rows(), kRows,
+                [&](int64_t i) { std::memcpy(static_cast<char*>(y.data) + i * own, source + i * width, own); });
 }
 
 // Input x, outputs a, b.

@@ -11,23 +11,15 @@ namespace {
 
 constexpr int64_t kRows = 8;  // of a task
 
-template <class Row>
-void each_row(const Tensor& z, Row row) {
-  parallel_ranges(z.rows(), kRows, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) row(t);
-  });
-}
-
 // Input z (T, V'), output m (T elements).
 void row_max(const Call& call) {
   const Input z(call[0]);
   Output m(call[1]);
   const int64_t width = call[0].columns();
-  each_row(call[0], [&](int64_t t) {
+  parallel_rows(call[0].rows(), kRows, [&](int64_t t) {
     const float* row = z + t * width;
     m[t] = maximum_of(row, width, row[0]);
   });
-  m.store();
 }
 
 // Inputs z, m, output s (T elements).
@@ -35,14 +27,13 @@ void row_exp_sum(const Call& call) {
   const Input z(call[0]), m(call[1]);
   Output s(call[2]);
   const int64_t width = call[0].columns();
-  each_row(call[0], [&](int64_t t) {
+  parallel_rows(call[0].rows(), kRows, [&](int64_t t) {
     const float *row = z + t * width, shift = m[t];
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t v = 0; v < width; ++v) sum += exponential(row[v] - shift);
     s[t] = sum;
   });
-  s.store();
 }
 
 // Inputs z, m, l, labels (T,), output loss (T elements).
@@ -55,7 +46,6 @@ void split_cross_entropy(const Call& call) {
     const bool own = labels[t] >= 0 && labels[t] < width;
     loss[t] = own ? -((z[t * width + labels[t]] - m[t]) - l[t]) : 0.0f;
   }
-  loss.store();
 }
 
 // Inputs z, m, l, labels (T,), g (T elements), output dz (T, V'). Attribute factor.
@@ -65,13 +55,12 @@ void split_cross_entropy_grad(const Call& call) {
   Output dz(call[5]);
   const int64_t width = call[0].columns();
   const float factor = static_cast<float>(call.number("factor"));
-  each_row(call[0], [&](int64_t t) {
+  parallel_rows(call[0].rows(), kRows, [&](int64_t t) {
     const float *row = z + t * width, shift = m[t], log_sum = l[t], scale = factor * g[t];
     float* out = dz + t * width;
     for (int64_t v = 0; v < width; ++v) out[v] = scale * exponential((row[v] - shift) - log_sum);
     if (labels[t] >= 0 && labels[t] < width) out[labels[t]] -= scale;
   });
-  dz.store();
 }
 
 }  // namespace

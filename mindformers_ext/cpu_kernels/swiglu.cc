@@ -8,55 +8,51 @@ namespace {
 
 constexpr int64_t kRows = 32;  // of a task
 
+// y (..., F) of rows of gate and up that begin every `stride` floats.
+void forward(const float* gate, const float* up, int64_t stride, const Tensor& out) {
+  Output y(out);
+  const int64_t width = out.columns();
+  parallel_rows(out.rows(), kRows, [&](int64_t i) {
+    swiglu_row(gate + i * stride, up + i * stride, y + i * width, width);
+  });
+}
+
+// dgate and dup, whose rows lie as those of gate and up, of dy (..., F).
+void backward(const Tensor& gradient, const float* gate, const float* up, int64_t stride, float* dgate, float* dup) {
+  const Input dy(gradient);
+  const int64_t width = gradient.columns();
+  parallel_rows(gradient.rows(), kRows, [&](int64_t i) {
+    const int64_t at = i * stride;
+    swiglu_row_grad(dy + i * width, gate + at, up + at, dgate + at, dup + at, width);
+  });
+}
+
 // Inputs gate (..., F), up (..., F), output y (..., F).
 void swiglu(const Call& call) {
   const Input gate(call[0]), up(call[1]);
-  Output y(call[2]);
-  const int64_t width = call[0].columns();
-  parallel_ranges(call[0].rows(), kRows, [&](int64_t begin, int64_t end) {
-    swiglu_row(gate + begin * width, up + begin * width, y + begin * width, (end - begin) * width);
-  });
-  y.store();
+  forward(gate, up, call[0].columns(), call[2]);
 }
 
 // Inputs dy, gate, up, outputs dgate, dup; all (..., F).
 void swiglu_grad(const Call& call) {
-  const Input dy(call[0]), gate(call[1]), up(call[2]);
+  const Input gate(call[1]), up(call[2]);
   Output dgate(call[3]), dup(call[4]);
-  const int64_t width = call[0].columns();
-  parallel_ranges(call[0].rows(), kRows, [&](int64_t begin, int64_t end) {
-    const int64_t at = begin * width;
-    swiglu_row_grad(dy + at, gate + at, up + at, dgate + at, dup + at, (end - begin) * width);
-  });
-  dgate.store();
-  dup.store();
+  backward(call[0], gate, up, call[0].columns(), dgate, dup);
 }
 
 // Input x (..., 2F) = [gate | up], output y (..., F).
 void swiglu_halves(const Call& call) {
   const Input x(call[0]);
-  Output y(call[1]);
   const int64_t width = call[1].columns();
-  parallel_ranges(call[1].rows(), kRows, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      swiglu_row(x + i * 2 * width, x + (i * 2 + 1) * width, y + i * width, width);
-    }
-  });
-  y.store();
+  forward(x, x + width, 2 * width, call[1]);
 }
 
 // Inputs dy (..., F), x (..., 2F), output dx (..., 2F).
 void swiglu_halves_grad(const Call& call) {
-  const Input dy(call[0]), x(call[1]);
+  const Input x(call[1]);
   Output dx(call[2]);
   const int64_t width = call[0].columns();
-  parallel_ranges(call[0].rows(), kRows, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t gate = i * 2 * width, up = gate + width;
-      swiglu_row_grad(dy + i * width, x + gate, x + up, dx + gate, dx + up, width);
-    }
-  });
-  dx.store();
+  backward(call[0], x, x + width, 2 * width, dx, dx + width);
 }
 
 }  // namespace

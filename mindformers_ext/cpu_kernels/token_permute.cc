@@ -19,12 +19,9 @@ void permute(const Call& call) {
   const int64_t experts = ids.empty() ? 1 : *std::max_element(ids.begin(), ids.end()) + 1;
   const ExpertRows sorted = sort_by_expert(ids, experts);
   std::copy(sorted.row_of_choice.begin(), sorted.row_of_choice.end(), static_cast<int32_t*>(call[3].data));
-  parallel_ranges(call[2].rows(), kTokens, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      std::copy_n(tokens + sorted.choice_of_row[row] / topk * width, width, rows + row * width);
-    }
+  parallel_rows(call[2].rows(), kTokens, [&](int64_t row) {
+    std::copy_n(tokens + sorted.choice_of_row[row] / topk * width, width, rows + row * width);
   });
-  rows.store();
 }
 
 // sum_k weight row(t, k); a choice whose row lies outside counts nothing. Without weights all are 1.
@@ -34,17 +31,14 @@ void sum_rows(const Tensor& rows_tensor, const Tensor& place_tensor, const float
   const int64_t width = rows_tensor.columns(), count = rows_tensor.rows();
   const std::vector<int32_t> place = integers(place_tensor);
   const int64_t topk = place.size() / std::max<int64_t>(out_tensor.rows(), 1);
-  parallel_ranges(out_tensor.rows(), kTokens, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      float* out = tokens + t * width;
-      std::fill_n(out, width, 0.0f);
-      for (int64_t i = t * topk; i < (t + 1) * topk; ++i) {
-        if (place[i] >= count) continue;
-        add_scaled(out, rows + place[i] * width, weights == nullptr ? 1.0f : weights[i], width);
-      }
+  parallel_rows(out_tensor.rows(), kTokens, [&](int64_t t) {
+    float* out = tokens + t * width;
+    std::fill_n(out, width, 0.0f);
+    for (int64_t i = t * topk; i < (t + 1) * topk; ++i) {
+      if (place[i] >= count) continue;
+      add_scaled(out, rows + place[i] * width, weights == nullptr ? 1.0f : weights[i], width);
     }
   });
-  tokens.store();
 }
 
 // Inputs rows (R, H), place (T*K,), weights (T, K); output (T, H).
@@ -62,18 +56,14 @@ void unpermute_grad(const Call& call) {
   Output drows(call[4]), dweights(call[5]);
   const int64_t width = call[1].columns(), count = call[1].rows(), topk = call[3].columns();
   const std::vector<int32_t> place = integers(call[2]);
-  parallel_ranges(call[0].rows(), kTokens, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * topk; i < end * topk; ++i) {
-      dweights[i] = 0.0f;
-      if (place[i] >= count) continue;
-      const float *gradient = dtokens + i / topk * width, *row = rows + place[i] * width;
-      float* out = drows + place[i] * width;
-      for (int64_t j = 0; j < width; ++j) out[j] = weights[i] * gradient[j];
-      dweights[i] = dot(gradient, row, width);
-    }
+  parallel_rows(call[0].rows() * topk, kTokens * topk, [&](int64_t i) {
+    dweights[i] = 0.0f;
+    if (place[i] >= count) return;
+    const float *gradient = dtokens + i / topk * width, *row = rows + place[i] * width;
+    float* out = drows + place[i] * width;
+    for (int64_t j = 0; j < width; ++j) out[j] = weights[i] * gradient[j];
+    dweights[i] = dot(gradient, row, width);
   });
-  drows.store();
-  dweights.store();
 }
 
 }  // namespace

@@ -1,17 +1,11 @@
-"""What a run_mindformer.py command line asks for; imports nothing heavy.
+"""What a run_mindformer.py command line asks for; imports nothing heavy."""
 
-    python -m mindformers_ext.cpu_parallel.command run_mindformer.py --config Y [...]
-
-Prints "one_graph" when the run splits one graph over devices (`cpu_parallel.job` runs it without cards), else
-"processes". A command or YAML that cannot be read ends with one sentence and exit code 2.
-"""
-
-import sys
+from pathlib import Path
 from typing import NoReturn
 
 from mindformers_ext.config.command_line import all_overrides, build_parser, find
 from mindformers_ext.config.run import Run, read_run
-from mindformers_ext.errors import ConfigError, exit_code_of
+from mindformers_ext.errors import ConfigError
 
 
 def read_plan(command: list[str], worker_num: int | None = None) -> Run:
@@ -35,12 +29,3 @@ def absolute(command: list[str]) -> tuple[str, ...]:
 def model_folder(command: list[str]) -> Path:
     """Where the command says that the model's Python files are."""
     return find(build_parser().parse_known_args(command)[0].register_path).resolve()
-
-
-def splits_one_graph(command: list[str]) -> bool:
-    """True for semi-auto-parallel runs. Raises ConfigError when the command or its YAML cannot be read."""
-    return read_plan(command).is_semi_auto
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code_of(lambda: print("one_graph" if splits_one_graph(sys.argv[2:]) else "processes")))

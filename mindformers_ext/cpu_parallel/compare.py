@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
-from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS, gather, stored_part
+from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS, gather, layout_for, slot_of
 
 LOSS_LIMIT = 1e-5
 PARAMETER_LIMIT = 1e-4
@@ -106,15 +106,15 @@ def gathered(
     with np.load(single / file) as reference:
         for name in reference.files:
             full = reference[name]
-            shards = []
+            slots = []
             for rank in range(world_size):
                 if name not in stored[rank].files:
                     continue
                 part = stored[rank][name]
-                layouts = compiled[rank]["layouts"]
-                shards.append((rank, stored_part(name, full.shape, part.shape, layouts, rank % per_stage), part))
-            if shards:
-                value, replicas = gather(name, full.shape, shards)
+                layout = layout_for(name, compiled[rank]["layouts"])
+                slots.append((rank, slot_of(name, part.shape, layout, rank % per_stage, full.shape), part))
+            if slots:
+                value, replicas = gather(name, full.shape, slots)
                 yield name, value, full, replicas
             elif not is_run_state(name):
                 raise ValueError(f"parameter '{name}' of the single process is on no rank")

@@ -26,7 +26,11 @@ from mindformers_ext.files.atomic import write_json
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "compiled_ranks"  # of output_dir
 # What a compiled graph does not depend on: sections of the YAML, and where a data loader takes its samples from.
-OUTSIDE_THE_GRAPH = ("output_dir", "load_checkpoint", "resume_training", "callbacks", "processor", "eval_dataset")
+OUTSIDE_THE_GRAPH = (
+    *("run_mode", "output_dir", "load_checkpoint", "resume_training", "callbacks", "processor", "eval_dataset"),
+    *("do_eval", "eval_step_interval", "use_graceful_exit", "max_train_hours", "max_step_minutes", "data_skip_steps"),
+    "ignore_data_skip",
+)
 DATA_ONLY = (
     *("data_path", "train_data_path", "valid_data_path", "test_data_path", "split", "random_seed", "seed"),
     *("path_to_cache", "mmap_bin_files", "num_dataset_builder_threads"),
@@ -57,6 +61,7 @@ def decisive(plan: Run) -> dict[str, Any]:
     loader = (config.get("train_dataset") or {}).get("data_loader") or {}
     for key in DATA_ONLY:
         loader.get("config", {}).pop(key, None)
+    loader.pop("leave_out", None)
     sizes = loader.pop("sizes", None)
     if rate_needs_the_end(config):
         config["samples"] = sizes

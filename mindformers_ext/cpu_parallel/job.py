@@ -11,6 +11,7 @@ failed first; worker_R.log is what rank R printed. Exit code 0, or that of the r
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import uuid
@@ -19,12 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from mindformers_ext.collectives.rank_job import RankJob
+from mindformers_ext.config.run import Run
 from mindformers_ext.config.run_rules import refuse
 from mindformers_ext.config.strategy_rules import check_plan
 from mindformers_ext.cpu_parallel import compiled_ranks, launch
 from mindformers_ext.cpu_parallel.command import absolute, model_folder, read_plan
 from mindformers_ext.errors import ConfigError, exit_code_of
-from mindformers_ext.files import run_lock
+from mindformers_ext.files import heartbeat, run_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = re.compile(r"- (step \d+, loss .*)")  # TrainingMetrics' line of a step
@@ -52,9 +54,12 @@ def run(command: list[str], worker_num: int, log_dir: Path, say: Callable[[str],
         with compiled_ranks.only_mine():
             launch.compile_ranks(builder, plan.device_num, folder, plan.pp)
             compiled_ranks.seal(folder, plan.device_num)
+    if plan.only_compiles:
+        say(f"{worker_num} ranks are compiled; a run with run_mode train starts from them")
+        return
     say(f"starting {worker_num} ranks; their logs are {log_dir}/worker_*.log")
     job = RankJob(folder, new_name(), 0, plan.device_num, plan.pp, plan.cp * plan.mp)
-    train(command, job, log_dir, say)
+    train(command, job, log_dir, say, plan)
     say(f"all {worker_num} ranks have finished")
 
 
@@ -63,8 +68,16 @@ def new_name() -> str:
     return uuid.uuid4().hex
 
 
-def train(command: list[str], job: RankJob, log_dir: Path, say: Callable[[str], None] = lambda _: None) -> None:
+def train(
+    command: list[str],
+    job: RankJob,
+    log_dir: Path,
+    say: Callable[[str], None] = lambda _: None,
+    plan: Run | None = None,
+) -> None:
     """Start all ranks and wait for them; `say` gets the lines that report a step.
+
+    With `plan` their steps are timed, and signals are handed on, where it asks for that.
 
     Raises launch.RankError that names the first rank that failed.
     """
@@ -84,9 +97,43 @@ def train(command: list[str], job: RankJob, log_dir: Path, say: Callable[[str], 
     def explain(rank: int, code: int) -> tuple[float, str]:
         return launch.failure_of(*files(rank), rank, code)
 
+    output_dir = Path(plan.sections.output_dir) if plan else Path()
+    bound = plan.sections.max_step_minutes if plan else None
+    if bound is not None:
+        heartbeat.clear(output_dir)
     ranks = [start(rank) for rank in range(job.world_size)]
+    if plan and plan.sections.use_graceful_exit:
+        hand_on(ranks)
     follower = launch.Follower([files(rank)[1] for rank in range(job.world_size)], REPORT, say)
-    launch.supervise(ranks, explain, follower.read)
+
+    def watch() -> None:
+        follower.read()
+        late = None if bound is None else heartbeat.hung(heartbeat.read(output_dir), bound * 60)
+        if late is not None:
+            say(stack_of(late, files(late.rank)[1]))
+            raise launch.RankError(f"{late} made no step for {bound:g} minutes; its stack is in {files(late.rank)[1]}")
+
+    launch.supervise(ranks, explain, watch)
+
+
+def hand_on(ranks: list[subprocess.Popen]) -> None:
+    """Let the signals that ask for a graceful exit reach all ranks."""
+
+    def send(number: int, _: object) -> None:
+        for rank in ranks:
+            rank.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, send)
+
+
+def stack_of(beat: heartbeat.Beat, log: Path) -> str:
+    """Where a rank is, which prints it into its log."""
+    before = log.stat().st_size
+    heartbeat.show_stack(beat)
+    with log.open(encoding="utf-8", errors="replace") as stream:
+        stream.seek(before)
+        return stream.read()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from mindspore import Parameter, Tensor
 
 from mindformers_ext.collectives.rank_job import RankJob
 from mindformers_ext.cpu_parallel.run_rank import load_graph, rank_folder
-from mindformers_ext.sharded_checkpoint.shards import GRADIENT_BUFFERS, Shard, owner_of, stored_part
+from mindformers_ext.sharded_checkpoint.shards import GRADIENT_BUFFERS, Slot, layout_for, owner_of, slot_of
 from mindformers_ext.training.wrapper import DeviceAwareTrainOneStepCell, frozen_names
 
 
@@ -24,8 +24,7 @@ class StoredParameter(NamedTuple):
     """What this rank stores of a parameter."""
 
     value: Parameter
-    full_shape: tuple[int, ...]
-    shard: Shard
+    slot: Slot
 
 
 @MindFormerRegister.register(MindFormerModuleType.WRAPPER)
@@ -62,13 +61,12 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
             self._load_graph()
         for parameter in self.graph.get_parameters():
             if not parameter.name.startswith(GRADIENT_BUFFERS):
-                shape = self.full_shapes[parameter.name]
                 _, value = self.mirrored.get(parameter.name, (None, parameter))  # a checkpoint's goes to the model
-                yield parameter.name, StoredParameter(value, shape, self._shard(parameter, shape))
+                yield parameter.name, StoredParameter(value, self._slot(parameter))
 
-    def _shard(self, parameter: Parameter, full_shape: tuple[int, ...]) -> Shard:
-        layouts = self.rank_facts["layouts"]
-        return stored_part(parameter.name, full_shape, parameter.shape, layouts, self.job.index)
+    def _slot(self, parameter: Parameter) -> Slot:
+        name, layout = parameter.name, layout_for(parameter.name, self.rank_facts["layouts"])
+        return slot_of(name, parameter.shape, layout, self.job.index, self.full_shapes[name])
 
     def _load_graph(self) -> None:
         """Load the graph and give it this rank's part of the values that model and optimizer have now."""
@@ -83,7 +81,7 @@ class LoweredTrainStep(DeviceAwareTrainOneStepCell):
             source = whole.get(parameter.name)
             if source is None:
                 raise ValueError(f"parameter '{parameter.name}' of the rank's graph is not in the model")
-            part = self._shard(parameter, source.shape).cut(source.asnumpy())
+            part = self._slot(parameter).cut(source.asnumpy())
             parameter.set_data(Tensor(part, parameter.dtype))
             if owner_of(parameter.name, weights) is None:
                 if part.shape != source.shape:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.bin_dataset.blended_dataset import parse_blend
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter, idx_path
 from mindformers_ext.collectives.rank_job import RankJob
-from mindformers_ext.config.data_check import data_prefixes
 from mindformers_ext.config.one_process import one_process_overrides
 from mindformers_ext.config.run import Run
 from mindformers_ext.config.run_rules import refuse
@@ -50,6 +50,7 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any], dict[str, Any]]] = {
     "pp2-micro4": ({"pp": 2, "micro": 4}, {}, {}),
     "pp4": ({"pp": 4, "micro": 4}, {}, {}),
     "dp2-mp2-pp2-ep2": ({"dp": 2, "mp": 2, "pp": 2, "ep": 2, "micro": 2}, {}, {}),
+    "pp2-chunks2": ({"pp": 2, "chunks": 2, "micro": 4}, {}, {}),
     "dp2-optimizer": ({"dp": 2}, {OPTIMIZER: True, SHARDS: {"parallel_optimizer_threshold": 0}}, {}),
     "dp4-optimizer2": (
         {"dp": 4},
@@ -101,7 +102,7 @@ class RunProblem:
         """Read the YAML. Raises ConfigError."""
         plan = read_plan(command)
         loader = plan.sections.train_dataset and plan.sections.train_dataset.megatron
-        prefixes = data_prefixes(loader.config.data_path) if loader else []
+        prefixes = parse_blend(loader.config.data_path)[0] if loader else []
         data = []
         if not prefixes or not all(idx_path(prefix).exists() for prefix in prefixes):
             prefix = random_data(folder / "random", plan, steps)
@@ -117,10 +118,11 @@ class RunProblem:
         return found
 
     def _layout(self, name: str, degrees: dict[str, int], other: dict, model: dict) -> Layout:
-        degrees = {"dp": 1, "cp": 1, "mp": 1, "pp": 1, "ep": 1, "micro": 1, "accumulation": 1} | degrees
+        degrees = {"dp": 1, "cp": 1, "mp": 1, "pp": 1, "ep": 1, "micro": 1, "accumulation": 1, "chunks": 1} | degrees
         parts = degrees["dp"] * degrees["micro"] * degrees["accumulation"]
-        if self.plan.model.num_layers < degrees["pp"]:  # every stage needs a layer
-            model = model | {"model.model_config.num_layers": degrees["pp"]}
+        chunks = degrees["pp"] * degrees["chunks"]
+        if self.plan.model.num_layers < chunks:  # every chunk needs a layer
+            model = {"model.model_config.num_layers": chunks} | model
         columns = self.plan.sections.train_dataset.input_columns or ["input_ids"]
         overrides = {
             "use_parallel": True,
@@ -129,6 +131,8 @@ class RunProblem:
             "parallel_config": {long: degrees[short] for short, long in SHORT.items()}
             | {"use_seq_parallel": degrees["mp"] > 1},  # MindFormers refuses experts with mp alone
             "recompute_config": {},
+            "parallel.pipeline_config": {"pipeline_interleave": degrees["chunks"] > 1, "pipeline_scheduler": "1f1b"},
+            "model.model_config.pp_interleave_num": degrees["chunks"],
             "model.model_config.offset": 0,
             "runner_config.batch_size": max(self.plan.global_batch // parts, 1),
             "runner_config.gradient_accumulation_steps": degrees["accumulation"],

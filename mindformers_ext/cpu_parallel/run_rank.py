@@ -24,7 +24,7 @@ from mindformers_ext.collectives import collectives
 from mindformers_ext.collectives.rank_job import JOB
 from mindformers_ext.errors import of_files
 from mindformers_ext.files.atomic import write_json
-from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS, GRADIENT_BUFFERS, stored_part
+from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS, GRADIENT_BUFFERS, layout_for, slot_of
 from mindformers_ext.training.certain_elements import CertainElements
 
 UNSUPPORTED = re.compile(r"(?:Unsupported op|kernel) \[?'?(\w+)\]?'? (?:on|is not)", re.IGNORECASE)
@@ -61,8 +61,8 @@ def set_parameters(cell, initial, compiled: dict, index: int) -> None:
     for parameter in cell.get_parameters():
         name = parameter.name
         if name in initial:
-            full = initial[name]
-            value = stored_part(name, full.shape, parameter.shape, compiled["layouts"], index).cut(full)
+            full, layout = initial[name], layout_for(name, compiled["layouts"])
+            value = slot_of(name, parameter.shape, layout, index, full.shape).cut(full)
         elif name.startswith(GRADIENT_BUFFERS):
             value = np.zeros(parameter.shape)
         else:

@@ -201,10 +201,7 @@ def _held_bytes(plan: Run, own: list[Weight]) -> dict[str, float]:
 
 def recomputed_layers(plan: Run, stage: int) -> int:
     """How many layers of a stage run their forward pass again."""
-    count = len(plan.layers_of(stage))
-    if isinstance(plan.recompute, list):
-        return min(plan.recompute[stage], count)
-    return count if plan.recompute else 0
+    return len(set(plan.layers_of(stage)) & set(plan.pipeline.covered(plan.recompute)))
 
 
 def _macs_per_token(plan: Run, stage: int, layers: list[int]) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.dryrun.report import GIB, summed_collectives
+from mindformers_ext.dryrun.rooflines import OPERATOR_HEADERS, PART_HEADERS, operator_rows, part_rows, roofline_text
 from mindformers_ext.dryrun.terminal_report import (
     AUDIT_HEADERS,
     HELD,
@@ -110,6 +111,13 @@ def _ranks_section(report: dict[str, Any]) -> list[str]:
     body.append(f"<pre>{html.escape(doubtful_text(report))}</pre>")
     signatures = audit_rows(report)
     body.append(_details(f"all {len(signatures)} signatures", _table(AUDIT_HEADERS, signatures)))
+    body.append("<h2>Time of operators in a micro-batch</h2>")
+    for record in compiled:
+        roofline = record["roofline"]
+        body.append(f"<p>rank {record['rank']}: {html.escape(roofline_text(roofline))}</p>")
+        body.append(_table(PART_HEADERS, part_rows(roofline)))
+        rows = operator_rows(roofline)
+        body.append(_details(f"rank {record['rank']}: the {len(rows)} longest", _table(OPERATOR_HEADERS, rows)))
     body.append(f"<h2>Collectives in a step</h2><div class='plots'>{_plot(_collective_bars, compiled)}</div>")
     for record in compiled:
         body.append(_details(f"rank {record['rank']}: collectives", _collectives(record)))

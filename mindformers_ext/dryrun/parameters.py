@@ -45,13 +45,11 @@ def model_weights(plan: Run) -> Iterator[Weight]:
 
 
 def _base_weights(plan: Run) -> Iterator[Weight]:
-    model, last = plan.model, plan.pp - 1
+    model, last = plan.model, plan.pipeline.last.stage
     table = (model.vocab_size, model.hidden_size)
     yield Weight("model.embed_tokens.weight", table, 0, 0, 1 if plan.vocab_emb_dp else plan.mp)
-    for stage in range(plan.pp):
-        for layer in plan.layers_of(stage):
-            if layer < model.num_layers:
-                yield from _layer(plan, f"model.layers.{layer}.", layer, stage)
+    for layer, place in enumerate(plan.pipeline.places[: model.num_layers]):
+        yield from _layer(plan, f"model.layers.{layer}.", layer, place.stage)
     yield Weight("model.norm.weight", (model.hidden_size,), last)
     if not model.tie_word_embeddings:
         yield Weight("lm_head.weight", table, last, 0, plan.mp)
@@ -61,12 +59,6 @@ def _base_weights(plan: Run) -> Iterator[Weight]:
             yield Weight(f"{prefix}{name}.weight", (model.hidden_size,), last)
         yield Weight(f"{prefix}eh_proj.weight", (model.hidden_size, 2 * model.hidden_size), last)
         yield from _layer(plan, f"{prefix}layer.", model.num_layers + depth, last)
-
-
-def count_parameters(plan: Run) -> tuple[int, int]:
-    """(values of the main model, values of multi-token prediction); shared weights once, router biases included."""
-    sizes = [(w.name.startswith("mtp."), w.size) for w in model_weights(plan)]
-    return sum(n for mtp, n in sizes if not mtp), sum(n for mtp, n in sizes if mtp)
 
 
 def stored_shape(weight: Weight, plan: Run) -> tuple[int, ...]:

@@ -10,9 +10,11 @@ from mindformers_ext.config.run_rules import Violation
 from mindformers_ext.dryrun.cost_model import PlanCost
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.parameters import Weight, model_weights, stored_shape
+from mindformers_ext.dryrun.rooflines import balanced_rows, roofline_record
 from mindformers_ext.dryrun.transfers import wire_factor
 from mindformers_ext.rank_compiler.operator_rules import VIOLATION
 from mindformers_ext.rank_compiler.rank_pool import COMPILED, REFUSED, RankResult
+from mindformers_ext.rank_compiler.roofline import Work
 
 FITS, DOES_NOT_FIT, TOOL_FAILURE = 0, 1, 2  # exit codes
 GIB = 2**30
@@ -115,7 +117,7 @@ def broken_rules(results: list[RankResult]) -> list[dict[str, Any]]:
 
 
 def rank_record(plan: Run, profile: DeviceProfile, cost: PlanCost | None, result: RankResult) -> dict[str, Any]:
-    """One compiled rank: its bytes by kind, its collectives, its parameter layouts.
+    """One compiled rank: its bytes by kind, its collectives, its parameter layouts, its operators' time.
 
     FLOPs are the model's formula. MindSpore's own count (`compiled.flops`) has no grouped matmul in it and the masked
     half of attention.
@@ -129,6 +131,8 @@ def rank_record(plan: Run, profile: DeviceProfile, cost: PlanCost | None, result
     record["flops_per_step"] = cost.stages[result.stage].flops_per_step if cost else None
     record["collectives"] = [collective_record(c, profile) for c in compiled["collectives"]]
     record["layouts"] = layout_table(compiled)
+    works = [Work(**work) for work in compiled.get("operators", [])]
+    record["roofline"] = roofline_record(works, profile, balanced_rows(plan), plan.micro_batches)
     return record
 
 
@@ -223,7 +227,10 @@ def weight_differences(plan: Run, result: RankResult, expected: dict[str, Weight
 
 
 def layer_names(plan: Run, stage: int) -> str:
-    """'58-60 + MTP'."""
-    layers = [i for i in plan.layers_of(stage) if i < plan.model.num_layers]
-    text = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
-    return text + (" + MTP" if plan.layers_of(stage)[-1] >= plan.model.num_layers else "")
+    """'58-60 + MTP', with two chunks '28-29, 58-60 + MTP'."""
+    runs = [plan.pipeline.layers_of(stage, chunk) for chunk in range(plan.chunks)]
+    texts = []
+    for layers in runs:
+        main = [i for i in layers if i < plan.model.num_layers]
+        texts.append(f"{main[0]}-{main[-1]}" if len(main) > 1 else f"{main[0]}")
+    return ", ".join(texts) + (" + MTP" if plan.layers_of(stage)[-1] >= plan.model.num_layers else "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mindformers_ext.config.run import Run, read_run
-from mindformers_ext.config.strategy_rules import check_plan
+from mindformers_ext.config.strategy_rules import check_plan, wrong_form
 from mindformers_ext.config.yaml_files import parse_value
 from mindformers_ext.dryrun.cost_model import PlanCost, estimate
 from mindformers_ext.dryrun.device_profile import DeviceProfile
@@ -95,6 +95,6 @@ def followers(base: Run, plan: Run, axes: dict[str, list[Any]]) -> list[tuple[st
         found.append(("parallel.dataset_strategy", rows))
     for key, even in (("model.model_config.offset", 0), ("recompute_config.recompute", True)):
         value = plan.value(key)
-        if key not in axes and isinstance(value, list) and len(value) != plan.pp:
+        if key not in axes and isinstance(value, list) and [*wrong_form(key, value, plan)]:
             found.append((key, even))
     return found

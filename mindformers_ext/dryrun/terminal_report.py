@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from mindformers_ext.dryrun.report import GIB, summed_collectives
+from mindformers_ext.dryrun.rooflines import OPERATOR_HEADERS, PART_HEADERS, operator_rows, part_rows, roofline_text
 from mindformers_ext.rank_compiler.operator_rules import DOCUMENTED, DOUBTFUL, VIOLATION
 from mindformers_ext.rank_compiler.rank_pool import COMPILED
 
@@ -41,6 +42,7 @@ def render_ranks(report: dict[str, Any]) -> str:
         compiled = [r for r in report["ranks"] if r["status"] == COMPILED]
         parts += [f"Collectives of rank {r['rank']} in a step:\n" + collective_table(r) for r in compiled[:1]]
         parts += [parameter_text(report["parameter_check"])] if compiled else []
+        parts += [longest_roofline(compiled)] if compiled else []
         parts += filter(None, [broken_text(report), doubtful_text(report)])
     parts.append(f"Verdict: {report['verdict']}")
     return "\n\n".join(parts)
@@ -139,6 +141,22 @@ def collective_table(record: dict[str, Any]) -> str:
     return table(["kind", "group", "where", "count", "tensor MB", "sent MB"], rows)
 
 
+def longest_roofline(compiled: list[dict[str, Any]]) -> str:
+    """The rank whose micro-batch takes longest: its time by part of the model and by operator."""
+    record = max(compiled, key=lambda r: r["roofline"]["micro_batch_seconds"])
+    roofline = record["roofline"]
+    operators = [row[:-2] for row in operator_rows(roofline)[:OPERATORS_SHOWN]]
+    parts = [
+        f"Operators of rank {record['rank']}: {roofline_text(roofline)}",
+        table(PART_HEADERS, part_rows(roofline)),
+        table(OPERATOR_HEADERS[:-2], operators),
+    ]
+    return "\n\n".join(parts)
+
+
+OPERATORS_SHOWN = 10
+
+
 def failure_text(record: dict[str, Any]) -> str:
     """Why a rank did not compile: rank, stage, the model's line, the compiler's words, the log."""
     lines = [
@@ -173,7 +191,7 @@ def doubtful_text(report: dict[str, Any]) -> str:
     return "\n".join(["Doubtful on Ascend, in a step of the compiled ranks:", *lines]) if lines else ""
 
 
-AUDIT_HEADERS = ["verdict", "count", "operator", "attributes", "types"]
+AUDIT_HEADERS = ["verdict", "count", "in MindFormers'", "operator", "attributes", "types"]
 
 
 def audit_rows(report: dict[str, Any]) -> list[list[Any]]:
@@ -182,14 +200,14 @@ def audit_rows(report: dict[str, Any]) -> list[list[Any]]:
     rows: dict[tuple, list[Any]] = {}
     for f in sorted(report["audit"], key=lambda f: order.index(f["verdict"])):
         key = (f["operator"], f["attributes"], f["dtypes"])
-        rows.setdefault(key, [f["verdict"], f["count"], *key])
+        rows.setdefault(key, [f["verdict"], f["count"], "yes" if f["in_mindformers"] else "no", *key])
     return list(rows.values())
 
 
 def audit_table(report: dict[str, Any]) -> str:
     """The signatures with their verdicts, one a line."""
     rows = [AUDIT_HEADERS, *audit_rows(report)]
-    return "\n".join(f"{row[0]:<10}  {row[1]:>6}  {'  '.join(filter(None, row[2:]))}" for row in rows)
+    return "\n".join(f"{row[0]:<10}  {row[1]:>6}  {row[2]:<15}  {'  '.join(filter(None, row[3:]))}" for row in rows)
 
 
 def parameter_text(check: dict[str, Any]) -> str:

@@ -87,6 +87,6 @@ def convert(content: Any, kind: Any, where: str | Path) -> Any:
 
 
 def short(value: Any) -> str:
-    """A value as it is shown in a sentence."""
+    """A value as it is shown in a sentence, cut to one readable piece."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -11,12 +11,13 @@ import math
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -216,10 +217,7 @@ def write_folder(
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
     index_file = folder / f"{prefix}.safetensors.index.json"
     index_file.unlink(missing_ok=True)
-    with (
-        tqdm(total=total, unit="B", unit_scale=True, desc=folder.name) as bar,
-        ThreadPoolExecutor(workers) as pool,
-    ):
+    with tqdm(total=total, unit="B", unit_scale=True, desc=folder.name) as bar, ThreadPoolExecutor(workers) as pool:
         made = partial(ahead, pool, 2 * workers)
         kept = sum(
             write_shard(folder / name, shard, source, metadata, made, bar.update)
@@ -291,19 +289,13 @@ def write_shard(
         made: gives the arrays that pieces return.
         advance: hears of the bytes done.
     """
-    layout, size = {}, 0
-    for tensor in tensors:
-        offsets = [size, size + tensor.nbytes]
-        layout[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        size = offsets[1]
+    layout = layout_of({tensor.name: tensor for tensor in tensors})
     fingerprint = hashlib.sha256(json.dumps([source, layout]).encode()).hexdigest()
-    header = json.dumps({"__metadata__": {**metadata, "fingerprint": fingerprint}, **layout}).encode()
-    header += b" " * (-len(header) % 8)
     if is_written(path, fingerprint):
-        advance(size)
+        advance(sum(tensor.nbytes for tensor in tensors))
         return True
     with whole_file(path, durable=True) as temporary, DirectFile(temporary) as stream:
-        stream.append(np.frombuffer(len(header).to_bytes(8, "little") + header, np.uint8))
+        stream.append(np.frombuffer(header_of(layout, {**metadata, "fingerprint": fingerprint}), np.uint8))
         arrays = made(chain.from_iterable(tensor.pieces for tensor in tensors))
         for tensor in tensors:
             start = stream.size
@@ -314,6 +306,22 @@ def write_shard(
             if stream.size - start != tensor.nbytes:
                 raise ValueError(f"{tensor.name}: {stream.size - start} bytes for shape {tensor.shape}")
     return False
+
+
+def layout_of(tensors: Mapping[str, Output | np.ndarray]) -> dict[str, dict[str, Any]]:
+    """What a header says of tensors that follow it one after the other."""
+    layout, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        layout[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    return layout
+
+
+def header_of(layout: dict[str, dict[str, Any]], metadata: dict[str, str]) -> bytes:
+    """What stands in a file before the first tensor."""
+    header = json.dumps({"__metadata__": metadata, **layout}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 def is_written(path: Path, fingerprint: str) -> bool:

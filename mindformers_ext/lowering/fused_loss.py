@@ -28,10 +28,8 @@ def fuse_losses(graph: Graph) -> None:
     """Replace the parts of cross entropy in the main graph."""
     for pattern, kernel in KERNELS:
         for node in graph.nodes:
-            found: dict[str, str] = {}
             with suppress(NoMatch):
-                graph.match(node.output[0], pattern, found)
-                kernel(graph, node, found)
+                kernel(graph, node, graph.match(node.output[0], pattern))
 
 
 def _logits(graph: Graph, found: dict[str, str]) -> str:
@@ -40,8 +38,7 @@ def _logits(graph: Graph, found: dict[str, str]) -> str:
     if len(graph.dims(name)) != 2 or not graph.is_float(name):
         raise NoMatch("not (T, V')")
     try:
-        added: dict[str, str] = {}
-        graph.match(name, ADDED_ZERO, added)
+        added = graph.match(name, ADDED_ZERO)
         same = graph.dims(added["logits"]) == graph.dims(name) and graph.number(added["zero"]) == 0
         return added["logits"] if same else name
     except NoMatch:

@@ -48,12 +48,7 @@ def _wait_for(graph: Graph, sources: dict[str, str]) -> None:
 
 def _term(graph: Graph, name: str) -> tuple[str, float]:
     """A gradient whose squares are added up, and by what the sum is divided. Raises NoMatch."""
-    found: dict[str, str] = {}
-    try:
-        graph.match(name, TERM, found)
-    except NoMatch:
-        found = {}
-        graph.match(name, SHARED_TERM, found)
+    found = graph.match_one(name, (TERM, SHARED_TERM))
     gradient, axes = found["gradient"], graph.integers(found["axes"])
     rank = len(graph.dims(gradient))
     whole = not axes or {axis % rank for axis in axes} == set(range(rank))

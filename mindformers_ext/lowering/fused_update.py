@@ -82,14 +82,7 @@ class UpdateFunction(Nodes):
         return self.maker(self.origin(assigned[name]))[0] != "Sub"
 
     def _update(self, parameter: str, assigned: dict[str, str]) -> Update:
-        for pattern in NEW_PARAMETER:
-            found = {"parameter": parameter}
-            try:
-                self.match(assigned[parameter], pattern, found)
-                break
-            except NoMatch:
-                if pattern is NEW_PARAMETER[-1]:
-                    raise
+        found = self.match_one(assigned[parameter], NEW_PARAMETER, parameter=parameter)
         for state, pattern in (("first", NEW_FIRST), ("second", NEW_SECOND)):
             if found[state] not in assigned:
                 raise NoMatch(f"{found[state]} is not assigned")

@@ -1,6 +1,7 @@
 """Reading a function of a lowered graph: what makes each value, constants, and patterns of operators."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,18 +63,29 @@ class Nodes:
             name = self.made_by[name].input[0]
         return name
 
-    def match(self, name: str, pattern: Is | str, found: dict[str, str]) -> None:
-        """Fill `found` with the values that stand where the pattern has names. Raises NoMatch."""
-        name = self.origin(name)
+    def match(self, name: str, pattern: Is | str, found: dict[str, str] | None = None) -> dict[str, str]:
+        """The values that stand where the pattern has names, with those in `found`, to which they are added.
+
+        Raises NoMatch.
+        """
+        name, found = self.origin(name), {} if found is None else found
         if isinstance(pattern, str):
             if found.setdefault(pattern, name) != name:
                 raise NoMatch(f"{pattern} is {found[pattern]} and {name}")
-            return
+            return found
         operator, node = self.maker(name)
         if operator != pattern.operator or len(node.input) != len(pattern.inputs):
             raise NoMatch(f"{name} is no {pattern.operator}")
         for given, inner in zip(node.input, pattern.inputs, strict=True):
             self.match(given, inner, found)
+        return found
+
+    def match_one(self, name: str, patterns: Iterable[Is], **known: str) -> dict[str, str]:
+        """What the first of the patterns that fits has found, with what is known. Raises NoMatch."""
+        for pattern in patterns:
+            with suppress(NoMatch):
+                return self.match(name, pattern, dict(known))
+        raise NoMatch(f"{name} is made by none of these patterns")
 
     def unscaled(self, names: list[str]) -> tuple[list[str], list[str]]:
         """The values without the computed numbers that all of them are multiplied with, and these numbers."""
@@ -91,8 +103,7 @@ class Nodes:
 
     def _product(self, name: str) -> tuple[str, str]:
         """The value and the number whose product `name` is. Raises NoMatch."""
-        found: dict[str, str] = {}
-        self.match(name, op("Mul", "value", "number"), found)
+        found = self.match(name, op("Mul", "value", "number"))
         same = self.tensor(name).data_type == self.tensor(found["value"]).data_type
         if not same or self.dims(found["number"]) != [1]:
             raise NoMatch("not multiplied with a number (1,)")

@@ -54,8 +54,8 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False, rewrite: 
     Keys: rank, device_num, strategies {operator: one list per input}, layouts {parameter: LAYOUT_FIELDS},
     parameters {name: {shape, dtype, bytes}} as stored on this rank (weights, optimizer states, gradient buffers),
     weights (names of those that the optimizer updates), collectives (`mindir.Collective`), audit
-    (`operator_rules.Finding`), flops {model, hardware} per step of this rank as MindSpore counts them, compile_seconds,
-    cpu_seconds and peak_rss_bytes of this process.
+    (`operator_rules.Finding`), operators (`roofline.Work`), flops {model, hardware} per step of this rank as MindSpore
+    counts them, compile_seconds, cpu_seconds and peak_rss_bytes of this process.
     """
     import mindspore as ms
     from mindspore.communication import get_group_size, get_process_group_ranks, get_rank
@@ -63,6 +63,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False, rewrite: 
 
     from mindformers_ext.rank_compiler import mindir
     from mindformers_ext.rank_compiler.operator_rules import audit
+    from mindformers_ext.rank_compiler.roofline import count_operators
 
     start = time.time()
     gc.freeze()  # MindSpore collects garbage often while it compiles: not among what is there already
@@ -92,6 +93,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False, rewrite: 
         "weights": [p.name for p in cell.optimizer.parameters if p.name in parameters],
         "collectives": [asdict(c) for c in mindir.collectives(model, rank, device_num)],
         "audit": [asdict(f) for f in audit(model, cell_lines(cell), ms.get_context("deterministic") == "ON")],
+        "operators": [asdict(work) for work in count_operators(model)],
         "flops": {"model": flops[0], "hardware": flops[1]},
         "compile_seconds": seconds,
         "cpu_seconds": time.process_time(),

@@ -19,8 +19,10 @@ from mindformers_ext.training.start import prepare_environment, run
 
 # What a run that stops before training does not need: data files, checkpoints, reports of steps that never run.
 WITHOUT = {
+    "run_mode": "train",
     "load_checkpoint": "",
     "resume_training": "False",
+    "do_eval": "False",
     "processor": "null",
     "callbacks": '[{"type": "TopkBiasBalanceCallback"}]',  # never called: a model whose bias balances asks for it
     "train_dataset.num_parallel_workers": "1",

@@ -136,15 +136,16 @@ def correct_groups(model: pb.ModelProto, ranks_of: Callable[[str], list[int]]) -
     """Make `group_rank_ids` of every collective the ranks of its group; True when any was wrong.
 
     The compiler knows the members of its own groups only: for one that the model made (expert parallelism) it may
-    write all ranks of the cluster. `rank_size`, the number of members, is right.
+    write all ranks of the cluster. `rank_size`, the number of members, is right; AlltoAllV has none.
     """
     wrong = False
     for primitive in model.primitives:
         attributes = {a.name: a for a in primitive.attribute}
-        if primitive.op_type not in COLLECTIVES or not {"rank_size", "group_rank_ids"} <= attributes.keys():
+        if primitive.op_type not in COLLECTIVES or not {"group", "group_rank_ids"} <= attributes.keys():
             continue
         ranks = attributes["group_rank_ids"].values
-        if len(ranks) != attributes["rank_size"].i:
+        size = attributes.get("rank_size")
+        if primitive.op_type == "AlltoAllV" or (size is not None and len(ranks) != size.i):
             members = ranks_of(attributes["group"].s.decode())
             del ranks[len(members) :]
             for value, member in zip(ranks, members, strict=True):
@@ -153,11 +154,16 @@ def correct_groups(model: pb.ModelProto, ranks_of: Callable[[str], list[int]]) -
     return wrong
 
 
-def collectives(model: pb.ModelProto, rank: int, world_size: int) -> list[Collective]:
-    """Every collective that `rank` runs in one step, equal ones summed, in order of first appearance."""
+def collectives(
+    model: pb.ModelProto, rank: int, world_size: int, counts: Counter[str] | None = None
+) -> list[Collective]:
+    """Every collective that `rank` runs in one step, equal ones summed, in order of first appearance.
+
+    `counts` says how often each function runs, in place of `call_counts`.
+    """
     primitives = {p.name: p for p in model.primitives}
     totals: Counter[Collective] = Counter()
-    for function, times in call_counts(model).items():
+    for function, times in (counts or call_counts(model)).items():
         for node in functions(model)[function].node:
             primitive = primitives.get(reference(node))
             if primitive is not None and primitive.op_type in COLLECTIVES:

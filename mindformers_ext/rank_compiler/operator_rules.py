@@ -7,7 +7,9 @@ the names of the kernel classes of the wheel's libmindspore_ops_ascend.so.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import prod
+from pathlib import Path
 
 import mindspore.train.mind_ir_pb2 as pb
 
@@ -71,6 +73,7 @@ class Finding:
     count: int  # in one step
     shapes: str  # of the first use
     places: list[str] = field(default_factory=list)  # the model's lines, or scopes without one; the first PLACES
+    in_mindformers: bool = False  # MindFormers' own graph has the operator with these attributes and types
 
 
 def audit(model: pb.ModelProto, lines: dict[str, str] | None = None, deterministic: bool = False) -> list[Finding]:
@@ -83,11 +86,23 @@ def audit(model: pb.ModelProto, lines: dict[str, str] | None = None, determinist
         places = dict.fromkeys(place_of(scope, lines or {}) for scope in scopes)
         for verdict, demand, document, remedy in judged(operator, deterministic):
             key = (operator.name, operator.attributes(), operator.dtypes(), verdict, demand)
-            known = found.setdefault(key, Finding(*key, document, remedy, 0, operator.shapes()))
+            known = found.setdefault(
+                key,
+                Finding(
+                    *key, document, remedy, 0, operator.shapes(), in_mindformers=key[:3] in mindformers_signatures()
+                ),
+            )
             known.places.extend([place for place in places if place not in known.places][: PLACES - len(known.places)])
             found[key] = replace(known, count=known.count + count)
     order = (VIOLATION, DOUBTFUL, DOCUMENTED)
     return sorted(found.values(), key=lambda f: (order.index(f.verdict), f.operator, -f.count))
+
+
+@cache
+def mindformers_signatures() -> frozenset[tuple[str, ...]]:
+    """(operator, attributes, types) of all that MindFormers' own DeepSeek-V3 runs; the file says how it was made."""
+    lines = (Path(__file__).parent / "mindformers_signatures.tsv").read_text().splitlines()
+    return frozenset(tuple(line.split("\t")) for line in lines if not line.startswith("#"))
 
 
 def distinct_uses(model: pb.ModelProto) -> Iterator[tuple[Operator, int, list[str]]]:

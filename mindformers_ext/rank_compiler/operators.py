@@ -88,6 +88,7 @@ class Operator:
     scope: str  # names and classes of the cells around it
     inputs: tuple
     result: Any
+    output: str = ""  # name of the result in its function
 
     @property
     def results(self) -> tuple:
@@ -166,7 +167,7 @@ def operators(model: pb.ModelProto) -> Iterator[tuple[str, Operator]]:
             result = inputs if name == "MakeTuple" else _typed(mindir.attribute(node, "shape"), name)
             values[node.output[0]] = result
             if name and name not in STRUCTURE:
-                yield function, Operator(name, node.domain, inputs, result)
+                yield function, Operator(name, node.domain, inputs, result, node.output[0])
 
 
 def _tensor(tensor: pb.TensorProto, made_by: str = "") -> Tensor:

@@ -47,7 +47,7 @@ class RankResult:
     def to_json(self) -> dict[str, Any]:
         """This record for the report, without the long tables that stay in the rank's own folder."""
         data = asdict(self)
-        for table in ("strategies", "parameters", "layouts", "audit"):
+        for table in ("strategies", "parameters", "layouts", "audit", "operators"):
             data["compiled"].pop(table, None)
         return data
 

@@ -35,41 +35,12 @@ MEMORY = 1  # graph compilation and the memory plan of the device
 SUPPORTED_VERSIONS = ("2.9.0",)
 
 # Libraries the plugin is linked against, and those it opens by name.
-LIBRARY_NAMES = [
-    "libge_runner",
-    "libgraph",
-    "libascendcl",
-    "libmsprofiler",
-    "libhccl",
-    "libruntime",
-    "libplatform",
-    "libc_sec",
-    "libnnopbase",
-    "libascend_hal",
-    "libatb",
-    "libacl_dvpp",
-    "libacl_dvpp_op",
-    "libacl_dvpp_mpi",
-    "libacl_op_compiler",
-    "libacl_tdt_channel",
-    "libopapi",
-    "libcust_opapi",
-    "libaclnn_math",
-    "libaclnn_ops_infer",
-    "libaclnn_ops_train",
-    "libmmpa",
-    "liberror_manager",
-]
-SYSTEM_LIBRARIES = [
-    "libc.so.6",
-    "libstdc++.so.6",
-    "libm.so.6",
-    "libpthread.so.0",
-    "libdl.so.2",
-    "libgcc_s.so.1",
-    "librt.so.1",
-    "libgomp.so.1",
-]
+LIBRARY_NAMES = (
+    "libge_runner libgraph libascendcl libmsprofiler libhccl libruntime libplatform libc_sec libnnopbase "
+    "libascend_hal libatb libacl_dvpp libacl_dvpp_op libacl_dvpp_mpi libacl_op_compiler libacl_tdt_channel libopapi "
+    "libcust_opapi libaclnn_math libaclnn_ops_infer libaclnn_ops_train libmmpa liberror_manager"
+)
+SYSTEM_LIBRARIES = "libc.so.6 libstdc++.so.6 libm.so.6 libpthread.so.0 libdl.so.2 libgcc_s.so.1 librt.so.1 libgomp.so.1"
 # Undefined in the plugin, but resolved by the interpreter or the loader.
 FOREIGN_SYMBOL = re.compile(r"Py|_Py|_ITM|__gmon|__tls_get_addr|__cxa_|_dl_")
 # APIs that the plugin looks up with dlsym: only their names, as strings, are in the libraries.
@@ -127,7 +98,8 @@ def stand_in_home() -> Path:
     """Folder of the stand-in libraries for the installed MindSpore; built on first use, safe to call concurrently."""
     package = _mindspore_folder()
     plugin = plugin_libraries(package)
-    folder = _cache_root() / f"{importlib.metadata.version('mindspore')}-{_fingerprint(plugin)}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek3-mindspore" / "stand_in"
+    folder = cache / f"{importlib.metadata.version('mindspore')}-{_fingerprint(plugin)}"
     home = folder / "cann"  # MindSpore cuts the libraries' path after its last "cann" to find CANN's home
     if home.is_dir():
         return home
@@ -149,7 +121,8 @@ def plugin_libraries(package: Path) -> list[Path]:
                 f"{path} is missing: this MindSpore has no Ascend plugin; install the PyPI wheel of MindSpore "
                 f"{SUPPORTED_VERSIONS[0]} for x86-64 Linux"
             )
-    found = {p for p in (plugin / "ascend").rglob("*.so*") if not _runs_elsewhere(p)}
+    # Left out is what runs on the card's own CPU, or is opened by operators only: never loaded in a dry run.
+    found = {p for p in (plugin / "ascend").rglob("*.so*") if not re.search("cpu_kernels|libcust", p.name)}
     return sorted(found | set(required))
 
 
@@ -210,17 +183,12 @@ def _is_ours(name: str, system: list[ctypes.CDLL]) -> bool:
 
 def _system_libraries() -> list[ctypes.CDLL]:
     loaded = []
-    for name in SYSTEM_LIBRARIES:
+    for name in SYSTEM_LIBRARIES.split():
         try:
             loaded.append(ctypes.CDLL(name))
         except OSError:
             continue  # absent here: then the plugin does not link against it either
     return loaded
-
-
-def _runs_elsewhere(path: Path) -> bool:
-    """Libraries that run on the card's own CPU or are opened only by operators: never loaded in a dry run."""
-    return "cpu_kernels" in path.name or "libcust" in path.name
 
 
 def _build(home: Path, source: str) -> None:
@@ -235,7 +203,7 @@ def _build(home: Path, source: str) -> None:
         (root / "lib64").mkdir(parents=True)
         (root / "stand_in.c").write_text(source)
         _run_compiler(compiler, "-w", "-O1", "-fPIC", "-fno-builtin", "-c", "stand_in.c", "-o", "stand_in.o", cwd=root)
-        for name in LIBRARY_NAMES:
+        for name in LIBRARY_NAMES.split():
             target = f"lib64/{name}.so"
             _run_compiler(compiler, "-shared", f"-Wl,-soname,{name}.so", "-o", target, "stand_in.o", cwd=root)
         (root / "stand_in.o").unlink()
@@ -273,11 +241,6 @@ def _fingerprint(plugin: list[Path]) -> str:
     """Names the wheel's build and this recipe; file sizes tell two wheels of one version apart."""
     text = f"{RECIPE} " + " ".join(f"{path.name}:{path.stat().st_size}" for path in plugin)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _cache_root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "deepseek3-mindspore" / "stand_in"
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mindformers_ext.sharded_checkpoint.layout import Slot
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Readable, Source
+from mindformers_ext.sharded_checkpoint.shards import Slot
 
 CHUNK_VALUES = 2**24  # values that are compared at a time
 

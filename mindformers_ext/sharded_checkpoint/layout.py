@@ -14,35 +14,14 @@ from mindformers_ext.errors import ConfigError
 from mindformers_ext.files.atomic import write_json
 from mindformers_ext.files.json_files import convert, read_object
 from mindformers_ext.files.safetensors_format import DTYPES
-from mindformers_ext.sharded_checkpoint.shards import GRADIENT_BUFFERS, layout_for, shard_of
-
-Ranges = tuple[tuple[int, int], ...]  # half-open, one for every dimension
+from mindformers_ext.sharded_checkpoint.shards import GRADIENT_BUFFERS, Ranges, Slot, layout_for, slot_of
 
 FORMAT = 1
 BLOCK_BYTES = 4 * 2**20
 # Sums over the micro-batches of one step: zero, or about to be, whenever a step has ended.
 COUNTERS = ("expert_load", "loss_parts", "max_logits_val")
-SETTINGS = ("learning_rate",)  # a parameter of MindSpore's optimizers, but the YAML decides it
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The part of a parameter that one rank holds; `copy` counts the ranks before it that hold the same part."""
-
-    full_shape: tuple[int, ...]
-    ranges: Ranges
-    copy: int = 0
-
-    @classmethod
-    def whole(cls, shape: Iterable[int], copy: int = 0) -> "Slot":
-        """The whole parameter."""
-        shape = tuple(shape)
-        return cls(shape, tuple((0, size) for size in shape), copy)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the part."""
-        return tuple(end - begin for begin, end in self.ranges)
+# A parameter of MindSpore's optimizers, but the YAML decides it; training/bad_steps.py decides the other.
+SETTINGS = ("learning_rate", "norm_limit")
 
 
 @dataclass(frozen=True)
@@ -150,6 +129,7 @@ class Meta:
     prefix: str = ""  # the run's name
     model: dict[str, int] = field(default_factory=dict)  # sizes, see model_facts
     versions: dict[str, str] = field(default_factory=dict)
+    health: dict[str, list[float]] = field(default_factory=dict)  # what was usual so far, see bad_steps.py and gate.py
     format: int = FORMAT
 
     def check(self) -> None:
@@ -198,19 +178,6 @@ def compiled_slots(compiled: Mapping[str, Any]) -> dict[str, Slot]:
         if is_state(name):
             slots[name] = slot_of(name, stored["shape"], layout_for(name, layouts), index)
     return slots
-
-
-def slot_of(name: str, stored_shape: Iterable[int], layout: Mapping[str, Any] | None, index: int) -> Slot:
-    """What the stage's `index`-th device holds of a parameter; without a layout it is whole on every device.
-
-    Raises:
-        ValueError: the stored shape does not follow from the layout.
-    """
-    stored_shape = tuple(stored_shape)
-    if layout is None or len(layout["full_shape"]) != len(stored_shape):
-        return Slot.whole(stored_shape, copy=index)
-    shard = shard_of(name, layout["full_shape"], stored_shape, layout, index)
-    return Slot(tuple(layout["full_shape"]), shard.ranges, shard.copy)
 
 
 def write_signed_json(path: Path, content: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ from mindformers.tools.utils import get_real_group_size, get_real_rank
 from mindspore import Parameter, Tensor, nn
 
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.sharded_checkpoint.layout import Piece, Slot, is_state, slot_of
+from mindformers_ext.sharded_checkpoint.layout import Piece, is_state
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, check_names, load
-from mindformers_ext.sharded_checkpoint.shards import LAYOUT_FIELDS
+from mindformers_ext.sharded_checkpoint.shards import LAYOUT_FIELDS, Slot, slot_of
 
 # Sizes by which a model and a checkpoint that do not belong together are told apart in words.
 MODEL_FACTS = ("vocab_size", "num_layers", "hidden_size", "num_heads", "intermediate_size")
@@ -45,22 +45,14 @@ def state_of(network: nn.Cell) -> dict[str, Parameter]:
 def slots_of(network: nn.Cell, parameters: Mapping[str, Parameter]) -> dict[str, Slot]:
     """The part of every parameter that this process holds."""
     if is_lowered(network):
-        parts = {name: Slot(part.full_shape, part.shard.ranges, part.shard.copy) for name, part in network.stored()}
+        parts = {name: part.slot for name, part in network.stored()}
         return {name: parts.get(name, Slot.whole(p.shape, network.job.rank)) for name, p in parameters.items()}
     rank = get_real_rank()
     if not is_split():
         return {name: Slot.whole(parameter.shape, copy=rank) for name, parameter in parameters.items()}
-    layouts = network.parameter_layout_dict
+    layouts = {name: dict(zip(LAYOUT_FIELDS, e, strict=True)) for name, e in network.parameter_layout_dict.items()}
     index = rank % (get_real_group_size() // ms.get_auto_parallel_context("pipeline_stages"))
-    return {
-        name: slot_of(
-            name,
-            parameter.shape,
-            dict(zip(LAYOUT_FIELDS, layouts[name], strict=True)) if name in layouts else None,
-            index,
-        )
-        for name, parameter in parameters.items()
-    }
+    return {name: slot_of(name, p.shape, layouts.get(name), index) for name, p in parameters.items()}
 
 
 def pieces_of(network: nn.Cell) -> dict[str, Piece]:

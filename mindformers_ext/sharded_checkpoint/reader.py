@@ -25,13 +25,12 @@ from mindformers_ext.sharded_checkpoint.layout import (
     Entry,
     Layout,
     Meta,
-    Ranges,
-    Slot,
     StoredPiece,
     intersect,
     is_weight,
     read_signed_json,
 )
+from mindformers_ext.sharded_checkpoint.shards import Ranges, Slot
 from mindformers_ext.sharded_checkpoint.writer import LATEST, rank_file, saved_steps
 
 PLAIN_INDEX = "model.safetensors.index.json"
@@ -279,7 +278,7 @@ def load(source: Source, slots: Mapping[str, Slot]) -> Iterator[tuple[str, np.nd
     if isinstance(source, Checkpoint):
         source.verify(slots)
     for name, slot in slots.items():
-        yield name, source.read(name)[tuple(slice(begin, end) for begin, end in slot.ranges)]
+        yield name, source.read(name)[slot.slices]
 
 
 def open_source(location: str | Path | None, step: str | None = None) -> Source:

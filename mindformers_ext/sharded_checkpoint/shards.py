@@ -5,8 +5,8 @@ pipeline stage, slowest axis first, and for every tensor dimension the axis that
 (-1: whole). A parameter stored smaller than its slice is cut once more along dimension 0 by optimizer parallelism.
 """
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -32,29 +32,38 @@ GRADIENT_BUFFERS = ("accu_grads.",)
 FIRST_MOMENTS = ("adam_m.", "exp_avg.")
 
 
+Ranges = tuple[tuple[int, int], ...]  # half-open, one for every dimension
+
+
 @dataclass(frozen=True)
-class Shard:
-    """Where one rank's stored array lies in the full parameter: half-open ranges, one per dimension.
+class Slot:
+    """The part of a parameter that one rank holds; `copy` counts the stage's ranks before it with the same part."""
 
-    `copy` counts the ranks of the stage before this one that store the same part.
-    """
+    full_shape: tuple[int, ...]
+    ranges: Ranges
+    copy: int = 0
 
-    ranges: tuple[tuple[int, int], ...]
-    copy: int = field(default=0, compare=False)
+    @classmethod
+    def whole(cls, shape: Iterable[int], copy: int = 0) -> "Slot":
+        """The whole parameter."""
+        shape = tuple(shape)
+        return cls(shape, tuple((0, size) for size in shape), copy)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the part."""
+        return tuple(end - begin for begin, end in self.ranges)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What cuts the part from the whole."""
+        return tuple(slice(begin, end) for begin, end in self.ranges)
 
     def cut(self, full: np.ndarray) -> np.ndarray:
-        return np.array(full[tuple(slice(a, b) for a, b in self.ranges)], order="C")  # a copy, 0-d stays 0-d
-
-    def put(self, full: np.ndarray, part: np.ndarray) -> None:
-        full[tuple(slice(a, b) for a, b in self.ranges)] = part
+        return np.array(full[self.slices], order="C")  # a copy, 0-d stays 0-d
 
 
-def coordinates(index: int, device_matrix: Sequence[int]) -> tuple[int, ...]:
-    """Place of the stage's `index`-th device on every axis, slowest first."""
-    return tuple(int(c) for c in np.unravel_index(index, tuple(device_matrix)))
-
-
-def shard_of(name: str, full_shape: Sequence[int], stored_shape: Sequence[int], layout: Mapping, index: int) -> Shard:
+def shard_of(name: str, full_shape: Sequence[int], stored_shape: Sequence[int], layout: Mapping, index: int) -> Slot:
     """What the stage's `index`-th device stores of parameter `name`.
 
     Raises ValueError when the stored shape does not follow from the layout.
@@ -63,8 +72,8 @@ def shard_of(name: str, full_shape: Sequence[int], stored_shape: Sequence[int], 
     axes = [len(matrix) - 1 - axis if axis >= 0 else None for axis in tensor_map]
 
     def position(device: int) -> tuple[int, ...]:
-        place = coordinates(device, matrix)
-        return tuple(0 if axis is None else place[axis] for axis in axes)
+        place = np.unravel_index(device, tuple(matrix))
+        return tuple(0 if axis is None else int(place[axis]) for axis in axes)
 
     own = position(index)
     parts = [1 if axis is None else matrix[axis] for axis in axes]
@@ -79,22 +88,29 @@ def shard_of(name: str, full_shape: Sequence[int], stored_shape: Sequence[int], 
         copy, piece = divmod(copy, (end - begin) // stored_shape[0])
         begin += piece * stored_shape[0]
         ranges[0] = (begin, begin + stored_shape[0])
-    if tuple(b - a for a, b in ranges) != tuple(stored_shape):
+    slot = Slot(tuple(full_shape), tuple(ranges), copy)
+    if slot.shape != tuple(stored_shape):
         raise ValueError(
-            f"parameter '{name}' is stored as {tuple(stored_shape)}, its layout cuts {tuple(full_shape)} to "
-            f"{tuple(b - a for a, b in ranges)} on device {index} of its stage"
+            f"parameter '{name}' is stored as {tuple(stored_shape)}, its layout cuts {slot.full_shape} to {slot.shape} "
+            f"on device {index} of its stage"
         )
-    return Shard(tuple(ranges), copy)
+    return slot
 
 
-def stored_part(
-    name: str, full_shape: Sequence[int], stored_shape: Sequence[int], layouts: Mapping, index: int
-) -> Shard:
-    """What the stage's `index`-th device stores of a parameter or optimizer state: its layout's part, or else all."""
-    layout = layout_for(name, layouts)
-    if layout is None or len(layout["tensor_map"]) != len(full_shape):
-        return Shard(tuple((0, size) for size in full_shape), copy=index)
-    return shard_of(name, full_shape, stored_shape, layout, index)
+def slot_of(
+    name: str,
+    stored_shape: Sequence[int],
+    layout: Mapping | None,
+    index: int,
+    full_shape: Sequence[int] | None = None,
+) -> Slot:
+    """What the stage's `index`-th device holds of a parameter or optimizer state: its layout's part, or else all.
+
+    `full_shape` is the layout's, unless it is known otherwise. Raises ValueError as shard_of does.
+    """
+    if layout is None or len(layout["tensor_map"]) != len(stored_shape):
+        return Slot.whole(stored_shape if full_shape is None else full_shape, copy=index)
+    return shard_of(name, layout["full_shape"] if full_shape is None else full_shape, stored_shape, layout, index)
 
 
 def layout_for(name: str, layouts: Mapping[str, Mapping]) -> Mapping | None:
@@ -110,25 +126,24 @@ def owner_of(name: str, known: Container[str]) -> str | None:
 
 
 def gather(
-    name: str, full_shape: Sequence[int], shards: Sequence[tuple[int, Shard, np.ndarray]]
+    name: str, full_shape: Sequence[int], slots: Sequence[tuple[int, Slot, np.ndarray]]
 ) -> tuple[np.ndarray, float]:
-    """The full parameter from (rank, shard, array) of all ranks that store a part of it.
+    """The full parameter from (rank, slot, array) of all ranks that store a part of it.
 
     Returns it and the largest absolute difference between replicas of the same part (0 when they are equal).
     Raises ValueError when a part is missing.
     """
-    full = np.zeros(full_shape, shards[0][2].dtype)
+    full = np.zeros(full_shape, slots[0][2].dtype)
     filled = np.zeros(full_shape, bool)
     difference = 0.0
-    for rank, shard, part in shards:
-        if part.shape != tuple(b - a for a, b in shard.ranges):
-            raise ValueError(f"parameter '{name}': rank {rank} stores {part.shape}, not {shard.ranges}")
-        known = shard.cut(filled)
+    for rank, slot, part in slots:
+        if part.shape != slot.shape:
+            raise ValueError(f"parameter '{name}': rank {rank} stores {part.shape}, not {slot.ranges}")
+        known = slot.cut(filled)
         if known.any():
-            other = shard.cut(full)[known].astype(np.float64) - part[known].astype(np.float64)
+            other = slot.cut(full)[known].astype(np.float64) - part[known].astype(np.float64)
             difference = max(difference, float(np.abs(other).max()))
-        shard.put(full, part)
-        shard.put(filled, np.ones(part.shape, bool))
+        full[slot.slices], filled[slot.slices] = part, True
     if not filled.all():
         raise ValueError(f"parameter '{name}': {int((~filled).sum())} of {filled.size} elements are on no rank")
     return full, difference

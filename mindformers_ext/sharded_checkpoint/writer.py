@@ -6,13 +6,14 @@ checkpoint is thus whole or not there, whenever the run is killed; `latest` is r
 """
 
 import json
+import logging
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import xxhash
 from mindformers_ext.errors import TrainingStopped, free_space
 from mindformers_ext.files.atomic import flush, write_json, write_text
 from mindformers_ext.files.json_files import read_object
-from mindformers_ext.files.safetensors_format import NAMES
+from mindformers_ext.files.safetensors_format import header_of, layout_of
+from mindformers_ext.sharded_checkpoint.gate import Gate, facts
 from mindformers_ext.sharded_checkpoint.layout import (
     BLOCK_BYTES,
     Entry,
@@ -35,10 +37,14 @@ from mindformers_ext.sharded_checkpoint.layout import (
 )
 
 LATEST = "latest"
+BEST = "best"  # names the step with the lowest evaluation loss (training/evaluation.py)
+UNHEALTHY = "unhealthy_"  # before the name of one that the gate did not let through
 PARTIAL = ".partial_"  # before the name of a step that is being written
 REMOVED = ".removed_"  # before the name of one that is being deleted
 POLL_SECONDS = 0.05
 TIMEOUT_SECONDS = 1800.0
+
+logger = logging.getLogger(__name__)
 
 
 def step_name(step: int) -> str:
@@ -51,10 +57,15 @@ def rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:04d}.safetensors"
 
 
-def saved_steps(root: Path) -> list[Path]:
-    """Folders of the whole checkpoints in `root`, oldest step first."""
-    found = [path for path in root.glob("step_*") if re.fullmatch("[0-9]+", path.name[5:]) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+def saved_steps(root: Path, prefix: str = "") -> list[Path]:
+    """Folders of the whole checkpoints in `root`, oldest step first; of the others with the prefix UNHEALTHY."""
+    found = [path for path in root.glob(f"{prefix}step_*") if re.fullmatch(r".*step_[0-9]+", path.name)]
+    return sorted(filter(Path.is_dir, found), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(folder.name.rpartition("_")[2])
 
 
 class Saver:
@@ -66,6 +77,8 @@ class Saver:
         keep: newest steps to keep.
         in_background: copy the arrays and write them in a thread; the next save waits for it.
         timeout: seconds that the first rank waits for the others.
+        keep_every: multiples of this step stay besides the newest.
+        gate: what a healthy state is; None: every state is. `health` is what was usual so far.
     """
 
     def __init__(
@@ -76,7 +89,11 @@ class Saver:
         keep: int = 5,
         in_background: bool = False,
         timeout: float = TIMEOUT_SECONDS,
+        keep_every: int | None = None,
+        gate: Gate | None = None,
     ):
+        self.keep_every, self.gate = keep_every, gate
+        self.health: dict[str, list[float]] = {}
         self.root, self.rank, self.ranks, self.keep, self.timeout = Path(root), rank, ranks, keep, timeout
         self.pool = ThreadPoolExecutor(1) if in_background else None
         self.running: Future | None = None
@@ -87,7 +104,7 @@ class Saver:
         The first rank does it, and no other can be saving yet, since a step needs all ranks.
         """
         if self.rank == 0:
-            for leftover in [*self.root.glob(f"{PARTIAL}step_*"), *self.root.glob(f"{REMOVED}step_*")]:
+            for leftover in [*self.root.glob(f"{PARTIAL}step_*"), *self.root.glob(f"{REMOVED}*step_*")]:
                 shutil.rmtree(leftover)
 
     def save(
@@ -123,10 +140,10 @@ class Saver:
     ) -> None:
         partial = self.root / f"{PARTIAL}{step_name(meta.step)}"
         try:
-            write_part(partial, self.rank, pieces, private)
+            write_part(partial, self.rank, pieces, private, facts(pieces) if self.gate else {})
             if self.rank == 0:
-                publish(partial, meta, self.timeout)
-                remove_old(self.root, self.keep)
+                publish(partial, meta, self.timeout, self.gate, self.health)
+                remove_old(self.root, self.keep, self.keep_every)
         except OSError as error:
             raise TrainingStopped(
                 f"{partial}: cannot save step {meta.step}: {error.strerror or error}; make room"
@@ -135,23 +152,19 @@ class Saver:
         saved()
 
 
-def write_part(partial: Path, rank: int, pieces: Mapping[str, Piece], private: Mapping[str, Any]) -> None:
-    """Write one rank's file, and its part of the layout when the file is on the disk."""
+def write_part(
+    partial: Path,
+    rank: int,
+    pieces: Mapping[str, Piece],
+    private: Mapping[str, Any],
+    told: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one rank's file, and when it is on the disk its part of the layout with what it has to tell the gate."""
     partial.mkdir(parents=True, exist_ok=True)
     own = {name: piece for name, piece in pieces.items() if piece.slot.copy == 0}
     layout = Layout()
-    offset, tensors = 0, {}
-    for name, piece in own.items():
-        end = offset + piece.array.nbytes
-        tensors[name] = {
-            "dtype": NAMES[piece.array.dtype],
-            "shape": list(piece.array.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    header = json.dumps({"__metadata__": {"private": json.dumps(private)}, **tensors}).encode()
-    header += b" " * (-len(header) % 8)
-    header = len(header).to_bytes(8, "little") + header
+    tensors = layout_of({name: piece.array for name, piece in own.items()})
+    header = header_of(tensors, {"private": json.dumps(private)})
     with open(rank_file(partial, rank), "wb") as stream:
         stream.write(header)
         for name, piece in own.items():
@@ -163,8 +176,9 @@ def write_part(partial: Path, rank: int, pieces: Mapping[str, Piece], private: M
             layout.entries[name] = Entry(piece.slot.full_shape, tensors[name]["dtype"], [stored])
         stream.flush()
         os.fsync(stream.fileno())
-    layout.files[rank] = StoredFile(len(header) + offset, xxhash.xxh3_64_hexdigest(header))
-    write_json(part_file(partial, rank), layout.to_json())
+    size = len(header) + sum(piece.array.nbytes for piece in own.values())
+    layout.files[rank] = StoredFile(size, xxhash.xxh3_64_hexdigest(header))
+    write_json(part_file(partial, rank), {"layout": layout.to_json(), "told": told or {}})
 
 
 def part_file(partial: Path, rank: int) -> Path:
@@ -179,17 +193,23 @@ def blocks(array: np.ndarray) -> Iterator[memoryview]:
         yield raw[begin : begin + BLOCK_BYTES]
 
 
-def publish(partial: Path, meta: Meta, timeout: float) -> Path:
+def publish(
+    partial: Path, meta: Meta, timeout: float, gate: Gate | None = None, health: dict[str, list[float]] | None = None
+) -> Path:
     """Wait for all ranks' parts, check them, and give the folder its name; returns it.
+
+    A state that `gate` refuses gets another name, and a healthy one adds to `health`, which is saved with it.
 
     Raises:
         TrainingStopped: a rank did not write in time, or the parts do not make up every parameter.
     """
-    layout = Layout()
+    layout, told = Layout(), []
     for rank in range(meta.ranks):
         wait_for(part_file(partial, rank), rank, meta, timeout)
         try:
-            layout.add(Layout.from_json(read_object(part_file(partial, rank)), part_file(partial, rank)))
+            part = read_object(part_file(partial, rank))
+            layout.add(Layout.from_json(part["layout"], part_file(partial, rank)))
+            told.append(part["told"])
         except ValueError as error:
             raise TrainingStopped(f"{partial}: step {meta.step} cannot be saved: {error}; the ranks diverged") from None
         part_file(partial, rank).unlink()
@@ -199,10 +219,12 @@ def publish(partial: Path, meta: Meta, timeout: float) -> Path:
             f"{partial}: step {meta.step} cannot be saved: no rank holds some elements of {len(lost)} parameters, the "
             f"first is {lost[0]!r}"
         )
+    health = {} if health is None else health
+    reasons = gate.reasons(told, health) if gate else []
     write_signed_json(partial / "layout.json", layout.to_json())
-    write_signed_json(partial / "meta.json", asdict(meta))
+    write_signed_json(partial / "meta.json", asdict(replace(meta, health=meta.health | health)))
     flush(partial)
-    return rename(partial)
+    return set_aside(partial, reasons) if reasons else rename(partial)
 
 
 def wait_for(path: Path, rank: int, meta: Meta, timeout: float) -> None:
@@ -233,12 +255,26 @@ def rename(partial: Path) -> Path:
     return final
 
 
-def remove_old(root: Path, keep: int) -> None:
-    """Delete the lowest steps until `keep` are left; the latest always stays."""
-    latest = (root / LATEST).read_text(encoding="utf-8")
-    old = [path for path in saved_steps(root) if path.name != latest]
-    for path in old[: max(len(old) + 1 - keep, 0)]:
-        remove(path)
+def set_aside(partial: Path, reasons: list[str]) -> Path:
+    """Give a checkpoint that is not healthy a name of its own; the latest stays."""
+    final = partial.with_name(UNHEALTHY + partial.name.removeprefix(PARTIAL))
+    logger.warning("%s is not healthy: %s; %s goes on naming the step before", final, "; ".join(reasons), LATEST)
+    if final.exists():
+        remove(final)
+    os.rename(partial, final)
+    flush(final.parent)
+    return final
+
+
+def remove_old(root: Path, keep: int, keep_every: int | None = None) -> None:
+    """Delete the lowest steps until `keep` are left; the latest, the best and multiples of `keep_every` always stay."""
+    named = {path.read_text(encoding="utf-8") for path in (root / LATEST, root / BEST) if path.exists()}
+    for prefix in ("", UNHEALTHY):
+        old = [path for path in saved_steps(root, prefix) if path.name not in named]
+        if keep_every and not prefix:
+            old = [path for path in old if step_of(path) % keep_every]
+        for path in old[: max(len(old) + (not prefix) - keep, 0)]:
+            remove(path)
 
 
 def remove(folder: Path) -> None:

@@ -16,8 +16,9 @@ from mindformers.tools.utils import get_output_root_path
 from mindspore import Parameter, nn
 from mindspore.train import Callback, RunContext
 
-from mindformers_ext.data.data_position import Start, position_of, start_of
+from mindformers_ext.data.data_position import Start, place_after, position_of, start_of
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.sharded_checkpoint.gate import Gate
 from mindformers_ext.sharded_checkpoint.layout import Meta, is_state
 from mindformers_ext.sharded_checkpoint.network import (
     check_model,
@@ -30,24 +31,38 @@ from mindformers_ext.sharded_checkpoint.network import (
 from mindformers_ext.sharded_checkpoint.random_state import random_state, restore_random_state
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
 from mindformers_ext.sharded_checkpoint.writer import Saver
-from mindformers_ext.training.metrics import place_in_run, samples_per_step
+from mindformers_ext.training.metrics import samples_per_step
+from mindformers_ext.training.over_ranks import place_in_run
 from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingface, resolve
 from mindformers_ext.training.wrapper import frozen_names, real_model
 
 ADAPTERS = (".lora_a", ".lora_b")
 
 
+class BeginAt(Callback):
+    """Tell the other callbacks where this process begins, and give them a place for what checkpoints keep of a run."""
+
+    def __init__(self, start: Start):
+        super().__init__()
+        self.start = start
+
+    def on_train_begin(self, run_context: RunContext) -> None:
+        """Before all others."""
+        cb_params = run_context.original_args()
+        cb_params.start, cb_params.health = self.start, {}
+
+
 class RestoreCheckpoint(Callback):
-    """Load a checkpoint before the first step; the first of the callbacks, so that the others see what was loaded.
+    """Load a checkpoint before the first step; before the other callbacks, which see what was loaded.
 
     Args:
         source: where the parameters come from; a HuggingFace folder is opened with the network.
-        start: where to go on, which the data already does; None to load the weights only, for a new training.
+        resume: go on from its step; False to load the weights only, for a new training.
     """
 
-    def __init__(self, source: Source | HuggingFaceFolder, start: Start | None):
+    def __init__(self, source: Source | HuggingFaceFolder, resume: bool):
         super().__init__()
-        self.source, self.start = source, start
+        self.source, self.resume = source, resume
 
     def on_train_begin(self, run_context: RunContext) -> None:
         """Compile the network where that decides what this rank holds, then load it."""
@@ -60,7 +75,7 @@ class RestoreCheckpoint(Callback):
         source = resolve(self.source, model)
         check_model(source, model.config)
         parameters = state_of(network)
-        if self.start is None:
+        if not self.resume:
             parameters = weights_of(model, source, parameters)
             cb_params.base = str(Path(source.path).resolve())
         else:
@@ -68,7 +83,7 @@ class RestoreCheckpoint(Callback):
             if "base" in private:
                 parameters = load_base(network, parameters, private["base"], source.path)
                 cb_params.base = private["base"]
-            cb_params.start = self.start
+            cb_params.restored = source.meta
             restore_random_state(private["random_state"])
         load_into(network, parameters, source, may_leave_mtp)
         logger.info("loaded %d parameters from %s", len(parameters), source.path)
@@ -84,6 +99,9 @@ class CheckpointMonitor(Callback):
         save_checkpoint_steps: steps between two checkpoints.
         keep_checkpoint_max: newest checkpoints to keep.
         async_save: write in the background while the training goes on.
+        keep_every_steps: checkpoints at multiples of this step stay besides the newest.
+        check_health: give a state with a value that is not finite, or an embedding or router bias that is far off,
+            another name (sharded_checkpoint/gate.py, which says what the next two are).
         integrated_save: must be False; every rank writes its own part, which any layout can load.
         checkpoint_format: must be safetensors.
         **trainer_options: what the Trainer gives to upstream's class.
@@ -98,6 +116,10 @@ class CheckpointMonitor(Callback):
         async_save: bool = False,
         integrated_save: bool = False,
         checkpoint_format: str = "safetensors",
+        keep_every_steps: int | None = None,
+        check_health: bool = False,
+        embedding_norm_factor: float = 2.0,
+        max_expert_bias: float | None = None,
         **trainer_options: Any,
     ):
         super().__init__()
@@ -109,18 +131,23 @@ class CheckpointMonitor(Callback):
             *place_in_run()[:2],
             keep_checkpoint_max,
             async_save,
+            keep_every=keep_every_steps,
+            gate=Gate(embedding_norm_factor, max_expert_bias) if check_health else None,
         )
 
     def on_train_begin(self, run_context: RunContext) -> None:
         """Begin with no half written checkpoint; nothing is saved before the first step."""
         self.saver.clear()
-        self.last_saved = start_of(run_context.original_args()).step
+        cb_params = run_context.original_args()
+        self.last_saved = start_of(cb_params).step
+        if "restored" in cb_params:
+            self.saver.health = dict(cb_params.restored.health)
 
     def on_train_step_end(self, run_context: RunContext) -> None:
-        """Save when a multiple of save_checkpoint_steps was reached, or passed in sink mode."""
+        """Save when a multiple of save_checkpoint_steps was reached, or passed in sink mode, or somebody asked."""
         cb_params = run_context.original_args()
         step = start_of(cb_params).step + cb_params.cur_step_num
-        if step // self.every > self.last_saved // self.every:
+        if step // self.every > self.last_saved // self.every or cb_params.get("save_now"):
             self.save(cb_params, step)
 
     def on_train_end(self, run_context: RunContext) -> None:
@@ -142,7 +169,8 @@ class CheckpointMonitor(Callback):
         """Where the training stands."""
         dataset, start = cb_params.train_dataset, start_of(cb_params)
         epoch, steps = divmod(start.dataset_steps + cb_params.cur_step_num, dataset.get_dataset_size())
-        consumed = start.first_sample + steps * samples_per_step(dataset) if steps else 0
+        read = start.first_sample + steps * samples_per_step(dataset) if steps else 0
+        consumed = place_after(dataset, read)
         position = position_of(dataset, consumed)
         return Meta(
             step=step,
@@ -153,6 +181,7 @@ class CheckpointMonitor(Callback):
             prefix=self.prefix,
             model=model_facts(real_model(cb_params.train_network).config),
             versions={name: version(name) for name in ("mindspore", "mindformers")},
+            health={name: list(values) for name, values in cb_params.get("health", {}).items()},
         )
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,20 @@ import mindspore as ms
 import numpy as np
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindformers.tools.utils import get_output_root_path, get_real_group_size, get_real_rank
+from mindformers.tools.utils import get_output_root_path, get_real_group_size
 from mindspore import Tensor, nn, ops
 from mindspore.train import Callback, RunContext
 from tensorboardX import SummaryWriter
 
-from mindformers_ext.collectives.rank_job import RankJob, is_cpu_rank
+from mindformers_ext.config.sections import Monitors
 from mindformers_ext.data.data_position import start_of
 from mindformers_ext.errors import TrainingStopped
 from mindformers_ext.files.atomic import naming, whole_file, write_text
 from mindformers_ext.training.device_peak import device_peak
-from mindformers_ext.training.topk_bias_callback import read_expert_load, sum_over_ranks
-from mindformers_ext.training.wrapper import real_model
+from mindformers_ext.training.monitors import RunMonitors
+from mindformers_ext.training.over_ranks import place_in_run
+from mindformers_ext.training.topk_bias_callback import read_expert_load, reset_expert_load, sum_over_ranks
+from mindformers_ext.training.wrapper import real_model, was_left_out
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -45,14 +47,6 @@ def take_loss_parts(model: nn.Cell) -> tuple[float | None, float | None, float |
     if parts[3] == 0:
         return None, None, None
     return tuple(float(part) for part in parts[:3] / parts[3])
-
-
-def place_in_run() -> tuple[int, int, int]:
-    """This process's rank, the devices and the pipeline stages of the run."""
-    if is_cpu_rank():
-        job = RankJob.current()
-        return job.rank, job.world_size, job.stages
-    return get_real_rank(), get_real_group_size(), ms.get_auto_parallel_context("pipeline_stages")
 
 
 def samples_per_step(dataset: Any) -> int:
@@ -124,6 +118,7 @@ class TrainingMetrics(Callback):
         device_peak_tflops: peak of one device in TFLOP/s; default 353.9 on Ascend, measured on CPU.
         max_skipped_steps: steps in a row that may be left out because their gradients are not finite. A dynamic loss
             scale of 2^16 needs 16 to find itself.
+        monitors: what else to look at, and every how many steps (training/monitors.py).
 
     Raises:
         TrainingStopped: the loss is NaN or infinite, or more steps in a row were left out.
@@ -135,11 +130,13 @@ class TrainingMetrics(Callback):
         per_print_times: int = 1,
         device_peak_tflops: float | None = None,
         max_skipped_steps: int = 20,
+        monitors: dict[str, int | None] | None = None,
     ):
         super().__init__()
         self.folder = Path(output_dir or get_output_root_path())
         self.per_print_times = per_print_times
         self.device_peak_tflops = device_peak_tflops
+        self.monitors = RunMonitors(Monitors(**monitors)) if monitors else None
         self.records: list[dict[str, Any]] = []
         self.loads: dict[str, np.ndarray] = {}
         self.overflows, self.skipped_in_a_row, self.max_skipped_steps = 0, 0, max_skipped_steps
@@ -164,6 +161,12 @@ class TrainingMetrics(Callback):
             stop_when_refused(self.tensorboard)
         self.clock = time.perf_counter()
 
+    def on_train_step_begin(self, run_context: RunContext) -> None:
+        """Let the monitors look at what the step will change."""
+        if self.monitors is not None:
+            cb_params = run_context.original_args()
+            self.monitors.begin(cb_params.train_network, self.first_step + cb_params.cur_step_num)
+
     @property
     def metrics_path(self) -> Path:
         """The file with one JSON object a step."""
@@ -177,7 +180,7 @@ class TrainingMetrics(Callback):
         tokens_per_s = self.tokens_per_step * steps / (now - self.clock)
         self.clock, self.last_step = now, cb_params.cur_step_num
         record = {"step": self.first_step + cb_params.cur_step_num}
-        record |= self.losses(cb_params.net_outputs)
+        record |= self.losses(cb_params)
         if self.writes:
             record |= self.speed(tokens_per_s)
         if "expert_load" in cb_params:
@@ -188,21 +191,28 @@ class TrainingMetrics(Callback):
             name: {"max": float(load.max()), "min": float(load.min()), "mean": float(load.mean())}
             for name, load in self.loads.items()
         }
-        self.stop_if_not_finite(record)
+        if self.monitors is not None:
+            network, outputs = cb_params.train_network, cb_params.net_outputs
+            record |= self.monitors.end(network, outputs, record["step"], self.loads)
+        if cb_params.get("left_out"):
+            record["left_out"] = cb_params.left_out
+        else:
+            self.stop_if_not_finite(record)
         self.records.append(record)
         if self.writes:
             self.write(record)
-        if self.skipped_in_a_row > self.max_skipped_steps:
+        if self.skipped_in_a_row > self.max_skipped_steps and "left_out" not in record:  # else bad_steps.py counts
             raise TrainingStopped(
                 f"the gradients of {self.skipped_in_a_row} steps in a row were not finite, the last of step "
                 f"{record['step']}, and the parameters stayed as they were: lower lr_schedule.learning_rate, look at "
                 "the data, or allow more with TrainingMetrics' max_skipped_steps"
             )
 
-    def losses(self, outputs: Any) -> dict[str, float | None]:
+    def losses(self, cb_params: Any) -> dict[str, float | None]:
         """The step's losses, gradient norm and learning rate, from the wrapper's output and the model."""
-        _, overflow, _, lr, grad_norm = outputs[:5]  # a pipeline's loss is a sum, of one stage: the parts tell more
-        skipped = bool(as_float(overflow))
+        # A pipeline's loss is a sum, of one stage: the parts tell more.
+        _, _, _, lr, grad_norm = cb_params.net_outputs[:5]
+        skipped = was_left_out(cb_params.train_network, cb_params.net_outputs)
         self.overflows += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         main, mtp, balance = take_loss_parts(self.model)
@@ -223,8 +233,7 @@ class TrainingMetrics(Callback):
     def read_and_reset_load(self) -> dict[str, np.ndarray]:
         """The loads of a run without TopkBiasBalanceCallback, which would have reset the counters."""
         loads = read_expert_load(self.model)
-        for _, router in self.model.moe_routers():
-            ops.assign(router.expert_load, ops.zeros_like(router.expert_load))
+        reset_expert_load(self.model)
         return loads
 
     def stop_if_not_finite(self, record: dict[str, Any]) -> None:
@@ -241,9 +250,8 @@ class TrainingMetrics(Callback):
         """Append the record to metrics.jsonl and TensorBoard, and log it."""
         with naming(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict(record), allow_nan=False) + "\n")
-        for key, value in record.items():
-            if key not in ("step", "expert_load") and value is not None:
-                self.tensorboard.add_scalar(f"training/{key}", value, record["step"])
+        for key, value in scalars({key: record[key] for key in record.keys() - NOT_DRAWN}):
+            self.tensorboard.add_scalar(key if "/" in key else f"training/{key}", value, record["step"])
         for layer, load in record["expert_load"].items():
             for key, value in load.items():
                 self.tensorboard.add_scalar(f"expert_load_{key}/{layer}", value, record["step"])
@@ -280,6 +288,18 @@ class TrainingMetrics(Callback):
             f"plot          {self.folder / 'training.png'}",
         ]
         return "\n".join(["Training summary", *rows]) + "\n"
+
+
+NOT_DRAWN = {"step", "expert_load", "left_out"}  # as scalars of their own
+
+
+def scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The finite numbers of a record by name, those of nested ones by "outer/inner"."""
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from scalars(value, f"{prefix}{key}/")
+        elif value is not None and math.isfinite(value):
+            yield prefix + key, value
 
 
 def strict(value: Any) -> Any:

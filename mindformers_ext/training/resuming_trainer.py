@@ -14,27 +14,33 @@ from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore.dataset import Dataset
 from mindspore.train import Callback
 
-from mindformers_ext.data.data_position import Start, position_of
+from mindformers_ext.config.run import Sections
+from mindformers_ext.config.sections import MonitorConfig
+from mindformers_ext.data.data_position import Start, position_of, read_before, source_of
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.sharded_checkpoint.layout import Meta
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint
-from mindformers_ext.training.checkpoint_monitor import CheckpointMonitor, RestoreCheckpoint
+from mindformers_ext.training.bad_steps import BadSteps
+from mindformers_ext.training.checkpoint_monitor import BeginAt, CheckpointMonitor, RestoreCheckpoint
+from mindformers_ext.training.evaluation import Evaluation
+from mindformers_ext.training.heartbeat import Heartbeat
 from mindformers_ext.training.metrics import samples_per_step
+from mindformers_ext.training.steering import Steering
 
 
 @MindFormerRegister.register(MindFormerModuleType.TRAINER, alias="CausalLanguageModelingTrainer")
 class ResumingTrainer(CausalLanguageModelingTrainer):
     """Trains from the start, from the weights of a checkpoint, or on from a saved step.
 
-    Reads `config.start_from`: {"source": where the parameters come from, "resume": False to take the weights only};
-    absent for a training from the start.
+    Reads `config.start_from`: {"source": where the parameters come from, "resume": False to take the weights only,
+    "skip_steps": batches to leave out}, and `config.guards`, the sections that its own callbacks follow.
     """
 
     def train(self, config: Any = None, **arguments: Any) -> None:
         """Train as upstream does, from the checkpoint."""
-        start_from = config.start_from or {"source": None, "resume": False}
-        self.source = start_from["source"]
-        self.start = Start(self.source.meta.step) if start_from["resume"] else None
+        self.source, self.resume = config.start_from["source"], config.start_from["resume"]
+        self.start = Start(self.source.meta.step) if self.resume else Start(0, config.start_from["skip_steps"])
+        self.follows = self.resume and not config.ignore_data_skip  # the checkpoint says where the data goes on
         super().train(config=config, **arguments)
 
     def create_train_dataset(self, default_args: dict | None = None) -> Dataset:
@@ -45,27 +51,29 @@ class ResumingTrainer(CausalLanguageModelingTrainer):
                 f"train_dataset gives no batch of {dataset.get_batch_size()} samples; raise train_dataset."
                 "data_loader.sizes or lower the batch (runner_config.batch_size, micro batches)"
             )
-        if self.start is None or self.config.ignore_data_skip:
+        if not self.follows:
             return dataset
         meta: Meta = self.source.meta
         check_data_is_same(dataset, meta, self.source)
-        first = meta.consumed_samples % samples_per_step(dataset)
+        read = read_before(dataset, meta.consumed_samples)
+        first = read % samples_per_step(dataset)
         if first:
             self.config.train_dataset.data_loader.first_sample = first
             dataset = super().create_train_dataset(default_args)
-        steps = (meta.consumed_samples - first) // samples_per_step(dataset)
+        steps = (read - first) // samples_per_step(dataset)
         self.start = Start(meta.step, steps, first)
         return dataset
 
     def set_train_dataset(self, dataset: Dataset) -> None:
-        """Go to the saved batch; called when upstream has reset its counters, and the dataset has its final size."""
-        if self.start is not None and not self.config.ignore_data_skip:
-            size, runner = dataset.get_dataset_size(), self.config.runner_config
-            done = self.source.meta.epoch * size + self.start.dataset_steps
+        """Go to the first batch; called when upstream has reset its counters, and the dataset has its final size."""
+        size, runner = dataset.get_dataset_size(), self.config.runner_config
+        done = self.start.dataset_steps + (self.source.meta.epoch * size if self.follows else 0)
+        if done:
             self.start = Start(self.start.step, done, self.start.first_sample)
             if done >= runner.epochs * size:
+                who = f"{self.source.path} has trained" if self.follows else "data_skip_steps leaves out"
                 raise ConfigError(
-                    f"{self.source.path} has trained {done} of the {runner.epochs * size} steps that "
+                    f"{who} {done} of the {runner.epochs * size} steps that "
                     f"runner_config.epochs {runner.epochs} asks for; raise it to train on"
                 )
             dataset.set_init_step(done)
@@ -76,11 +84,30 @@ class ResumingTrainer(CausalLanguageModelingTrainer):
             logger.info("going on at step %d, batch %d of epoch %d", self.start.step, done % size, done // size)
         super().set_train_dataset(dataset)
 
+    def get_train_data_size(self) -> int:
+        """Steps of a pass with no sample left out: the learning rate must not follow another schedule without some."""
+        dataset, source = self.train_dataset, source_of(self.train_dataset)
+        if not hasattr(source, "left_out") or len(source) == source.left_out.size:
+            return dataset.get_dataset_size()
+        return source.left_out.size // samples_per_step(dataset)
+
     def sort_callbacks(self, default_callbacks: list[Callback]) -> list[Callback]:
         """Load before all others; save after them, so that metrics.jsonl holds every step that a checkpoint does."""
         ordered = super().sort_callbacks(default_callbacks)
         ordered.sort(key=lambda callback: isinstance(callback, CheckpointMonitor))
-        return [*([RestoreCheckpoint(self.source, self.start)] if self.source else []), *ordered]
+        guards: Sections = self.config.guards
+        first: list[Callback] = [BeginAt(self.start)]
+        if guards.max_step_minutes is not None:
+            first.append(Heartbeat(guards.max_step_minutes))
+        if self.source:
+            first.append(RestoreCheckpoint(self.source, self.resume))
+        if guards.use_skip_data_by_global_norm:
+            first.append(BadSteps(guards.monitor_config or MonitorConfig()))
+        if guards.use_graceful_exit or guards.max_train_hours is not None:
+            first.append(Steering(guards.use_graceful_exit, guards.max_train_hours))
+        monitors = [callback for callback in ordered if isinstance(callback, CheckpointMonitor)]
+        last = [Evaluation(monitors[0], **self.config.evaluation)] if self.config.evaluation else []
+        return [*first, *ordered, *last]
 
 
 def check_data_is_same(dataset: Dataset, meta: Meta, source: Checkpoint) -> None:

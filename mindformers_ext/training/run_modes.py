@@ -1,4 +1,4 @@
-"""What run_mindformer.py does once it has its configuration: train, finetune, eval or predict.
+"""What run_mindformer.py does once it has its configuration: train, finetune, eval, predict, score or compile.
 
 Training goes through MindFormers' Trainer (1.9.0). Evaluation and prediction build the network the same way and run
 their own short loops: upstream's need Ascend operators and metrics that know nothing of this model.
@@ -8,6 +8,7 @@ import copy
 import math
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from mindformers.tools.register.template import ConfigTemplate
 from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
-from mindspore import Tensor, nn
+from mindspore import nn
+from mindspore.dataset import Dataset
+from mindspore.train import Model
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -32,13 +35,19 @@ from mindformers_ext.config.check import check_classes
 from mindformers_ext.config.data_check import check_tokenizer
 from mindformers_ext.config.one_process import as_rank
 from mindformers_ext.config.run import Run
+from mindformers_ext.config.sections import MonitorConfig
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files import run_lock
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
+from mindformers_ext.training import scoring
 from mindformers_ext.training.checkpoint_monitor import load_weights
+from mindformers_ext.training.evaluation import EvaluationSet, forward_logits, loss_of, told
 from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingface, resolve
 from mindformers_ext.training.text_generation import generate, pick_token
 
+# Keys of the YAML that MindFormers must not see: its own way of doing it is another, or it does not know them.
+OWN_KEYS = ("do_eval", "eval_step_interval", "use_graceful_exit", "data_skip_steps", "max_train_hours")
+OWN_KEYS += ("max_step_minutes",)
 # Keys of the context section that mean something on CPU; the others set up an NPU.
 CPU_CONTEXT = ("mode", "device_target", "max_call_depth", "save_graphs", "save_graphs_path")
 
@@ -51,32 +60,63 @@ def run_mode(run: Run, predict_data: list[str] | None = None) -> None:
         TrainingStopped: the loss is no longer finite.
     """
     check_classes(run)
+    evaluation = evaluation_of(run)
     if is_cpu_rank():
         run = as_rank(run)
     settings = mindformers_settings(run)
+    settings.evaluation = evaluation
     set_output_path(settings.output_dir)
     build_context(settings)
     if run.trains:
         train(run, settings)
     elif run.sections.run_mode == "eval":
         evaluate(run, settings)
+    elif run.sections.run_mode == "score":
+        score(run, settings)
     else:
         predict(run, settings, predict_data)
+
+
+def evaluation_of(run: Run) -> dict[str, Any] | None:
+    """What a training evaluates and how often, None without do_eval.
+
+    Raises:
+        ConfigError: this run cannot, or its data has no batch.
+    """
+    if not run.trains or not run.sections.do_eval:
+        return None
+    if run.is_semi_auto and not is_cpu_rank():
+        raise ConfigError(
+            f"{run.path}: do_eval is True, but no device of a split graph holds the whole model; use --run_mode eval "
+            "on its checkpoints"
+        )
+    return {"data": EvaluationSet.of(run), "every": run.sections.eval_step_interval}
 
 
 def mindformers_settings(run: Run) -> MindFormerConfig:
     """The run as MindFormers reads it: its YAML, fitted to the device, over MindFormers' template."""
     values = copy.deepcopy(run.values)
-    values["run_mode"] = run.sections.run_mode
+    values["run_mode"] = "train" if run.only_compiles else run.sections.run_mode
     if run.model is not None:
         # MindFormers' own MoEConfig knows only its keys and has other defaults: ours travel inside model_config.
         values["model"]["model_config"]["experts"] = asdict(run.model.moe_config)
     fit_to_device(run, values)
+    take_over(run, values)
     ConfigTemplate.apply_template(values)
     if run.trains:
         listed = [item["type"] for item in run.values.get("callbacks", [])]
         drop_second_monitor(values, listed)
     return MindFormerConfig(**values)
+
+
+def take_over(run: Run, values: dict[str, Any]) -> None:
+    """Take out OWN_KEYS, and give MindFormers' step the limit of the gradient norm that it begins with."""
+    for key in OWN_KEYS:
+        values.pop(key, None)
+    monitor = values.setdefault("monitor_config", {}) if run.sections.use_skip_data_by_global_norm else {}
+    for key in MonitorConfig.own:
+        monitor.pop(key, None)
+    monitor["global_norm_spike_threshold"] = float(monitor.get("global_norm_spike_threshold") or math.inf)
 
 
 def fit_to_device(run: Run, values: dict[str, Any]) -> None:
@@ -119,10 +159,26 @@ def train(run: Run, settings: MindFormerConfig) -> None:
     """Train or fine-tune through MindFormers' Trainer, which is told of no checkpoint: ours loads it itself."""
     if not is_cpu_rank() and get_real_rank() == 0:  # the ranks on CPU have a launcher that holds it for them
         run_lock.hold(settings.output_dir)
-    if settings.load_checkpoint or settings.resume_training:
-        settings.start_from = {"source": find_checkpoint(run), "resume": bool(settings.resume_training)}
+    source = find_checkpoint(run) if settings.load_checkpoint or settings.resume_training else None
+    skipped = run.sections.data_skip_steps or 0
+    settings.start_from = {"source": source, "resume": bool(settings.resume_training), "skip_steps": skipped}
+    settings.guards = run.sections
     settings.load_checkpoint, settings.resume_training = "", False
+    if run.only_compiles:
+        Model.train = compile_only
     Trainer(settings).train()
+
+
+def compile_only(
+    model: Model, epoch: int, train_dataset: Dataset, *_, dataset_sink_mode: bool = False, sink_size: int = -1, **__
+) -> None:
+    """Stands in for mindspore.train.Model.train (2.9.0): ends where the first step would run."""
+    if dataset_sink_mode:
+        model.build(train_dataset, sink_size=sink_size, epoch=epoch)
+    else:
+        network = model.train_network.set_train()
+        network.compile(*next(train_dataset.create_tuple_iterator(num_epochs=1)))
+    print("compiled; a run with run_mode train starts from MindSpore's compile cache", flush=True)
 
 
 def find_checkpoint(run: Run) -> Source | HuggingFaceFolder:
@@ -158,37 +214,43 @@ def build_model(run: Run, settings: MindFormerConfig) -> nn.Cell:
     return network
 
 
-def forward_logits(network: nn.Cell, tokens: np.ndarray) -> np.ndarray:
-    """Logits (B, S, V) float32 of tokens (B, S)."""
-    output = network(Tensor(tokens.astype(np.int32)))
-    logits = output[0] if isinstance(output, tuple) else output
-    return logits.asnumpy().astype(np.float32).reshape(*tokens.shape, -1)
-
-
-def cross_entropy_sum(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> float:
-    """Sum of -log p(label) in nats over the positions where mask (B, S) is 1."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    log_z = np.log(np.exp(shifted, dtype=np.float64).sum(-1))
-    chosen = np.take_along_axis(shifted, labels[..., None].astype(np.int64), -1)[..., 0]
-    return float(((log_z - chosen) * mask).sum())
-
-
-def evaluate(run: Run, settings: MindFormerConfig) -> dict[str, float]:
+def evaluate(run: Run, settings: MindFormerConfig) -> dict[str, Any]:
     """Print and return the loss (nats per token) and the perplexity of eval_dataset."""
     network = build_model(run, settings)
-    settings.eval_dataset.batch_size = run.batch_size
-    settings.eval_dataset_task.dataset_config = settings.eval_dataset
-    dataset = build_dataset(settings.eval_dataset_task)
-    total, count = 0.0, 0.0
-    for batch in tqdm(dataset.create_dict_iterator(output_numpy=True), total=dataset.get_dataset_size(), unit="batch"):
-        mask = batch.get("loss_mask", np.ones_like(batch["labels"])).astype(np.float64)
-        total += cross_entropy_sum(forward_logits(network, batch["input_ids"]), batch["labels"], mask)
-        count += float(mask.sum())
-    if count == 0:
+    if run.sections.eval_dataset.megatron is not None:
+        data = EvaluationSet.of(run)
+        batches, total, sources = data.batches(), len(data.places) // data.batch, data.sources()
+    else:
+        settings.eval_dataset.batch_size = run.batch_size
+        settings.eval_dataset_task.dataset_config = settings.eval_dataset
+        dataset = build_dataset(settings.eval_dataset_task)
+        batches, total, sources = dataset.create_dict_iterator(output_numpy=True), dataset.get_dataset_size(), {}
+    result = loss_of(network, tqdm(batches, total=total, unit="batch"), sources)
+    if not result:
         raise ConfigError(f"{run.path}: eval_dataset gives no full batch of {run.batch_size} samples")
-    result = {"loss": total / count, "perplexity": math.exp(total / count), "tokens": count}
-    print(f"validation loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f} over {count:,.0f} tokens")
+    print("\n".join(told(result)))
     return result
+
+
+def score(run: Run, settings: MindFormerConfig) -> Path:
+    """Score the completions of the file that input_data names; returns OUTPUT_DIR/scores.jsonl, which it writes."""
+    given = run.sections.input_data
+    if run.model is None:
+        raise ConfigError(f"{run.path}: model.model_config.type: run_mode score knows DeepSeek's models only")
+    if not isinstance(given, str) or not Path(given).is_file():
+        raise ConfigError(f"{run.path}: input_data is {given!r}, but run_mode score needs a JSONL file")
+    rows, length = run.batch_size, run.model.seq_length
+    lines = list(scoring.read_lines(Path(given), check_tokenizer(run), run.model.vocab_size, length))
+    if not lines:
+        raise ConfigError(f"{given}: has no line to score")
+    network = build_model(run, settings)
+    results = scoring.scores(partial(forward_logits, network), tqdm(lines, unit="line"), rows, length)
+    output = Path(settings.output_dir) / "scores.jsonl"
+    count, tokens, total = scoring.write_scores(results, output)
+    print(
+        f"wrote {output}: {count:,} completions, {tokens:,} tokens, mean log-probability {total / tokens:.4f} a token"
+    )
+    return output
 
 
 def predict(run: Run, settings: MindFormerConfig, predict_data: list[str] | None) -> list[str]:

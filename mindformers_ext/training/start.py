@@ -4,28 +4,21 @@ import ctypes
 import importlib
 import logging
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from mindformers_ext.config.command_line import all_overrides, build_parser, find
 
+STARTED = time.monotonic()
+signals: list[signal.Signals] = []  # that asked this process to end after its step (training/steering.py)
+
 # What launchers and platforms export and MindSpore or MindFormers read, to find out which of several processes this is.
 PLACE_IN_A_CLUSTER = (
-    "RANK_ID",
-    "RANK_SIZE",
-    "RANK_TABLE_FILE",
-    "LOCAL_RANK",
-    "LOCAL_RANK_SIZE",
-    "MS_ROLE",
-    "MS_WORKER_NUM",
-    "MS_NODE_ID",
-    "MS_SCHED_HOST",
-    "MS_SCHED_PORT",
-    "OMPI_COMM_WORLD_RANK",
-    "OMPI_COMM_WORLD_SIZE",
-    "OMPI_COMM_WORLD_LOCAL_RANK",
-    "PMIX_RANK",
+    "RANK_ID RANK_SIZE RANK_TABLE_FILE LOCAL_RANK LOCAL_RANK_SIZE MS_ROLE MS_WORKER_NUM MS_NODE_ID MS_SCHED_HOST "
+    "MS_SCHED_PORT OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK PMIX_RANK"
 )
 
 
@@ -38,10 +31,16 @@ def forget_other_processes(use_parallel: bool) -> None:
 
     if (use_parallel and not is_cpu_rank()) or os.environ.get("MS_SIMULATION_LEVEL"):
         return
-    found = {name: os.environ.pop(name) for name in PLACE_IN_A_CLUSTER if name in os.environ}
+    found = {name: os.environ.pop(name) for name in PLACE_IN_A_CLUSTER.split() if name in os.environ}
     if found:
         names = ", ".join(f"{name}={value}" for name, value in found.items())
         print(f"ignored in the environment, as this run is one process for MindSpore: {names}", file=sys.stderr)
+
+
+def listen() -> None:
+    """Let SIGTERM and SIGUSR1 ask for a graceful exit."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: signals.append(signal.Signals(number)))
 
 
 def prepare_environment(register_path: str, output_dir: str) -> None:
@@ -74,6 +73,8 @@ def run(arguments: list[str], description: str = "", register: Sequence[str] = (
     if read is not None:
         check_data(asked, name)
     ctypes.CDLL(str(built_library(Path(__file__).parent, "_interrupt"))).end_when_interrupted()
+    if asked.trains and asked.sections.use_graceful_exit:
+        listen()
     prepare_environment(options.register_path, asked.sections.output_dir)
     logging.raiseExceptions = False  # a log that cannot be written is no page of tracebacks
     logging.disable(logging.WARNING)  # MindFormers tells of optional packages that are missing

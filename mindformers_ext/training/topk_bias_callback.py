@@ -12,7 +12,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor, get_auto_parallel_context, nn, ops
 from mindspore.train import Callback, RunContext
 
-from mindformers_ext.training.wrapper import real_model
+from mindformers_ext.training.wrapper import real_model, was_left_out
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -36,11 +36,18 @@ def read_expert_load(model: nn.Cell) -> dict[str, np.ndarray]:
     return loads
 
 
+def reset_expert_load(model: nn.Cell) -> None:
+    """Begin to count anew."""
+    for _, router in model.moe_routers():
+        ops.assign(router.expert_load, ops.zeros_like(router.expert_load))
+
+
 @MindFormerRegister.register(MindFormerModuleType.CALLBACK, alias="TopkBiasBalanceCallback")
 class TopkBiasBalanceCallback(UpstreamTopkBiasBalanceCallback):
     """Call the model's own `update_topk_bias()` after every optimizer step.
 
-    The loads it consumed are left in `cb_params.expert_load` for the callbacks that report them.
+    A step that was left out moves no bias. The loads of the step are left in `cb_params.expert_load` for the callbacks
+    that report them.
 
     Args:
         balance_via_topk_bias: False switches the update off; the model's moe_config decides the rest.
@@ -59,4 +66,7 @@ class TopkBiasBalanceCallback(UpstreamTopkBiasBalanceCallback):
         cb_params = run_context.original_args()
         model = real_model(cb_params.train_network)
         cb_params.expert_load = read_expert_load(model)
-        model.update_topk_bias()
+        if was_left_out(cb_params.train_network, cb_params.net_outputs):
+            reset_expert_load(model)
+        else:
+            model.update_topk_bias()

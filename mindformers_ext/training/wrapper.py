@@ -5,18 +5,23 @@ gradient_accumulation_steps outside semi-automatic parallelism. Importing this f
 upstream's name, so that `runner_wrapper.type: MFTrainOneStepCell` also works on CPU. It can go when upstream checks
 overflow on CPU and accumulates gradients in stand-alone and data-parallel mode.
 
+With `use_skip_data_by_global_norm` a step whose global gradient norm is not below a limit is left out, as upstream
+does; here the limit is a parameter, which training/bad_steps.py moves while the compiled graph stays.
+
 On CPU with AdamW, overflow check, clipping and update are two operators (the gradients' norm; AdamW for all weights)
 instead of some thousand: see mindformers_ext/cpu_kernels.
 """
 
 import math
+from typing import Any
 
+import numpy as np
 from mindformers.core.clip_grad import ClipGradNorm
 from mindformers.core.optim import BasicAdamW
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindformers.wrapper import MFTrainOneStepCell
+from mindformers.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
 from mindformers.wrapper.wrapper import get_real_models
-from mindspore import Tensor, get_context, nn, ops
+from mindspore import Parameter, Tensor, get_context, nn, ops
 from mindspore.common import dtype as mstype
 
 from mindformers_ext.cpu_kernels import cells
@@ -35,6 +40,28 @@ def frozen_names(train_network: nn.Cell) -> set[str]:
     return model.frozen_names() if hasattr(model, "frozen_names") else set()
 
 
+def norm_limit(limit: float) -> Parameter:
+    """The limit of the global gradient norm; a step with a norm that is not below it, as NaN is not, is left out."""
+    return Parameter(Tensor([limit], mstype.float32), name="norm_limit", requires_grad=False)
+
+
+def was_left_out(step: nn.Cell, outputs: tuple) -> bool:
+    """True when the step with these outputs changed no weight, moment or counter; the same on every rank.
+
+    A loss that is not finite has gradients that are not, and their norm says so.
+    """
+    overflow, norm = (as_numpy(value) for value in (outputs[1], outputs[4]))
+    if overflow.any() or norm is None:
+        return bool(overflow.any())
+    limit = step.global_norm_spike_threshold.asnumpy() if step.use_skip_data_by_global_norm else np.float32(np.inf)
+    return not bool((norm < limit).all())
+
+
+def as_numpy(value: Any) -> np.ndarray | None:
+    """A wrapper's output; None stays None."""
+    return value.asnumpy() if isinstance(value, Tensor) else value if value is None else np.asarray(value)
+
+
 class ScaledLoss(nn.Cell):
     """Multiply the network's loss by a factor, so that its gradients are scaled too."""
 
@@ -49,7 +76,7 @@ class ScaledLoss(nn.Cell):
 def can_update_at_once(step: MFTrainOneStepCell, optimizer: nn.Cell) -> bool:
     """True for plain AdamW with one learning rate, without upstream's extra reports."""
     plain = isinstance(optimizer, BasicAdamW) and not optimizer.is_group_lr and not optimizer.dynamic_weight_decay
-    reports = step.local_norm or step.use_skip_data_by_global_norm or step.use_graceful_exit or step.if_dump
+    reports = step.local_norm or step.use_graceful_exit or step.if_dump
     return plain and not reports and not step.use_grouped_lr and not step.calculate_per_token_loss
 
 
@@ -87,6 +114,8 @@ class DeviceAwareTrainOneStepCell(MFTrainOneStepCell):
             scale_sense=scale_sense,
             **kwargs,
         )
+        if self.use_skip_data_by_global_norm:
+            self.global_norm_spike_threshold = norm_limit(self.global_norm_spike_threshold)
         self.on_cpu = get_context("device_target") == "CPU"
         self.accumulation_steps = accumulation_steps
         self.grad_norm = ClipGradNorm(max_norm=float(max_grad_norm))
@@ -122,7 +151,8 @@ class DeviceAwareTrainOneStepCell(MFTrainOneStepCell):
         scale = self.scale_sense
         overflow = self.process_loss_scale(ops.logical_not(finite.all()))
         rate = self.optimizer.get_lr()
-        factor = ops.select(finite, factor, self.not_a_number)  # a step that is not finite is skipped
+        taken = norm < self.global_norm_spike_threshold if self.use_skip_data_by_global_norm else finite
+        factor = ops.select(taken, factor, self.not_a_number)  # the update leaves everything as it is
         loss = ops.depend(loss, self.adamw(rate, factor, grads))
         return loss, overflow, scale, rate, norm if self.use_clip_grad else None
 
@@ -158,3 +188,13 @@ class DeviceAwareTrainOneStepCell(MFTrainOneStepCell):
             return super().get_overflow_status(status, compute_output)
         _, norm = self.grad_norm(compute_output)
         return ops.logical_not(ops.isfinite(norm).all())
+
+
+@MindFormerRegister.register(MindFormerModuleType.WRAPPER, alias="MFPipelineWithLossScaleCell")
+class PipelineTrainOneStepCell(MFPipelineWithLossScaleCell):
+    """MindFormers' step of a pipeline and of accumulated gradients, with a limit of the norm that can be moved."""
+
+    def __init__(self, network: nn.Cell, optimizer: nn.Cell, **kwargs):
+        super().__init__(network, optimizer, **kwargs)
+        if self.use_skip_data_by_global_norm:
+            self.global_norm_spike_threshold = norm_limit(self.global_norm_spike_threshold)

@@ -31,8 +31,9 @@ from mindformers_ext.errors import ConfigError, exit_code_of
 from mindformers_ext.files.atomic import whole_file, write_json
 from mindformers_ext.files.json_files import read_object
 from mindformers_ext.files.safetensors_format import Output, write_folder, written_before
-from mindformers_ext.sharded_checkpoint.layout import Slot, is_state
+from mindformers_ext.sharded_checkpoint.layout import is_state
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
+from mindformers_ext.sharded_checkpoint.shards import Slot
 from mindformers_ext.training.pretrained import fingerprint, is_huggingface
 
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

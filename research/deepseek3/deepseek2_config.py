@@ -6,11 +6,13 @@ from typing import Any, ClassVar
 import mindformers_ext  # noqa: F401  first: it prepares the import of MindFormers (later_imports.py)
 
 # isort: split
+import mindspore as ms
 from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ext.config.model import LoraConfig, ModelConfig, MoeConfig, YarnConfig
+from mindformers_ext.config.pipeline import Pipeline
 from mindformers_ext.config.typed import Reader
 from mindformers_ext.errors import ConfigError
 
@@ -65,11 +67,7 @@ class DeepseekV2Config(ModelConfig, PretrainedConfig):
             values[key] = None if part is None else asdict(part)
         return values
 
-    def pipeline_stage_of(self, layer: int) -> int:
-        """Pipeline stage of decoder layer `layer`; multi-token prediction's follow the last."""
-        stages, last = self.parallel_config.pipeline_stage, 0
-        for stage, count in enumerate(self.layers_per_stage(stages)):
-            last += count
-            if layer < last:
-                return stage
-        return stages - 1
+    def placed(self) -> Pipeline:
+        """Where every decoder layer lies in the pipeline that MindSpore was told of."""
+        scheduler = ms.get_auto_parallel_context("pipeline_scheduler")
+        return self.pipeline(self.parallel_config.pipeline_stage, scheduler)

@@ -16,7 +16,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
 from rope import RotaryEmbedding, softmax_scale
-from sharding import expert_group, experts_plan, loss_axes, place, run_locally, shard, share_graph
+from sharding import expert_group, experts_plan, loss_axes, place, put, run_locally, shard, share_graph
 from training_interface import TrainingInterface
 
 from mindformers_ext.layers.fused_ops import (
@@ -309,10 +309,10 @@ class DeepseekV2Model(nn.Cell):
         self.embed_tokens = Embedding(config)
         self.layers = nn.CellList([DecoderLayer(config, config.is_moe_layer(i)) for i in range(config.num_layers)])
         self.norm = RMSNorm(config, config.hidden_size, "token_norm")
-        self.embed_tokens.pipeline_stage = 0
         for i, layer in enumerate(self.layers):
             place(layer, i, config)
-        self.norm.pipeline_stage = config.pipeline_stage_of(config.num_layers - 1)
+        put(self.embed_tokens, config.placed().first)
+        put(self.norm, config.placed().last)
 
     def construct(self, ids, mask, token_mask, batch, position_ids=None):
         """ids (T,) -> hidden states after the final norm (T, H), and the sum of the balance losses."""
@@ -343,7 +343,7 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         self.score_mask = score_mask(config)
         self.model = DeepseekV2Model(config)
         self.lm_head = Linear(config, config.hidden_size, config.vocab_size, "lm_head")
-        self.lm_head.pipeline_stage = config.pipeline_stage_of(config.num_layers)
+        put(self.lm_head, config.placed().last)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.loss, self.head_loss = CrossEntropyLoss(loss_axes(config)), head_loss(config)

@@ -9,7 +9,7 @@ from deepseek3_config import DeepseekV3Config
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import dtype as mstype
 from mindspore import nn, ops
-from sharding import place, shard, share_graph
+from sharding import place, put, shard, share_graph
 
 __all__ = ["DeepseekV3ForCausalLM"]
 
@@ -81,7 +81,7 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
         self.depths = max(config.mtp_depth, 1)
         self.shift_left = ShiftLeft(config)
         for index, predictor in zip(indices, self.mtp, strict=True):
-            predictor.pipeline_stage = config.pipeline_stage_of(index)
+            put(predictor, config.placed().last)
             place(predictor.layer, index, config)
 
     def mtp_factor(self) -> float:

@@ -18,6 +18,7 @@ from mindformers.modules.transformer import OpParallelConfig
 from mindspore import Layout, lazy_inline, nn, ops
 from mindspore.communication import get_rank
 
+from mindformers_ext.config.pipeline import FOLDED, Place
 from mindformers_ext.layers.moe_dispatch import ExpertGroup
 
 ALL = ("dp", "cp", "mp")  # every device of the stage
@@ -275,32 +276,31 @@ def loss_axes(config) -> OpParallelConfig:
     return OpParallelConfig(data_parallel=p.data_parallel * p.context_parallel, model_parallel=p.model_parallel)
 
 
+def put(cell: nn.Cell, where: Place) -> None:
+    """Put a cell on its pipeline stage. MindSpore counts chunks by the stages' order, but for a folded pipeline."""
+    cell.pipeline_stage = where.stage
+    if ms.get_auto_parallel_context("pipeline_scheduler") == FOLDED:
+        cell.pipeline_segment = where.chunk
+
+
 def place(layer: nn.Cell, index: int, config) -> None:
     """Set pipeline stage, recomputation and gradient fusion of decoder layer `index` (MTP's follow the last)."""
     p = config.parallel_config
-    layer.pipeline_stage = config.pipeline_stage_of(index)
+    pipeline = config.placed()
+    put(layer, pipeline.places[index])
     fusion_groups = max(p.gradient_aggregation_group, 1)
     per_group = -(-(config.num_layers + config.mtp_depth) // fusion_groups)
     layer.set_comm_fusion(index // per_group + 1)
     recompute = p.recompute
-    if wants(recompute.recompute, index, config):
+    if index in pipeline.covered(recompute.recompute):
         layer.recompute(
             mp_comm_recompute=recompute.mp_comm_recompute,
             parallel_optimizer_comm_recompute=recompute.parallel_optimizer_comm_recompute,
             recompute_slice_activation=recompute.recompute_slice_activation,
         )
-    elif wants(recompute.select_recompute, index, config):
+    elif index in pipeline.covered(recompute.select_recompute):
         for operator in activations(layer):
             operator.recompute()
-
-
-def wants(setting, index: int, config) -> bool:
-    """True when a recompute setting covers layer `index`: a bool for all, or the number of layers in each stage."""
-    if not isinstance(setting, list | tuple):
-        return bool(setting)
-    stage = config.pipeline_stage_of(index)
-    first = next(i for i in range(config.num_layers + 1) if config.pipeline_stage_of(i) == stage)
-    return index - first < setting[stage]
 
 
 def activations(layer: nn.Cell) -> list:

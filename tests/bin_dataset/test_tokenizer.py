@@ -65,11 +65,11 @@ def test_fast_ids_equal_reference(batch, fast, reference):
 
 
 def test_special_ids(reference):
-    assert (reference.bos_id(), reference.eod_id(), reference.pad_id()) == (0, 1, 1)
-    assert reference.pad_id("<｜▁pad▁｜>") == 2
+    assert [reference.special_id(role) for role in ("bos", "eod", "pad")] == [0, 1, 1]
+    assert reference.special_id("pad", "<｜▁pad▁｜>") == 2
     assert reference.vocab_size == 129280
     with pytest.raises(TokenizerError, match="has no eod token among \\['<nope>'\\]; name one with --eod-token"):
-        reference.eod_id("<nope>")
+        reference.special_id("eod", "<nope>")
 
 
 def test_a_difference_stops_the_run(tokenizer_file):
@@ -117,7 +117,7 @@ def test_sentencepiece_model(tmp_path, texts):
     assert loaded.backend == "sentencepiece"
     assert ids.tolist() == [token for text in texts for token in processor.encode(text)]
     assert lengths.sum() == len(ids)
-    assert loaded.eod_id() == processor.eos_id()
+    assert loaded.special_id("eod") == processor.eos_id()
     assert loaded.decode(ids[: lengths[0]]) == texts[0]
 
 

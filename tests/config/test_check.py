@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mindformers_ext.bin_dataset.blended_dataset import parse_blend
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter
 from mindformers_ext.config.check import check_classes
-from mindformers_ext.config.data_check import check_data, data_prefixes
+from mindformers_ext.config.data_check import check_data
 from mindformers_ext.config.run import Run
 from mindformers_ext.config.yaml_files import load_yaml, override
 from mindformers_ext.errors import ConfigError
@@ -254,7 +255,7 @@ def test_a_tokenizer_that_cannot_be_read(data_config: dict, tmp_path: Path, text
     [("a", ["a"]), (["a"], ["a"]), (["0.3", "a", "0.7", "b"], ["a", "b"]), ([1, "a"], ["a"]), (["a", "b"], ["a", "b"])],
 )
 def test_prefixes_of_a_blend(data_path: Any, prefixes: list[str]) -> None:
-    assert data_prefixes(data_path) == prefixes
+    assert parse_blend(data_path)[0] == prefixes
 
 
 def test_yaml_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindformers_ext.bin_dataset.blended_dataset import build_datasets, count_samples
+from mindformers_ext.bin_dataset.blended_dataset import build_datasets, plan_splits
 from mindformers_ext.bin_dataset.gpt_dataset import GPTDatasetConfig
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter, loss_mask_prefix
 from mindformers_ext.bin_dataset.loader_config import LoaderConfig
@@ -156,7 +156,7 @@ def test_a_loss_mask_of_other_data(prefix: str) -> None:
 def test_samples_are_counted_as_they_are_built(
     data_path: list[str], size: int | None, only: int, keep_last: bool, prefix: str, tmp_path: Path
 ) -> None:
-    """`count_samples`, which the check uses, says what `build_datasets` gives or raises."""
+    """`SplitPlan.count`, which the check uses, says what `build_datasets` gives or raises."""
     settings = GPTDatasetConfig(
         sequence_length=64,
         split="60,40,0",
@@ -172,7 +172,7 @@ def test_samples_are_counted_as_they_are_built(
         except ValueError as error:
             return str(error)
 
-    counted = outcome(lambda: count_samples(*arguments, (None, None, None), only=only))
+    counted = outcome(lambda: plan_splits(*arguments, (None, None, None), only)[only].count())
     assert counted == outcome(lambda: len(build_datasets(*arguments, only=only)[only]))
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import pytest
 from mindformers_ext.config.flops import flops_per_token
 from mindformers_ext.config.run import read_run
 from mindformers_ext.config.strategy_rules import check_plan
-from mindformers_ext.dryrun.parameters import count_parameters
+from mindformers_ext.dryrun.parameters import model_weights
 from mindformers_ext.errors import ConfigError
 
+INTERLEAVE, CHUNKS = "parallel.pipeline_config.pipeline_interleave", "model.model_config.pp_interleave_num"
 CLUSTER = Path(__file__).parents[1] / "helpers" / "runs" / "cluster_671b.yaml"
 
 
@@ -69,7 +71,29 @@ ILLEGAL = [
         [("model.model_config.tie_word_embeddings", True)],
         ["a parameter lies on one pipeline stage", "the last of 16", "nearest legal: False, or pipeline_stage 1"],
     ),
-    ([("parallel.pipeline_config.pipeline_interleave", True)], ["one run; nearest legal: False"]),
+    ([("parallel.pipeline_config.pipeline_interleave", True)], ["one chunk", "pp_interleave_num to 2 or more"]),
+    ([("model.model_config.pp_interleave_num", 2)], ["only with parallel.pipeline_config.pipeline_interleave True"]),
+    (
+        [(INTERLEAVE, True), ("model.model_config.pp_interleave_num", 4)],
+        ["pipeline_stage x pp_interleave_num is 16 x 4", "num_layers is 61", "nearest legal: 8"],
+    ),
+    (
+        [(INTERLEAVE, True), (CHUNKS, 2), ("model.model_config.offset", [[1] * 16, [1] * 16])],
+        ["= 1 + offset[i] layers", "sum to 32 instead of 29", "64 layers"],
+    ),
+    (
+        [(INTERLEAVE, True), (CHUNKS, 2), ("model.model_config.offset", [[1] * 15 + [-1], [1] * 15 + [0]])],
+        ["chunk 0 of stage 15 holds 1 + (-1) = 0", "nearest legal: offset[0][15] = 0"],
+    ),
+    (
+        [(INTERLEAVE, True), (CHUNKS, 2), ("model.model_config.offset", [[1] * 16])],
+        ["one list per chunk", "pp_interleave_num is 2"],
+    ),
+    (
+        [(INTERLEAVE, True), (CHUNKS, 2), ("model.model_config.offset", 0)]
+        + [("recompute_config.recompute", [[1] * 16, [9] + [2] * 15])],
+        ["recompute[1][0] must lie between 0 and the layers of chunk 1 of stage 0, but is 9", "holds 2"],
+    ),
     ([("moe_config.num_experts_chosen", 300)], ["num_experts_chosen is 300", "expert_num = 256"]),
     ([("moe_config.topk_group", 9)], ["topk_group is 9", "n_group = 8", "nearest legal: 8"]),
     ([("moe_config.n_group", 7)], ["n_group is 7", "must divide expert_num = 256", "nearest legal: 4 or 8"]),
@@ -140,7 +164,10 @@ def test_unknown_keys_name_the_nearest(key, meant):
 def test_counts_agree_with_the_released_model():
     """Facts 12 and 16 of the DeepSeek-V3 report and its README_WEIGHTS."""
     plan = read_run(CLUSTER, 1024)
-    assert count_parameters(plan) == (671_026_419_200, 11_610_068_224)
+    sizes = Counter()
+    for weight in model_weights(plan):
+        sizes[weight.name.startswith("mtp.")] += weight.size
+    assert (sizes[False], sizes[True]) == (671_026_419_200, 11_610_068_224)
     assert flops_per_token(plan.model, 4096) == pytest.approx(260.6e9, rel=2e-4)
     plan.model.mtp_depth = 0
     assert flops_per_token(plan.model, 4096) == pytest.approx(250.4e9, rel=2e-4)

@@ -36,17 +36,20 @@ EFFECTS = {
     "Sections": {
         "mindformers_ext/training/run_modes.py": """
             output_dir run_mode load_checkpoint resume_training input_data processor eval_dataset
-            eval_dataset_task context callbacks model runner_wrapper""",
+            eval_dataset_task context callbacks model runner_wrapper data_skip_steps do_eval
+            eval_step_interval""",
         "mindformers_ext/training/start.py": "use_parallel",
-        "mindformers_ext/training/resuming_trainer.py": "ignore_data_skip",
+        "mindformers_ext/training/resuming_trainer.py": """
+            ignore_data_skip use_skip_data_by_global_norm use_graceful_exit max_train_hours max_step_minutes""",
+        "mindformers_ext/training/bad_steps.py": "monitor_config",
         "mindformers/trainer/trainer.py": """
             seed:293 trainer:310 parallel:301 profile:1116 profile_communication:1133 profile_memory:1141
             profile_pipeline:1139 init_start_profile:1132 mstx:1147 profile_start_step:1120 profile_stop_step:1125
             profiler_level:1143 profile_rank_ids:1138""",
         "mindformers/trainer/base_trainer.py": """
             runner_config:203 train_dataset:1038 train_dataset_task:424 optimizer:659 lr_schedule:640
-            grouped_lr_schedule:600 lr_scale:629 lr_scale_factor:630 use_skip_data_by_global_norm:740
-            check_for_nan_in_loss_and_grad:1386 tensorboard:1327 monitor_config:743""",
+            grouped_lr_schedule:600 lr_scale:629 lr_scale_factor:630
+            check_for_nan_in_loss_and_grad:1386 tensorboard:1327""",
         "mindformers/core/parallel_config.py": "parallel_config:60 recompute_config:54 moe_config:40 swap_config:47",
         "mindformers/core/context/build_context.py": "train_precision_sync:621 infer_precision_sync:625",
         "mindformers/dataset/utils.py": "auto_tune:25 filepath_prefix:26 autotune_per_step:27",
@@ -112,9 +115,11 @@ EFFECTS = {
     "MonitorConfig": {
         "mindformers/trainer/trainer.py": """
             monitor_on:337 dump_path:339 step_interval:343 local_norm_format:346 device_local_norm_format:347""",
+        "mindformers_ext/training/bad_steps.py": """
+            global_norm_spike_threshold global_norm_spike_factor global_norm_spike_window
+            global_norm_spike_count_threshold""",
         "mindformers/core/callback/callback.py": """
-            target:1235 invert:1236 print_struct:1251 global_norm_spike_threshold:1212
-            global_norm_spike_count_threshold:1217 optimizer_state_format:1246 weight_state_format:1247
+            target:1235 invert:1236 print_struct:1251 optimizer_state_format:1246 weight_state_format:1247
             throughput_baseline:1250 stable_rank_config:1190""",
     },
     "Tensorboard": {
@@ -131,7 +136,7 @@ EFFECTS = {
         "mindformers_ext/bin_dataset/blended_dataset.py": "num_dataset_builder_threads mid_level_dataset_surplus",
     },
     "MegatronLoader": {
-        "mindformers_ext/data/megatron_dataloader.py": "sizes config phase datasets_type",
+        "mindformers_ext/data/megatron_dataloader.py": "sizes config phase datasets_type leave_out",
         "mindformers/tools/register/register.py": "type:333 auto_register:362",
     },
     "Dataset": {
@@ -184,12 +189,18 @@ EFFECTS = {
         "mindformers/tools/register/register.py": "type:333 auto_register:362",
     },
     "TrainingMetrics": {
-        "mindformers_ext/training/metrics.py": "output_dir per_print_times device_peak_tflops max_skipped_steps",
+        "mindformers_ext/training/metrics.py": """
+            output_dir per_print_times device_peak_tflops max_skipped_steps monitors""",
         "mindformers/tools/register/register.py": "type:333",
+    },
+    "Monitors": {
+        "mindformers_ext/training/monitors.py": """
+            gradient_norms weight_norms update_norms moment_norms experts times""",
     },
     "CheckpointMonitor": {
         "mindformers_ext/training/checkpoint_monitor.py": """
-            prefix directory save_checkpoint_steps keep_checkpoint_max async_save checkpoint_format""",
+            prefix directory save_checkpoint_steps keep_checkpoint_max async_save checkpoint_format keep_every_steps
+            check_health embedding_norm_factor max_expert_bias""",
         "mindformers/tools/register/register.py": "type:333",
     },
     "AdapterMonitor": {
@@ -220,6 +231,7 @@ EFFECTS = {
             softmax_compute_type use_flash_attention use_fused_rope use_fused_swiglu use_fused_rms_norm
             use_fused_cross_entropy""",
         "mindformers_ext/layers/router.py": "router_dense_type",
+        "mindformers_ext/config/strategy_rules.py": "pp_interleave_num",
         "mindformers_ext/layers/moe_dispatch.py": "seq_length",
         "mindformers_ext/training/run_modes.py": "eos_token_id max_decode_length do_sample top_k top_p temperature",
         "mindformers_ext/config/model.py": "n_kv_heads multiple_of offset pet_config",
@@ -252,11 +264,11 @@ EFFECTS = {
 # Section class -> keys that are known, and refused with any but one value.
 REFUSED = {
     "Sections": """
-        micro_batch_interleave_num calculate_per_token_loss do_eval eval_step_interval eval_epoch_interval
+        micro_batch_interleave_num calculate_per_token_loss eval_epoch_interval
         eval_callbacks metric load_ckpt_format transform_process_num reshard_worker_num auto_trans_ckpt
         only_save_strategy load_ckpt_async remove_redundancy transform_by_rank balanced_load
         use_checkpoint_health_monitor resume_by_last_timestamp_ckpt src_strategy_path_or_dir checkpoint
-        npu_num_per_node remote_save_url use_graceful_exit data_skip_steps pretrained_model_dir use_legacy adapter_id
+        npu_num_per_node remote_save_url pretrained_model_dir use_legacy adapter_id
         generation_config predict_batch_size save_file top_k postprocess_use_numpy trust_remote_code profile_level
         print_separate_loss layer_scale layer_decay exclude_cann_cpu push_to_hub""",
     "RunnerConfig": "stop_step num_classes",
@@ -400,7 +412,7 @@ def test_every_other_value_is_refused(section: str) -> None:
 def test_it_is_refused_in_a_yaml() -> None:
     """One of every section, at its place."""
     asked = {
-        "do_eval": True,
+        "eval_epoch_interval": 1,
         "checkpoint": {"load_path": "x"},
         "model.generation_config": {"top_k": 1},
         "runner_config.stop_step": 5,
@@ -440,6 +452,19 @@ NEEDS = [
     ({"auto_tune": True}, "auto_tune", "filepath_prefix"),
     ({"auto_tune": True, "filepath_prefix": "x", "autotune_per_step": 10}, None, ""),
     ({"use_skip_data_by_global_norm": True, "runner_wrapper.use_clip_grad": False}, "use_skip_data", "use_clip_grad"),
+    ({"monitor_config.global_norm_spike_factor": 5.0}, "global_norm_spike_factor", "use_skip_data_by_global_norm"),
+    (
+        {
+            "use_skip_data_by_global_norm": True,
+            "context.device_target": "Ascend",
+            "runner_config.sink_mode": True,
+            "runner_config.sink_size": 4,
+        },
+        "runner_config.sink_size",
+        "every step",
+    ),
+    ({"data_skip_steps": 3, "ignore_data_skip": True}, "data_skip_steps", "ignore_data_skip"),
+    ({"do_eval": True, "eval_dataset": None}, "do_eval", "eval_dataset"),
     ({"optimizer.amsgrad": True}, "optimizer.amsgrad", "use_fused"),
     ({"optimizer.use_fused": True}, "optimizer.use_fused", "Ascend"),
     ({"train_dataset.python_multiprocessing": True}, "train_dataset.python_multiprocessing", "one thread"),

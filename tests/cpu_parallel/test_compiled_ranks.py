@@ -32,6 +32,7 @@ def key(*overrides: tuple) -> str:
         SHORTER,
         ("runner_config.epochs", 3),
         ("output_dir", "elsewhere"),
+        ("run_mode", "compile"),
     ],
 )
 def test_other_samples_need_no_other_graph(name, value):

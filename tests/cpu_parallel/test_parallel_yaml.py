@@ -12,7 +12,7 @@ import pytest
 from helpers.small_yaml import small_sizes
 
 from mindformers_ext.cpu_parallel import verify
-from mindformers_ext.cpu_parallel.command import splits_one_graph
+from mindformers_ext.cpu_parallel.command import read_plan
 from mindformers_ext.cpu_parallel.run_problem import LAYOUTS, RunProblem
 from mindformers_ext.errors import ConfigError
 
@@ -97,11 +97,11 @@ def test_a_pipeline_gets_a_layer_for_every_stage(problem):
 
 def test_what_goes_to_cpu_ranks():
     run = ["--config"]
-    assert splits_one_graph([*run, str(FOLDER / "pretrain_deepseek3_tiny_8p.yaml")])
-    assert not splits_one_graph([*run, str(FOLDER / "pretrain_deepseek3_tiny.yaml"), "--use_parallel", "True"])
+    assert read_plan([*run, str(FOLDER / "pretrain_deepseek3_tiny_8p.yaml")]).is_semi_auto
+    assert not read_plan([*run, str(FOLDER / "pretrain_deepseek3_tiny.yaml"), "--use_parallel", "True"]).is_semi_auto
     for unreadable in ([*run, "nowhere.yaml"], [], [*run, str(FOLDER / "pretrain_deepseek3_tiny.yaml"), "--seed", "x"]):
         with pytest.raises(ConfigError):
-            splits_one_graph(unreadable)
+            read_plan(unreadable)
 
 
 @pytest.mark.slow

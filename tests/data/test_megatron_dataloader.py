@@ -14,6 +14,7 @@ from mindspore.dataset import GeneratorDataset
 from mindformers_ext.bin_dataset.blended_dataset import build_datasets
 from mindformers_ext.bin_dataset.gpt_dataset import GPTDatasetConfig, sample_columns
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, IndexedDatasetWriter, loss_mask_prefix
+from mindformers_ext.bin_dataset.sample_order import LeftOut
 from mindformers_ext.data import BlendedMegatronDatasetDataLoader
 from mindformers_ext.data.data_position import DataPosition, position_of
 from mindformers_ext.data.megatron_dataloader import SampleSource
@@ -89,7 +90,7 @@ def test_shards_are_disjoint_and_whole(prefix):
 def test_rows_read_ahead_are_those_asked_for(read_ahead, stride, prefix, monkeypatch):
     dataset = build_datasets(GPTDatasetConfig(sequence_length=32), [40, None, None], ["1", prefix], only=0)[0]
     monkeypatch.setattr(SampleSource, "READ_AHEAD", read_ahead)
-    source = SampleSource(dataset, ["input_ids", "labels"], 2, 40, stride)
+    source = SampleSource(dataset, ["input_ids", "labels"], 2, LeftOut([], 40), stride)
     for index in [*range(0, 38, stride), *range(1, 38, stride), 37, 0, 5, 6, 4, 36, 1]:
         for name, column in zip(("input_ids", "labels"), source[index], strict=True):
             np.testing.assert_array_equal(column, dataset[2 + index][name])
@@ -119,6 +120,15 @@ def test_position_knows_its_data(prefix):
     assert first == DataPosition.of(dataset, 5)
     assert first.data_hash != position_of(load(prefix, seed=4321), 5).data_hash
     assert position_of(GeneratorDataset([(1,)], ["a"]).batch(1), 5) is None
+
+
+def test_left_out_samples_are_not_read(prefix):
+    everything = [row[0] for row in rows(load(prefix))]
+    kept = [everything[place] for place in range(40) if place not in (0, 1, 7, 8, 9, 39)]
+    loader = {"leave_out": [[7, 10], [0, 2], [39, 50]]}
+    np.testing.assert_array_equal([row[0] for row in rows(load(prefix, loader=loader))], kept)
+    half = rows(load(prefix, loader={**loader, "first_sample": 3, "num_shards": 2, "shard_id": 1}))
+    np.testing.assert_array_equal([row[0] for row in half][:10], kept[4::2][:10])
 
 
 @pytest.mark.parametrize("first", [-1, 40])
@@ -154,7 +164,7 @@ def test_stored_loss_mask_masks_the_labels(prefix):
     tokens = IndexedDataset(prefix)
     learnt = (tokens.tokens % 3 == 0).astype(np.uint8)
     with IndexedDatasetWriter(loss_mask_prefix(prefix), np.uint8) as writer:
-        writer.add_documents(learnt, tokens.sequence_lengths)
+        writer.add_batch(learnt, tokens.sequence_lengths, np.ones(len(tokens), np.int64))
     for labels, mask in rows(load(prefix, columns=("labels", "loss_mask"))):
         np.testing.assert_array_equal(mask, labels % 3 == 0)
 

@@ -14,8 +14,8 @@ import numpy as np
 from cpu_parallel.toy_transformer import build
 
 from mindformers_ext.rank_compiler.compile_rank import compile_cell, start_as_rank
-from mindformers_ext.sharded_checkpoint.layout import Slot
 from mindformers_ext.sharded_checkpoint.network import load_into, pieces_of, slots_of, state_of
+from mindformers_ext.sharded_checkpoint.shards import Slot
 
 
 class Counting:

@@ -5,7 +5,8 @@ from math import prod
 
 import numpy as np
 
-from mindformers_ext.sharded_checkpoint.layout import Meta, Piece, Slot, compiled_slots
+from mindformers_ext.sharded_checkpoint.layout import Meta, Piece, compiled_slots
+from mindformers_ext.sharded_checkpoint.shards import Slot
 from mindformers_ext.sharded_checkpoint.writer import Saver
 
 VOCAB, HIDDEN, EXPERTS, LAYERS = 16, 8, 4, 4

@@ -108,7 +108,7 @@ def test_concurrent_first_use_builds_one_complete_cache(tmp_path, monkeypatch):
         homes = set(pool.map(lambda _: stand_in_cann.stand_in_home(), range(4)))
     (home,) = homes
     assert {p.stem for p in (home / "lib64").iterdir()} == {
-        *stand_in_cann.LIBRARY_NAMES,
+        *stand_in_cann.LIBRARY_NAMES.split(),
         Path(stand_in_cann.WAITS).stem,
     }
     assert not list(home.parent.glob(".build-*"))

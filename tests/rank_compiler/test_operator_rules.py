@@ -137,6 +137,8 @@ PLANTED = [
     ("RotaryPositionEmbedding", {"x": MANY, "cos": MANY, "sin": MANY, "mode": 0}, "B, N < 1000"),
     ("RotaryPositionEmbedding", {"x": (BF16, (8, 125, 64, 64)), "mode": 0}
      | dict.fromkeys(("cos", "sin"), (BF16, (1, 1, 64, 64))), "B * N <= 8 * S"),
+    ("RotaryPositionEmbedding", {"x": (BF16, (1, 128, 2048, 24)), "mode": 0}
+     | dict.fromkeys(("cos", "sin"), (BF16, (1, 1, 2048, 24))), "B * N <= 8 * S"),
     ("RotaryPositionEmbedding", {"x": (BF16, (1, 1, 4096, 896))}
      | dict.fromkeys(("cos", "sin"), (BF16, (1, 1, 4096, 896))), "below 896"),
     ("RotaryPositionEmbeddingGrad", {"dy": (FP32, X[1])}, "one type"),
@@ -165,6 +167,23 @@ PLANTED = [
     ("ApplyAdamW", {"lr": (FP32, (2,))}, "the rates"),
     ("RmsNorm", {"x": (BF16, (1,) * 8 + (64,))}, "8 axes"),
 ]  # fmt: skip
+
+
+# Planted in tests of their own below.
+OTHERS = ("lengths of layout TND", "the gradient of gamma")
+
+
+def test_every_violation_is_planted():
+    planted = [(operator, words) for operator, _, words in PLANTED]
+    rules = [rule for rule in RULES if rule.verdict == VIOLATION and not rule.demand.startswith(OTHERS)]
+    missing = [
+        rule.demand
+        for rule in rules
+        if not any(
+            words in rule.demand and (rule.operators == "*" or name in rule.operators) for name, words in planted
+        )
+    ]
+    assert not missing
 
 
 @pytest.mark.parametrize(("operator", "changes", "words"), PLANTED)
@@ -220,7 +239,14 @@ def test_a_violation_names_the_models_line_and_ends_the_dry_run_with_1():
     assert report["exit_code"] == DOES_NOT_FIT and "RotaryPositionEmbedding first" in report["verdict"]
     shown = render_ranks(report)
     assert "rank 0: RotaryPositionEmbedding mode=1 of (2, 32, 4096, 64)" in shown and "at norm.py:7" in shown
-    assert re.search(r"violation +2  RotaryPositionEmbedding  mode=1", audit_table(report))
+    assert re.search(r"violation +2  no +RotaryPositionEmbedding  mode=1", audit_table(report))
+
+
+def test_an_audit_says_what_mindformers_own_graph_runs():
+    model = graph("Swiglu", {})
+    model.proto.graph.node[-1].attribute[0].tensors[0].data_type = pb.TensorProto.BFLOAT16
+    model.apply("Cast", [model.given("small", "int8", (8,))], "cast", (8,))
+    assert {f.operator: f.in_mindformers for f in audit(model.proto)} == {"Swiglu": True, "Cast": False}
 
 
 def test_the_plugin_has_the_kernels_that_the_table_says():

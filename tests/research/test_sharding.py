@@ -63,13 +63,13 @@ def test_layers_of_each_stage(offset, stages, layers):
     config = v3_config(
         num_layers=3, offset=offset, parallel_config=parallel(pipeline_stage=stages, micro_batch_num=stages)
     )
-    assert config.layers_per_stage(stages) == layers
-    placed = [config.pipeline_stage_of(i) for i in range(3)]
+    assert config.placed().layers_per_stage == layers
+    placed = [place.stage for place in config.placed().places]
     assert [placed.count(stage) for stage in range(stages)] == layers
-    assert config.pipeline_stage_of(3) == stages - 1  # MTP
+    assert config.placed().last.stage == stages - 1  # MTP, norm and head
 
 
 def test_recompute_counts_layers_of_each_stage():
-    config = v3_config(num_layers=4, parallel_config=parallel(pipeline_stage=2, micro_batch_num=2))
-    assert [sharding.wants([1, 2], i, config) for i in range(4)] == [True, False, True, True]
-    assert [sharding.wants(True, i, config) for i in range(4)] == [True] * 4
+    pipeline = v3_config(num_layers=4, parallel_config=parallel(pipeline_stage=2, micro_batch_num=2)).placed()
+    assert pipeline.covered([1, 2]) == [0, 2, 3]
+    assert pipeline.covered(True) == [0, 1, 2, 3]

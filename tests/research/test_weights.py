@@ -3,23 +3,13 @@
 import numpy as np
 import pytest
 from deepseek2_model import DeepseekV2ForCausalLM
-from deepseek3_config import DeepseekV3Config
 from deepseek3_model import DeepseekV3ForCausalLM
 from helpers.small_models import v2_config, v3_config
 from weights import from_huggingface, name_table, parameter_count, to_huggingface
 
-RELEASED = DeepseekV3Config(
-    moe_config=dict(
-        expert_num=256,
-        num_experts_chosen=8,
-        shared_expert_num=1,
-        moe_intermediate_size=2048,
-        first_k_dense_replace=3,
-        n_group=8,
-        topk_group=4,
-        routed_scaling_factor=2.5,
-    )
-)
+from mindformers_ext.config.run import read_run
+
+RELEASED = read_run("research/deepseek3/deepseek3_671b/pretrain_deepseek3_671b.yaml").model
 
 
 def test_released_model_counts():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.command_line import ROOT, TOY, run_command, run_mindformer
 
-from mindformers_ext.config.command_line import build_parser, parse_overrides
+from mindformers_ext.config.command_line import all_overrides, build_parser, parse_overrides
 from mindformers_ext.errors import ConfigError
 
 
@@ -32,6 +32,11 @@ def test_named_options() -> None:
     assert (options.run_mode, options.use_parallel, options.resume_training, options.seed) == ("eval", False, True, 3)
     assert rest == ["--x.y", "1"]
     assert build_parser().parse_args(["--config", "y", "--resume_training", "step_8"]).resume_training == "step_8"
+
+
+def test_null_is_no_name_of_a_folder() -> None:
+    options, rest = build_parser().parse_known_args(["--config", "x.yaml", "--output_dir", "null"])
+    assert all_overrides(options, rest) == [("output_dir", None)]  # which read_run refuses
 
 
 def test_an_unknown_key_on_the_command_line_is_one_sentence(toy_folder: Path) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.sharded_checkpoint.layout import Slot, StoredPiece, compiled_slots, covers
+from mindformers_ext.sharded_checkpoint.layout import StoredPiece, compiled_slots, covers
 from mindformers_ext.sharded_checkpoint.reader import check_names, load, open_source
+from mindformers_ext.sharded_checkpoint.shards import Slot
 
 VALUES = values()
 

@@ -15,9 +15,10 @@ from mindspore import Parameter, Tensor, nn
 
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.sharded_checkpoint.audit import verify_all
-from mindformers_ext.sharded_checkpoint.layout import BLOCK_BYTES, Meta, Piece, Slot, write_signed_json
+from mindformers_ext.sharded_checkpoint.layout import BLOCK_BYTES, Meta, Piece, write_signed_json
 from mindformers_ext.sharded_checkpoint.network import load_into, pieces_of
 from mindformers_ext.sharded_checkpoint.reader import load, open_source
+from mindformers_ext.sharded_checkpoint.shards import Slot
 from mindformers_ext.sharded_checkpoint.writer import Saver
 from mindformers_ext.training.checkpoint_monitor import load_weights
 

@@ -11,7 +11,7 @@ from mindspore import Parameter
 from mindformers_ext.cpu_parallel.lowered_step import StoredParameter
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.sharded_checkpoint.network import load_into, pieces_of, state_of
-from mindformers_ext.sharded_checkpoint.shards import Shard
+from mindformers_ext.sharded_checkpoint.shards import Slot
 
 WHOLE = {
     "model.w": np.arange(32, dtype=np.float32).reshape(8, 4),
@@ -36,8 +36,8 @@ class LoweredStep:
         return iter(self.whole.values())
 
     def stored(self):
-        yield "model.w", StoredParameter(self.part, (8, 4), Shard(((4, 8), (0, 4)), copy=1))
-        yield "model.bias", StoredParameter(self.whole["model.bias"], (4,), Shard(((0, 4),), copy=3))
+        yield "model.w", StoredParameter(self.part, Slot((8, 4), ((4, 8), (0, 4)), copy=1))
+        yield "model.bias", StoredParameter(self.whole["model.bias"], Slot((4,), ((0, 4),), copy=3))
 
 
 class Counting:

@@ -18,8 +18,9 @@ from helpers.layouts import Degrees, save, slots, values
 from mindformers_ext.errors import TrainingStopped
 from mindformers_ext.sharded_checkpoint import writer
 from mindformers_ext.sharded_checkpoint.audit import verify_all
-from mindformers_ext.sharded_checkpoint.layout import BLOCK_BYTES, Meta, Piece, Slot
+from mindformers_ext.sharded_checkpoint.layout import BLOCK_BYTES, Meta, Piece
 from mindformers_ext.sharded_checkpoint.reader import open_source
+from mindformers_ext.sharded_checkpoint.shards import Slot
 from mindformers_ext.sharded_checkpoint.writer import Saver, saved_steps, write_part
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +183,8 @@ def test_a_crash_at_any_operation_leaves_whole_checkpoints(tmp_path, monkeypatch
 WRITER = """
 import sys
 import numpy as np
-from mindformers_ext.sharded_checkpoint.layout import Meta, Piece, Slot
+from mindformers_ext.sharded_checkpoint.layout import Meta, Piece
+from mindformers_ext.sharded_checkpoint.shards import Slot
 from mindformers_ext.sharded_checkpoint.writer import Saver
 saver = Saver(sys.argv[1], keep=2, in_background=sys.argv[2] == "True")
 saver.clear()

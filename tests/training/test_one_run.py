@@ -44,7 +44,7 @@ def test_the_second_run_into_a_folder_is_refused_and_ignores_a_cluster(toy_folde
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", PLACE_IN_A_CLUSTER)
+@pytest.mark.parametrize("name", PLACE_IN_A_CLUSTER.split())
 def test_one_process_forgets_its_place_in_a_cluster(name, monkeypatch, capsys):
     monkeypatch.delenv("MS_SIMULATION_LEVEL", raising=False)
     monkeypatch.delenv(rank_job.FOLDER, raising=False)

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files import safetensors_format
-from mindformers_ext.sharded_checkpoint.layout import Meta, Piece, Slot
+from mindformers_ext.sharded_checkpoint.layout import Meta, Piece
 from mindformers_ext.sharded_checkpoint.reader import open_source
+from mindformers_ext.sharded_checkpoint.shards import Slot
 from mindformers_ext.sharded_checkpoint.writer import Saver
 
 NO_MTP = {**V3_CONFIG, "num_nextn_predict_layers": 0}

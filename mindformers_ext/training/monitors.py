@@ -1,0 +1,128 @@
+"""What a training looks like from inside, at intervals: norms by parameter and layer, the experts, the time of a step.
+
+Takes the place of `local_norm_format`, `optimizer_state_format` and `weight_state_format` of MindFormers 1.9.0's
+TrainingStateMonitor, which need operators of Ascend and another graph. Here the graph stays as it is: a gradient is
+found in what a step made of the optimizer's first moment. It can go when upstream's monitors run on CPU.
+"""
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from mindspore import nn
+
+from mindformers_ext.config.sections import Monitors
+from mindformers_ext.sharded_checkpoint.network import pieces_of
+from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS
+from mindformers_ext.training.over_ranks import reduce_over_ranks
+from mindformers_ext.training.wrapper import CLIP_EPSILON, as_numpy, was_left_out
+
+SECOND_MOMENT = "adam_v."
+LAYER = re.compile(r"(?:^|\.)((?:layers|mtp)\.\d+)\.")
+
+
+class RunMonitors:
+    """Looks at the steps whose number is a multiple of each monitor's interval."""
+
+    def __init__(self, intervals: Monitors):
+        self.intervals = intervals
+        self.before: dict[str, np.ndarray] = {}  # what this rank held before the step, where a monitor compares
+        self.began = self.ended = time.perf_counter()
+
+    def due(self, name: str, step: int) -> bool:
+        """True when a monitor looks at this step."""
+        interval = getattr(self.intervals, name)
+        return interval is not None and step % interval == 0
+
+    def begin(self, network: nn.Cell, step: int) -> None:
+        """Before the step: keep a copy of what it will change."""
+        gradients, updates = self.due("gradient_norms", step), self.due("update_norms", step)
+        if gradients or updates:
+            weights = {weight.name for weight in network.optimizer.parameters}
+            self.before = {
+                name: array.copy()
+                for name, array in own(network)
+                if (gradients and name.startswith(FIRST_MOMENTS)) or (updates and name in weights)
+            }
+        self.began = time.perf_counter()
+
+    def end(self, network: nn.Cell, outputs: tuple, step: int, loads: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """After the step: what the monitors found, for its record."""
+        now = time.perf_counter()
+        found: dict[str, Any] = {}
+        if self.due("times", step):
+            found["seconds"] = {"step": now - self.began, "between_steps": self.began - self.ended}
+        if self.due("experts", step):
+            found["experts"] = {layer: of_experts(load) for layer, load in loads.items()}
+        weights = {weight.name for weight in network.optimizer.parameters}
+        arrays = dict(own(network)) if self.norms_are_due(step) else {}
+        if self.due("gradient_norms", step) and not was_left_out(network, outputs):
+            found["gradient_norms"] = norms(weights, gradients(network, outputs, arrays, self.before))
+        if self.due("weight_norms", step):
+            found["weight_norms"] = norms(weights, ((n, arrays[n]) for n in sorted(weights & arrays.keys())))
+        if self.due("update_norms", step):
+            changed = ((n, arrays[n] - self.before[n]) for n in sorted(weights & self.before.keys()))
+            found["update_norms"] = norms(weights, changed)
+        if self.due("moment_norms", step):
+            for order, prefixes in (("first", FIRST_MOMENTS), ("second", (SECOND_MOMENT,))):
+                found[f"{order}_moment_norms"] = norms(weights, of_weights(arrays, prefixes))
+        self.before = {}
+        self.ended = time.perf_counter()
+        return found
+
+    def norms_are_due(self, step: int) -> bool:
+        """True when a monitor reads weights or moments."""
+        return any(self.due(n, step) for n in ("gradient_norms", "weight_norms", "update_norms", "moment_norms"))
+
+
+def own(network: nn.Cell) -> Iterator[tuple[str, np.ndarray]]:
+    """What this rank holds and no rank before it; on CPU the arrays share the parameters' memory."""
+    return ((name, piece.array) for name, piece in pieces_of(network).items() if piece.slot.copy == 0)
+
+
+def of_weights(arrays: Mapping[str, np.ndarray], prefixes: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray]]:
+    """The states with such a prefix, by their weights' names."""
+    return ((name.partition(".")[2], array) for name, array in arrays.items() if name.startswith(prefixes))
+
+
+def gradients(
+    network: nn.Cell, outputs: tuple, arrays: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The step's gradients before clipping, from m = b m + (1 - b) g."""
+    beta = float(as_numpy(network.optimizer.beta1).item())
+    norm = as_numpy(outputs[4])
+    clip = 1.0
+    if norm is not None:
+        largest = float(as_numpy(network.clip_grad_norm.clip_norm).item())
+        clip = min(1.0, largest / (max(float(norm.item()), largest) + CLIP_EPSILON))
+    for name, array in of_weights(arrays, FIRST_MOMENTS):
+        old = next(before[prefix + name] for prefix in FIRST_MOMENTS if prefix + name in before)
+        yield name, (array - beta * old) / ((1 - beta) * clip)
+
+
+def norms(names: set[str], arrays: Iterator[tuple[str, np.ndarray]]) -> dict[str, Any]:
+    """The Euclidean norm of every parameter, of every layer and of all, over all ranks."""
+    places = {name: place for place, name in enumerate(sorted(names))}
+    squares = np.zeros(len(places), np.float32)
+    for name, array in arrays:
+        squares[places[name]] += np.square(array.astype(np.float64)).sum()
+    squares = reduce_over_ranks(squares, "sum").astype(np.float64)
+    layers: dict[str, float] = {}
+    for name, place in places.items():
+        layer = LAYER.search(name)
+        if layer:
+            layers[layer[1]] = layers.get(layer[1], 0.0) + squares[place]
+    return {
+        "all": float(np.sqrt(squares.sum())),
+        "layers": {layer: float(np.sqrt(square)) for layer, square in layers.items()},
+        "parameters": {name: float(np.sqrt(squares[place])) for name, place in places.items()},
+    }
+
+
+def of_experts(load: np.ndarray) -> dict[str, float]:
+    """Entropy of how the tokens are spread over the experts, 1 where evenly, and experts without a token."""
+    shares = load[load > 0] / max(load.sum(), 1)
+    entropy = -float((shares * np.log(shares)).sum()) / np.log(max(len(load), 2))
+    return {"entropy": float(entropy), "dead": int((load == 0).sum())}

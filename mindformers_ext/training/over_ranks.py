@@ -1,0 +1,27 @@
+"""What the ranks of a run find out together outside their graphs, after a step."""
+
+import mindspore as ms
+import numpy as np
+from mindformers.tools.utils import get_real_group_size, get_real_rank
+from mindspore import Tensor, ops
+
+from mindformers_ext.collectives import collectives
+from mindformers_ext.collectives.rank_job import RankJob, is_cpu_rank
+
+
+def place_in_run() -> tuple[int, int, int]:
+    """This process's rank, the devices and the pipeline stages of the run."""
+    if is_cpu_rank():
+        job = RankJob.current()
+        return job.rank, job.world_size, job.stages
+    return get_real_rank(), get_real_group_size(), ms.get_auto_parallel_context("pipeline_stages")
+
+
+def reduce_over_ranks(values: np.ndarray, reduce: str) -> np.ndarray:
+    """The "sum" or "max" of int32 or float32 values over all ranks of the run."""
+    ranks = place_in_run()[1]
+    if ranks == 1:
+        return values
+    if is_cpu_rank():
+        return collectives.all_reduce(values, range(ranks), reduce)
+    return ops.AllReduce(reduce)(Tensor(values)).asnumpy()

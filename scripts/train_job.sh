@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# One machine's part of a job that Slurm, MindCluster or Volcano started, on every machine:
+#   bash scripts/train_job.sh CONFIG OUTPUT_DIR [--section.key value ...]
+# Goes on from the job's own last checkpoint where there is one. On SIGTERM, which comes before a machine is taken away,
+# the run is asked to end by the file OUTPUT_DIR/kill_switch. Every machine sees OUTPUT_DIR.
+set -euo pipefail
+
+[ $# -ge 2 ] || { echo "error: give CONFIG and OUTPUT_DIR" >&2; exit 2; }
+CONFIG=$1 OUTPUT_DIR=$2
+shift 2
+RUN=(run_mindformer.py --config "$CONFIG" --output_dir "$OUTPUT_DIR")
+if [ -e "$OUTPUT_DIR/checkpoint/latest" ]; then
+  RUN+=(--load_checkpoint "$OUTPUT_DIR/checkpoint" --resume_training True)
+fi
+RUN+=("$@")
+rm -f "$OUTPUT_DIR/kill_switch" # of a job that ended in another way
+
+trap 'mkdir -p "$OUTPUT_DIR"; touch "$OUTPUT_DIR/kill_switch"' TERM
+bash "$(dirname "${BASH_SOURCE[0]}")/msrun_launcher.sh" "${RUN[*]@Q}" "" "" "" "" "" "$OUTPUT_DIR/msrun_log" &
+CODE=0
+wait $! || CODE=$?
+while kill -0 $! 2> /dev/null; do # a signal ends a wait, not the run
+  CODE=0
+  wait $! || CODE=$?
+done
+exit "$CODE"
