@@ -27,6 +27,7 @@ class DeviceProfile:
     attention_efficiency: float
     network_efficiency: float  # share of the link bandwidth that collectives reach
     gradient_overlap: float  # share of the gradient exchange hidden behind the backward pass
+    operators: list[dict] = field(default_factory=list)  # as measured, by scripts/first_hour.sh
     notes: dict[str, str] = field(default_factory=dict)  # the YAML's comment on each number
 
     @property
@@ -47,7 +48,8 @@ def load_profile(path: str | Path = DEFAULT_PROFILE) -> DeviceProfile:
         ConfigError: a key is missing or unknown, or a number is not above 0.
     """
     values = load_yaml(path)
-    known = {f.name for f in fields(DeviceProfile)} - {"notes"}
+    operators = values.pop("operators", [])
+    known = {f.name for f in fields(DeviceProfile)} - {"notes", "operators"}
     for key in sorted(set(values) ^ known):
         what = "is missing" if key in known else f"is unknown; legal keys are {', '.join(sorted(known))}"
         raise ConfigError(f"{path}: {key} {what}")
@@ -56,7 +58,7 @@ def load_profile(path: str | Path = DEFAULT_PROFILE) -> DeviceProfile:
             raise ConfigError(f"{path}: {key} is {value!r}, but must be a number of at least 0")
     text = Path(path).read_text()
     head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
-    return DeviceProfile(**values, notes={"name": head} | dict(NOTE.findall(text)))
+    return DeviceProfile(**values, operators=operators, notes={"name": head} | dict(NOTE.findall(text)))
 
 
 NOTE = re.compile(r"^(\w+):.*?\s# *(.+)$", re.MULTILINE)
