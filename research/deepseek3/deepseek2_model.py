@@ -32,7 +32,7 @@ from mindformers_ext.layers.fused_ops import (
     split_columns,
     swiglu,
 )
-from mindformers_ext.layers.moe_dispatch import CapacityDispatch, DroplessDispatch
+from mindformers_ext.layers.moe_dispatch import expert_dispatch
 from mindformers_ext.layers.router import TopkRouterV2
 
 __all__ = ["DeepseekV2ForCausalLM", "DeepseekV2Model"]
@@ -163,15 +163,19 @@ def part(strided_slice, x, start, width):
 
 
 class FeedForward(nn.Cell):
-    """SwiGLU: down(silu(gate(x)) * up(x)); the dense FFN (`place` mlp) and the shared experts (shared_experts)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)); the dense FFN (`place` mlp) and the shared experts (shared_experts).
 
-    def __init__(self, config, width: int, place: str = "mlp"):
+    `split` is what model parallelism splits: the width, or the tokens.
+    """
+
+    def __init__(self, config, width: int, place: str = "mlp", split: str = "width"):
         super().__init__()
-        self.gate_proj = Linear(config, config.hidden_size, width, "column_parallel", f"{place}.gate_proj")
-        self.up_proj = Linear(config, config.hidden_size, width, "column_parallel", f"{place}.up_proj")
-        self.down_proj = Linear(config, width, config.hidden_size, "row_parallel", f"{place}.down_proj")
+        widen, narrow = ("column_parallel", "row_parallel") if split == "width" else ("latent", "latent")
+        self.gate_proj = Linear(config, config.hidden_size, width, widen, f"{place}.gate_proj")
+        self.up_proj = Linear(config, config.hidden_size, width, widen, f"{place}.up_proj")
+        self.down_proj = Linear(config, width, config.hidden_size, narrow, f"{place}.down_proj")
         self.swiglu = swiglu(config)
-        shard(self.swiglu, "feed_forward", config)
+        shard(self.swiglu, f"feed_forward_{split}", config)
         adapted = any(config.lora.has(f"{place}.{name}_proj") for name in ("gate", "up", "down"))
         self.at_once = None if adapted else feed_forward(config)
 
@@ -219,12 +223,10 @@ class MixtureOfExperts(nn.Cell):
         self.experts = Experts(config)
         self.has_shared = moe.shared_expert_num > 0
         if self.has_shared:
-            self.shared_experts = FeedForward(
-                config, moe.shared_expert_num * moe.moe_intermediate_size, "shared_experts"
-            )
+            width = moe.shared_expert_num * moe.moe_intermediate_size
+            self.shared_experts = FeedForward(config, width, "shared_experts", moe.shared_expert_split)
             self.add_shared = ops.Add()
-        policy = DroplessDispatch if moe.use_gmm else CapacityDispatch
-        self.dispatch = policy(config, expert_group(config))
+        self.dispatch = expert_dispatch(config, expert_group(config))
         self.balance = BalanceLoss(config)
         self.counts_unbiased = self.balance.active and self.gate.has_bias
         self.compute_dtype, self.out_type = getattr(mstype, config.compute_dtype), activation_type(config)

@@ -73,7 +73,8 @@ def plans(config) -> dict[str, dict[str, tuple]]:
         "key_rotary_at": rotary_plan(("dp", NONE, "cp", NONE), "dp"),
         **lora_plans(tokens, width),
         # feed-forward
-        "feed_forward": {"silu": (width,), "gate_mul": (width, width)},
+        "feed_forward_width": {"silu": (width,), "gate_mul": (width, width)},
+        "feed_forward_tokens": {"silu": (tokens,), "gate_mul": (tokens, tokens)},
         "decoder_layer": {"add_attention": (tokens, tokens), "add_mlp": (tokens, tokens)},
         "multi_token_predictor": {"cat": (tokens, tokens)},
         "shift_left": {"rest": (batch,), "last": (batch,), "cat": (batch, batch)},
