@@ -5,7 +5,9 @@
 // Inputs: the tensor, then any number of inputs that only order the operators. Output: the last tensor.
 // With the attribute `tensors` the first so many inputs, of one type, go through one AllReduce, AllGather or
 // ReduceScatter together, and as many outputs come last.
-// Attributes: collective, rank_list, reduce, split_dim, concat_dim, send_counts, recv_counts, root, peer, tag.
+// With the attribute `block` AlltoAllV takes its counts from its second and third input, in blocks of so many elements;
+// both tensors may be longer than what they hold, and what lies behind the received elements becomes NaN, or -1.
+// Attributes: collective, rank_list, reduce, split_dim, concat_dim, send_counts, recv_counts, block, root, peer, tag.
 #include <algorithm>
 #include <cstring>
 #include <memory>

@@ -163,7 +163,7 @@ class MoeConfig:
     num_experts_chosen: Positive = 1  # HF num_experts_per_tok, K
     shared_expert_num: NotNegative = 0  # HF n_shared_experts
     # What model_parallel splits of them: their width, or the tokens (weights whole, nothing sent)
-    shared_expert_split: Literal["width", "tokens"] = "width"
+    shared_expert_split: Literal["width", "tokens"] = "tokens"
     moe_intermediate_size: Positive = 1407  # width of one expert
     first_k_dense_replace: NotNegative = 0  # leading layers with a dense FFN
     # router
@@ -185,9 +185,10 @@ class MoeConfig:
     # dispatch
     use_gmm: bool = False  # True: dropless, sorted tokens, grouped matmul; False: capacity
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "allgather"  # dropless, where experts are split
-    dropless_rows: Literal["exact", "worst_case"] = (
-        "exact"  # allgather's buffers: as long as real rows, or as all could be
-    )
+    # Rows of allgather's buffers: those there are, all there could be, or dropless_row_factor times the balanced ones,
+    # whose overflow is dropped, counted and reported.
+    dropless_rows: Literal["exact", "worst_case", "bounded"] = "exact"
+    dropless_row_factor: Annotated[float, Meta(ge=1)] = 1.5
     use_fused_ops_permute: bool = False  # fused token permute/unpermute where the device has it
     capacity_factor: PositiveNumber = 1.1  # capacity = ceil(K * group tokens * factor / experts), capped at the group
     expert_group_size: Positive | None = None  # tokens of a sequence over which capacity is counted; None = all
@@ -214,6 +215,7 @@ class MoeConfig:
         self.topk_group = self.topk_group or self.n_group
         self._check_router()
         self._check_balance()
+        self._check_dispatch()
 
     def _check_router(self) -> None:
         experts, chosen, groups = self.expert_num, self.num_experts_chosen, self.n_group
@@ -226,6 +228,13 @@ class MoeConfig:
         eligible = experts // groups * self.topk_group
         rule = f"leaves {eligible} experts a token may use, fewer than num_experts_chosen = {chosen}"
         require(eligible >= chosen, f"{MOE}.topk_group", self.topk_group, rule)
+
+    def _check_dispatch(self) -> None:
+        kind, sorted_rows = self.moe_token_dispatcher_type, self.use_gmm and self.use_fused_ops_permute
+        rule = "needs use_gmm and use_fused_ops_permute: True; capacity dispatch exchanges tokens without it"
+        require(kind == "allgather" or sorted_rows, f"{MOE}.moe_token_dispatcher_type", kind, rule)
+        rule = "is of moe_token_dispatcher_type 'allgather': the buffers of an all-to-all hold the rows there are"
+        require(kind == "allgather" or self.dropless_rows == "exact", f"{MOE}.dropless_rows", self.dropless_rows, rule)
 
     def _check_balance(self) -> None:
         rule = f"needs one number for each of aux_loss_types = {self.aux_loss_types}"

@@ -1,4 +1,5 @@
-"""The routed experts of this device on buffers as long as the rows that chose them, which is known at run time.
+"""The routed experts of this device on buffers as long as the rows that chose them, which is known at run time, or as
+long as a bound.
 
 Extends `mindformers/parallel_core/training_graph/transformer/moe/token_dispatcher.py` (1.9.0), which sorts ids and pads
 a token for each expert. Ascend's graph has values whose length the device tells (NonZero, AlltoAllV); where memory is
@@ -8,6 +9,9 @@ planned, which needs lengths, `assume_balanced` gives them those of experts that
 Legend: N tokens, H hidden, F expert width, K experts per token, L experts of this device, R their rows.
 """
 
+import math
+
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import GroupedMatmul, IndexAddExt, IndexSelect, NonZero, Swiglu
@@ -91,46 +95,74 @@ class ExactExperts(nn.Cell):
         super().__init__()
         self.local_experts, self.topk = local_experts, config.moe_config.num_experts_chosen
         self.devices = config.moe_config.expert_num // local_experts
-        self.balanced = False
+        bounded = config.moe_config.dropless_rows == "bounded"
+        self.factor, self.balanced = config.moe_config.dropless_row_factor if bounded else 0.0, False
         self.find = NonZero().add_prim_attr(AT_MOST, (min(self.topk, local_experts), local_experts))
         self.take_number, self.take_gate, self.take_token = IndexSelect(), TakeRows(), TakeRows()
         self.grouped, self.add = GroupedExperts(), AddRows()
-        self.experts = Tensor(list(range(local_experts)), mstype.int32).reshape((1, -1, 1))
+        self.experts = Tensor(np.arange(local_experts, dtype=np.int32).reshape(1, -1, 1))
+        self.is_last = Tensor(np.arange(local_experts) == local_experts - 1, mstype.int64)
 
     def assume_balanced(self) -> None:
         """Give every buffer the length that it has when all experts of the model have as many rows."""
         self.balanced = True
 
     def construct(self, x, gates, ids, gate_up, down):
+        choice, ends = self._rows_of(ops.stop_gradient(ids))
+        return self._mix(x, gates, choice, ends, gate_up, down)
+
+    def mix_bounded(self, x, gates, ids, gate_up, down):
+        """What `construct` returns, of the rows up to the bound; how many choices of each token came later (N,)."""
+        choices = ids.shape[0] * self.topk
+        table, ends = self._table(ops.stop_gradient(ids))
+        rows = min(math.ceil(self.factor * choices / self.devices), table.shape[0])
+        is_choice = ops.logical_and(table > 0, table <= choices)
+        chosen = ops.cast(is_choice, mstype.float32)
+        row = ops.cast(ops.cumsum(chosen, 0), mstype.int32) - 1
+        held = ops.logical_and(is_choice, row < rows)
+        # Rows that nobody fills are the last expert's, on the choice whose gate is 0: no row is left as it was.
+        table = ops.concat((table, ops.full((1,), choices + 1, dtype=mstype.int32)))
+        place = ops.full((rows + 1,), table.shape[0] - 1, dtype=mstype.int32)
+        row = ops.select(held, row, ops.full_like(row, rows))
+        place = ops.tensor_scatter_elements(place, row, ops.cast(ops.arange(row.shape[0]), mstype.int32), 0)[:rows]
+        ends = ops.maximum(ops.minimum(ends, rows), self.is_last * rows)
+        y = self._mix(x, gates, self.take_number(table, 0, place) - 1, ends, gate_up, down)
+        dropped = (chosen - ops.cast(held, mstype.float32)).reshape((self.local_experts, -1)).sum(0)
+        return y, dropped
+
+    def _mix(self, x, gates, choice, ends, gate_up, down):
+        """Run the experts on the rows of these choices (R,), sorted by expert, which end at `ends` (L,)."""
         tokens = x.shape[0]
-        table, counts = self._table(ops.stop_gradient(ids))
-        choice = self.take_number(table, 0, self._rows_of(table, tokens)) - 1  # (R,), by expert, then token
         token = ops.minimum(choice // self.topk, tokens - 1)
         gates = ops.concat((gates.reshape((-1,)), ops.zeros((1,), gates.dtype)))
         weight = ops.cast(self.take_gate(gates, choice), x.dtype).reshape((-1, 1))
-        ends = ops.cast(ops.cumsum(counts, 0), mstype.int64)
-        return self.add(x, token, self.grouped(self.take_token(x, token), ends, gate_up, down, weight))
+        return self.add(
+            ops.stop_gradient(x), token, self.grouped(self.take_token(x, token), ends, gate_up, down, weight)
+        )
 
     def _table(self, ids):
-        """(L*N,) int32: 1 + number of the choice that token made of an expert, or 0; rows of each expert (L,) float32.
+        """(L*N,) int32: 1 + number of the choice that token made of an expert, or 0; where its rows end (L,) int64.
 
-        The last token's place of the last expert is never empty, because operators on no row at all are not documented.
-        Where no choice is there, it is the choice after the last one, whose gate is 0.
+        Operators on no row at all are not documented: where nobody chose an expert of this device, the last one has the
+        choice after the last, whose gate is 0.
         """
         tokens = ids.shape[0]
         number = ops.arange(1, tokens * self.topk + 1).reshape((tokens, self.topk))
         number = ops.cast(number, mstype.int32).transpose((1, 0)).expand_dims(1)  # (K, 1, N)
         mine = ids.transpose((1, 0)).expand_dims(1) == self.experts  # (K, L, N)
         table = ops.select(mine, ops.broadcast_to(number, mine.shape), ops.zeros(mine.shape, mstype.int32)).sum(0)
-        table = ops.cast(table, mstype.int32).reshape((-1,))
+        table = ops.cast(table, mstype.int32)
+        ends = ops.cumsum(ops.cast(table > 0, mstype.float32).sum(1), 0)
+        table = table.reshape((-1,))
         last = table[-1:]
-        last = ops.select(last > 0, last, ops.full_like(last, tokens * self.topk + 1))
-        table = ops.concat((table[:-1], last))
-        counts = ops.cast(table.reshape((self.local_experts, tokens)) > 0, mstype.float32).sum(1)
-        return table, counts
+        last = ops.select(ends[-1:] > 0, last, ops.full_like(last, tokens * self.topk + 1))
+        return ops.concat((table[:-1], last)), ops.maximum(ops.cast(ends, mstype.int64), self.is_last)
 
-    def _rows_of(self, table, tokens: int):
-        """Where the table has a choice: (R,)."""
+    def _rows_of(self, ids):
+        """All choices of this device's experts (R,), sorted by expert, then token, and where each expert's end (L,)."""
+        table, ends = self._table(ids)
         if self.balanced:
-            return ops.arange(max(tokens * self.topk // self.devices, 1))
-        return self.find(table).reshape((-1,))
+            place = ops.arange(max(ids.shape[0] * self.topk // self.devices, 1))
+        else:
+            place = self.find(table).reshape((-1,))
+        return self.take_number(table, 0, place) - 1, ends

@@ -60,13 +60,15 @@ class DroplessDispatch(nn.Cell):
         self.ep = group.size
         self.local_experts = moe.expert_num // self.ep
         self.first_expert = group.rank * self.local_experts
-        exact = self.ep > 1 and moe.dropless_rows == "exact"
-        self.experts = (ExactExperts if exact else routed_experts)(config, self.local_experts)
+        chosen_rows = self.ep > 1 and moe.dropless_rows != "worst_case"
+        self.experts = (ExactExperts if chosen_rows else routed_experts)(config, self.local_experts)
+        self.bounded = self.ep > 1 and moe.dropless_rows == "bounded"
         if self.ep > 1:
             self.gather_tokens = ops.AllGather(group.name)
             self.gather_weights = ops.AllGather(group.name)
             self.gather_ids = ops.AllGather(group.name)
             self.sum_parts = ops.ReduceScatter(ops.ReduceOp.SUM, group.name)
+            self.sum_dropped = ops.ReduceScatter(ops.ReduceOp.SUM, group.name)
 
     def run(self, x, topk_weights, topk_ids, gate_up, down):
         """Mix the experts' outputs.
@@ -81,11 +83,20 @@ class DroplessDispatch(nn.Cell):
         Returns:
             (T, H), dtype of x.
         """
+        return self.run_and_count(x, topk_weights, topk_ids, gate_up, down)[0]
+
+    def run_and_count(self, x, topk_weights, topk_ids, gate_up, down):
+        """What `run` returns, and how many choices of each token were dropped (T, 1) float32: with a bound only."""
+        tokens = x.shape[0]
         if self.ep > 1:
             x, topk_weights = self.gather_tokens(x), self.gather_weights(topk_weights)
             topk_ids = self.gather_ids(topk_ids)
-        y = self.experts(x, topk_weights, topk_ids - self.first_expert, gate_up, down)
-        return self.sum_parts(y) if self.ep > 1 else y
+        inputs = x, topk_weights, topk_ids - self.first_expert, gate_up, down
+        if self.bounded:
+            y, dropped = self.experts.mix_bounded(*inputs)
+            return self.sum_parts(y), self.sum_dropped(dropped.expand_dims(1))
+        y = self.experts(*inputs)
+        return self.sum_parts(y) if self.ep > 1 else y, ops.zeros((tokens, 1), mstype.float32)
 
 
 class SendRows(nn.Cell):
@@ -150,7 +161,7 @@ class AllToAllDispatch(nn.Cell):
     def __init__(self, config, group: ExpertGroup):
         super().__init__()
         moe = config.moe_config
-        self.ep, self.topk, self.num_experts = group.size, moe.num_experts_chosen, moe.expert_num
+        self.ep, self.topk = group.size, moe.num_experts_chosen
         self.local_experts = moe.expert_num // self.ep
         self.own_last = (group.rank + 1) * self.local_experts - 1
         self.balanced = False
@@ -161,7 +172,7 @@ class AllToAllDispatch(nn.Cell):
         self.to_host = ops.MoveTo()
         self.by_expert, self.sort, self.unsort = FusedPermute(), SortRows(), UnsortRows()
         self.grouped = GroupedExperts()
-        self.expert = Tensor(list(range(moe.expert_num)), mstype.int32).expand_dims(0)
+        self.expert = Tensor([list(range(moe.expert_num))], mstype.int32)
 
     def assume_balanced(self) -> None:
         """Let every device send as many rows to each: where memory is planned, counts must be constants."""
@@ -181,7 +192,8 @@ class AllToAllDispatch(nn.Cell):
         received = self._by_device(arriving, choices)
         rows, place = self.by_expert.permute(x, ids, choices)
         expert = owner_of(ops.cast(ops.arange(choices), mstype.int32), ops.cast(ops.cumsum(counts, 0), mstype.int32))
-        local = ops.cast(expert % self.local_experts, mstype.int32)
+        expert = ops.cast(expert, mstype.int32)
+        local = expert - expert // self.local_experts * self.local_experts
         rows, local = self.send(rows, sent, received), self.send_ids(local, sent, received)
         rows, place_here = self.sort(rows, local)
         y = self.unsort(self.grouped(rows, ends, gate_up, down), place_here, local)

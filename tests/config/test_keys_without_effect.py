@@ -256,9 +256,10 @@ EFFECTS = {
             num_experts_chosen use_gating_sigmoid n_group topk_group aux_loss_types aux_loss_factors z_loss_factor""",
         "mindformers_ext/layers/fused_ops.py": """
             topk_method norm_topk_prob routed_scaling_factor use_fused_ops_topkrouter use_fused_ops_permute""",
+        "mindformers_ext/layers/exact_experts.py": "dropless_rows dropless_row_factor",
         "mindformers_ext/layers/router.py": "balance_via_topk_bias topk_bias_update_rate",
         "mindformers_ext/layers/moe_dispatch.py": """
-            use_gmm moe_token_dispatcher_type dropless_rows capacity_factor expert_group_size enable_sdrop
+            use_gmm moe_token_dispatcher_type capacity_factor expert_group_size enable_sdrop
             group_wise_a2a""",
         "mindformers_ext/config/model.py": "first_k_dense_replace aux_loss_factor routing_policy",
     },

@@ -25,6 +25,19 @@ class Weighted(nn.Cell):
         return (ops.cast(y, ms.float32) * weights).sum()
 
 
+class Dropped(nn.Cell):
+    """Choices of a rank's tokens that found no row."""
+
+    def __init__(self, dispatch):
+        super().__init__()
+        self.dispatch, self.counts = dispatch, hasattr(dispatch, "run_and_count")
+
+    def construct(self, x, gates, ids, gate_up, down):
+        if not self.counts:
+            return ops.zeros((), ms.float32)
+        return self.dispatch.run_and_count(x, gates, ids, gate_up, down)[1].sum()
+
+
 class Exchange(nn.Cell):
     """The global batch -> what rank-free code can compute too: numbers of this rank's part, see `digest`."""
 
@@ -32,17 +45,20 @@ class Exchange(nn.Cell):
         super().__init__()
         self.optimizer = SimpleNamespace(parameters=[])  # the rank compiler asks what is trained
         self.loss, self.grad, self.dtype = Weighted(dispatch), ops.GradOperation(get_all=True), dtype
+        self.dropped = Dropped(dispatch)
         self.first, self.first_expert = get_rank() * TOKENS, get_rank() * EXPERTS // get_group_size()
         self.experts = EXPERTS // get_group_size()
 
     def construct(self, x, gates, ids, gate_up, down, weights):
-        x, gates, ids, weights = (a[self.first : self.first + TOKENS] for a in (x, gates, ids, weights))
-        gate_up = gate_up[self.first_expert : self.first_expert + self.experts]
-        down = down[self.first_expert : self.first_expert + self.experts]
-        x, gate_up, down = (ops.cast(a, self.dtype) for a in (x, gate_up, down))
-        inputs = x, gates, ids, gate_up, down, weights
-        dx, dgates, _, dgate_up, ddown, _ = self.grad(self.loss)(*inputs)
-        return self.loss(*inputs), digest(dx), digest(dgates), digest(dgate_up), digest(ddown)
+        first, last = self.first, self.first + TOKENS
+        gate_up = ops.cast(gate_up[self.first_expert : self.first_expert + self.experts], self.dtype)
+        down = ops.cast(down[self.first_expert : self.first_expert + self.experts], self.dtype)
+        x = ops.cast(x[first:last], self.dtype)
+        inputs = x, gates[first:last], ids[first:last], gate_up, down, weights[first:last]
+        gradients = self.grad(self.loss)(*inputs)
+        dx, dgates, dgate_up, ddown = gradients[0], gradients[1], gradients[3], gradients[4]
+        numbers = self.loss(*inputs), digest(dx), digest(dgates), digest(dgate_up), digest(ddown)
+        return (*numbers, self.dropped(*inputs[:5]))
 
 
 def digest(x):

@@ -21,10 +21,25 @@ ROUTINGS = {
 FORMS = {
     "allgather": {},
     "alltoall": {"moe_token_dispatcher_type": "alltoall"},
+    "bounded": {"dropless_rows": "bounded", "dropless_row_factor": 1.25},
 }
 
 
-def expected(inputs) -> list[list[float]]:
+def kept_rows(ids, form: dict) -> np.ndarray:
+    """(T, K) bool: choices that find a row; with a bound each rank's experts take the first, by expert and token."""
+    kept = np.ones(ids.shape, bool)
+    if form.get("dropless_rows") != "bounded":
+        return kept
+    bound = int(np.ceil(form["dropless_row_factor"] * ids.size / RANKS))
+    for rank in range(RANKS):
+        experts = range(rank * EXPERTS // RANKS, (rank + 1) * EXPERTS // RANKS)
+        places = [(token, k) for e in experts for token, k in zip(*np.nonzero(ids == e), strict=True)]
+        for place in places[bound:]:
+            kept[place] = False
+    return kept
+
+
+def expected(inputs, kept) -> list[list[float]]:
     """For each rank its loss and the digests of its gradients: a loop over tokens and their experts."""
     x, gates, ids, gate_up, down, weights = inputs
     x, gates, gate_up, down = (torch.tensor(a, requires_grad=True) for a in (x, gates, gate_up, down))
@@ -33,7 +48,8 @@ def expected(inputs) -> list[list[float]]:
         parts = []
         for rank in range(TOPK):
             gate, up = (x[token] @ gate_up[ids[token, rank]]).chunk(2)
-            parts.append(gates[token, rank] * ((torch.nn.functional.silu(gate) * up) @ down[ids[token, rank]]))
+            gate_of_row = gates[token, rank] * float(kept[token, rank])
+            parts.append(gate_of_row * ((torch.nn.functional.silu(gate) * up) @ down[ids[token, rank]]))
         rows.append((sum(parts) * torch.tensor(weights[token])).sum())
     sum(rows).backward()
     found = []
@@ -41,7 +57,7 @@ def expected(inputs) -> list[list[float]]:
         own = slice(rank * TOKENS, (rank + 1) * TOKENS)
         held = slice(rank * EXPERTS // RANKS, (rank + 1) * EXPERTS // RANKS)
         digests = [digest(a.grad[part]) for a, part in ((x, own), (gates, own), (gate_up, held), (down, held))]
-        found.append([float(sum(rows[own])), *digests])
+        found.append([float(sum(rows[own])), *digests, float((~kept[own]).sum())])
     return found
 
 
@@ -59,4 +75,5 @@ def test_every_routing(tmp_path, form):
     results = launch.run_ranks(tmp_path, RANKS)
     for step, (routing, inputs) in enumerate(zip(ROUTINGS, batches, strict=True)):
         found = [result["outputs"][step] for result in results]
-        np.testing.assert_allclose(found, expected(inputs), rtol=2e-4, atol=2e-4, err_msg=routing)
+        kept = kept_rows(inputs[2], FORMS[form])
+        np.testing.assert_allclose(found, expected(inputs, kept), rtol=2e-4, atol=2e-4, err_msg=routing)
