@@ -145,7 +145,7 @@ def widths_over_model_parallel(plan: Run) -> Iterator[Violation]:
     }
     if any(not model.is_moe_layer(i) for i in range(model.layers_in_all)):
         widths["intermediate_size"] = (model.intermediate_size, "the dense FFN's width lies on model_parallel")
-    if moe.expert_num > 1 and moe.shared_expert_num:
+    if moe.expert_num > 1 and moe.shared_expert_num and moe.shared_expert_split == "width":
         width = moe.shared_expert_num * moe.moe_intermediate_size
         widths["moe_intermediate_size"] = (width, "the shared experts' width lies on model_parallel")
     common = gcd(*(width for width, _ in widths.values()))

@@ -323,6 +323,11 @@ def layer_activation_bytes(plan: Run, layer: int) -> float:
 
 
 def dropless_rows(plan: Run, tokens: float) -> float:
-    """Rows of the grouped matmul's static buffer: as many as could choose this rank's experts."""
+    """Rows of the grouped matmul's buffer: of balanced routing, or as many as could choose this rank's experts."""
     moe = plan.model.moe_config
+    balanced = tokens * moe.num_experts_chosen
+    if moe.dropless_rows == "exact" or plan.ep == 1:
+        return balanced
+    if moe.dropless_rows == "bounded":
+        return balanced * moe.dropless_row_factor
     return tokens * plan.ep * min(moe.num_experts_chosen, moe.expert_num // plan.ep)

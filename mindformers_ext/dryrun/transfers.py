@@ -64,15 +64,23 @@ def layer_forward(plan: Run, layer: int) -> list[Transfer]:
 def layer_step(plan: Run, layer: int, recomputed: bool) -> list[Transfer]:
     """Collectives of one layer for one micro-batch: forward, backward, and forward again when it is recomputed.
 
-    The backward pass mirrors the forward one; recomputation leaves out what only makes the layer's output. Capacity
-    dispatch repeats that too: the gradient of its router needs the experts' rows.
+    The backward pass mirrors the forward one; recomputation leaves out what only makes the layer's output: what
+    gathers or sums the FFN's parts. An all-to-all is repeated: the gradient of the router needs the experts' rows.
     """
     forward = layer_forward(plan, layer)
     found = forward + [replace(t, kind=MIRRORED.get(t.kind, t.kind)) for t in forward]
     if recomputed:
-        last = {t.purpose: t for t in forward}
-        found += [replace(t, calls=t.calls - (t is last[t.purpose] and t.kind != "AlltoAll")) for t in forward]
+        last = {t.purpose: t for t in forward if t.kind not in ("AlltoAll", "AlltoAllV")}
+        if not _splits_ffn_width(plan, layer):
+            last.pop("tensor parallel", None)
+        found += [replace(t, calls=t.calls - (t is last.get(t.purpose))) for t in forward]
     return found
+
+
+def _splits_ffn_width(plan: Run, layer: int) -> bool:
+    """True for a layer with a dense FFN or shared experts whose width lies on mp."""
+    moe = plan.model.moe_config
+    return not plan.model.is_moe_layer(layer) or (moe.shared_expert_num > 0 and moe.shared_expert_split == "width")
 
 
 def embedding_step(plan: Run) -> list[Transfer]:
@@ -100,7 +108,7 @@ def _tensor_parallel(plan: Run, layer: int) -> Iterator[Transfer]:
     model = plan.model
     rows = plan.batch_size * model.seq_length / plan.cp * DTYPE_BYTES[model.compute_dtype]
     latents = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
-    dense = not model.is_moe_layer(layer) or model.moe_config.shared_expert_num
+    dense = _splits_ffn_width(plan, layer)
 
     def transfer(kind: str, width: int, calls: int = 1) -> Transfer:
         return Transfer("tensor parallel", kind, plan.mp, plan.mp, rows * width, calls)
@@ -127,7 +135,12 @@ def _expert_parallel(plan: Run, layer: int) -> Iterator[Transfer]:
     def transfer(kind: str, size: float, calls: int = 1) -> Transfer:
         return Transfer("expert parallel", kind, plan.ep, plan.ep, size, calls)
 
-    if moe.use_gmm:
+    if moe.use_gmm and moe.moe_token_dispatcher_type == "alltoall":
+        choices = (tokens + 1) * moe.num_experts_chosen  # of one token more: layers/moe_dispatch.py
+        yield transfer("AlltoAll", moe.expert_num * FLOAT_BYTES)
+        yield transfer("AlltoAllV", choices * ID_BYTES)
+        yield transfer("AlltoAllV", choices * model.hidden_size * element, 2)
+    elif moe.use_gmm:
         gathered = tokens * plan.ep
         yield transfer("AllGather", gathered * model.hidden_size * element)
         yield transfer("AllGather", gathered * moe.num_experts_chosen * FLOAT_BYTES)

@@ -1,9 +1,9 @@
-"""Carry tokens to their experts and back, with static shapes, on the tokens one device holds.
+"""Carry tokens to their experts and back, on the tokens one device holds.
 
-Extends `mindformers/parallel_core/training_graph/transformer/moe/token_dispatcher.py` (1.9.0), whose dispatchers need
-shapes known only at run time and run on Ascend only. Two policies compute the same numbers where nothing is dropped:
-`CapacityDispatch` (a fixed number of rows per expert, all-to-all) and `DroplessDispatch` (tokens sorted by expert,
-grouped matmul). Each is plain per-device code: with expert parallelism it contains the collectives of its group.
+Extends `mindformers/parallel_core/training_graph/transformer/moe/token_dispatcher.py` (1.9.0), whose dispatchers run on
+Ascend only. The policies compute the same numbers where nothing is dropped: `CapacityDispatch` (a fixed number of rows
+per expert, all-to-all), and with tokens sorted by expert and a grouped matmul `DroplessDispatch` (all-gather) and
+`AllToAllDispatch`. Each is plain per-device code: with expert parallelism it contains the collectives of its group.
 
 Legend: T tokens of this device, H hidden, F expert width, E experts, L = E / ep experts of this device,
 K experts per token, C rows an expert accepts from one group of tokens.
@@ -14,9 +14,10 @@ import math
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.communication import create_group
-from mindspore.ops.auto_generate import SiLU
+from mindspore.ops.auto_generate import IndexSelect, MoeTokenPermute, SiLU
 
-from mindformers_ext.layers.fused_ops import routed_experts
+from mindformers_ext.layers.exact_experts import AT_MOST, ExactExperts, GroupedExperts
+from mindformers_ext.layers.fused_ops import FusedPermute, owner_of, routed_experts
 
 
 class ExpertGroup:
@@ -59,12 +60,15 @@ class DroplessDispatch(nn.Cell):
         self.ep = group.size
         self.local_experts = moe.expert_num // self.ep
         self.first_expert = group.rank * self.local_experts
-        self.experts = routed_experts(config, self.local_experts)
+        chosen_rows = self.ep > 1 and moe.dropless_rows != "worst_case"
+        self.experts = (ExactExperts if chosen_rows else routed_experts)(config, self.local_experts)
+        self.bounded = self.ep > 1 and moe.dropless_rows == "bounded"
         if self.ep > 1:
             self.gather_tokens = ops.AllGather(group.name)
             self.gather_weights = ops.AllGather(group.name)
             self.gather_ids = ops.AllGather(group.name)
             self.sum_parts = ops.ReduceScatter(ops.ReduceOp.SUM, group.name)
+            self.sum_dropped = ops.ReduceScatter(ops.ReduceOp.SUM, group.name)
 
     def run(self, x, topk_weights, topk_ids, gate_up, down):
         """Mix the experts' outputs.
@@ -79,11 +83,129 @@ class DroplessDispatch(nn.Cell):
         Returns:
             (T, H), dtype of x.
         """
+        return self.run_and_count(x, topk_weights, topk_ids, gate_up, down)[0]
+
+    def run_and_count(self, x, topk_weights, topk_ids, gate_up, down):
+        """What `run` returns, and how many choices of each token were dropped (T, 1) float32: with a bound only."""
+        tokens = x.shape[0]
         if self.ep > 1:
             x, topk_weights = self.gather_tokens(x), self.gather_weights(topk_weights)
             topk_ids = self.gather_ids(topk_ids)
-        y = self.experts(x, topk_weights, topk_ids - self.first_expert, gate_up, down)
-        return self.sum_parts(y) if self.ep > 1 else y
+        inputs = x, topk_weights, topk_ids - self.first_expert, gate_up, down
+        if self.bounded:
+            y, dropped = self.experts.mix_bounded(*inputs)
+            return self.sum_parts(y), self.sum_dropped(dropped.expand_dims(1))
+        y = self.experts(*inputs)
+        return self.sum_parts(y) if self.ep > 1 else y, ops.zeros((tokens, 1), mstype.float32)
+
+
+class SendRows(nn.Cell):
+    """x (R, H) by AlltoAllV: `sent` (ep,) int64 rows go to each device of the group, `received` come; the gradient goes
+    back. A tuple of counts is constant.
+
+    Args:
+        most: the most rows that can arrive, as a part of R (numerator, denominator).
+    """
+
+    def __init__(self, group: str, width: int, most: tuple[int, int]):
+        super().__init__()
+        self.width = width
+        self.there = ops.AlltoAllV(group, width).add_prim_attr(AT_MOST, most)
+        self.back = ops.AlltoAllV(group, width).add_prim_attr(AT_MOST, most[::-1])
+
+    def construct(self, x, sent, received):
+        return self.there(x.reshape((-1,)), sent, received).reshape((-1, self.width))
+
+    def bprop(self, x, sent, received, out, dout):
+        dx = self.back(dout.reshape((-1,)), received, sent).reshape(x.shape)
+        return dx, ops.zeros_like(sent), ops.zeros_like(received)
+
+
+class SortRows(nn.Cell):
+    """Rows x (R, H) sorted by ids (R, 1), and where each went (R,); R is known at run time."""
+
+    def __init__(self):
+        super().__init__()
+        self.sort, self.take = MoeTokenPermute(), IndexSelect()
+
+    def construct(self, x, ids):
+        rows, place = self.sort(x, ids, None, False)
+        return rows.reshape((-1, x.shape[1])), place
+
+    def bprop(self, x, ids, out, dout):
+        return self.take(dout[0], 0, out[1]), ops.zeros_like(ids)
+
+
+class UnsortRows(nn.Cell):
+    """The inverse of SortRows: (R, H) as they were, from y (R, H), where each went and the ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.sort, self.take = MoeTokenPermute(), IndexSelect()
+
+    def construct(self, y, place, ids):
+        return self.take(y, 0, place)
+
+    def bprop(self, y, place, ids, out, dout):
+        rows, _ = self.sort(dout, ids, None, False)
+        return rows.reshape((-1, dout.shape[1])), ops.zeros_like(place), ops.zeros_like(ids)
+
+
+class AllToAllDispatch(nn.Cell):
+    """As DroplessDispatch, but a token travels to the devices of its experts only, with real counts (AlltoAllV).
+
+    The rows of T*K choices are sorted by expert, sent, and sorted again where they arrive. Every device sends itself
+    the choices of one token more, with gate 0, because operators on no row at all are not documented.
+    """
+
+    def __init__(self, config, group: ExpertGroup):
+        super().__init__()
+        moe = config.moe_config
+        self.ep, self.topk = group.size, moe.num_experts_chosen
+        self.local_experts = moe.expert_num // self.ep
+        self.own_last = (group.rank + 1) * self.local_experts - 1
+        self.balanced = False
+        most = (self.ep * min(self.topk, self.local_experts), self.topk)
+        self.swap_counts = ops.AlltoAll(self.ep, 0, 0, group.name)
+        self.send, self.send_ids = SendRows(group.name, config.hidden_size, most), SendRows(group.name, 1, most)
+        self.send_back = SendRows(group.name, config.hidden_size, most[::-1])
+        self.to_host = ops.MoveTo()
+        self.by_expert, self.sort, self.unsort = FusedPermute(), SortRows(), UnsortRows()
+        self.grouped = GroupedExperts()
+        self.expert = Tensor([list(range(moe.expert_num))], mstype.int32)
+
+    def assume_balanced(self) -> None:
+        """Let every device send as many rows to each: where memory is planned, counts must be constants."""
+        self.balanced = True
+
+    def run(self, x, topk_weights, topk_ids, gate_up, down):
+        """Mix the experts' outputs; arguments and result as `DroplessDispatch.run`."""
+        tokens, choices = x.shape[0], (x.shape[0] + 1) * self.topk
+        ids = ops.stop_gradient(topk_ids)
+        x = ops.concat((x, ops.zeros((1, x.shape[1]), x.dtype)), 0)
+        ids = ops.concat((ids, ops.full((1, self.topk), self.own_last, dtype=mstype.int32)), 0)
+        gates = ops.concat((topk_weights, ops.zeros((1, self.topk), topk_weights.dtype)), 0)
+        counts = ops.cast(ids.reshape((-1, 1)) == self.expert, mstype.float32).sum(0)  # (E,)
+        arriving = self.swap_counts(counts.reshape((self.ep, -1)))  # (ep, L) rows of this device's experts, by sender
+        ends = ops.cast(ops.cumsum(arriving.sum(0), 0), mstype.int64)
+        sent = self._by_device(counts.reshape((self.ep, -1)), choices)
+        received = self._by_device(arriving, choices)
+        rows, place = self.by_expert.permute(x, ids, choices)
+        expert = owner_of(ops.cast(ops.arange(choices), mstype.int32), ops.cast(ops.cumsum(counts, 0), mstype.int32))
+        expert = ops.cast(expert, mstype.int32)
+        local = expert - expert // self.local_experts * self.local_experts
+        rows, local = self.send(rows, sent, received), self.send_ids(local, sent, received)
+        rows, place_here = self.sort(rows, local)
+        y = self.unsort(self.grouped(rows, ends, gate_up, down), place_here, local)
+        y = self.send_back(y, received, sent).reshape((choices, x.shape[1]))
+        return self.by_expert.unpermute(y, place, gates)[:tokens]
+
+    def _by_device(self, counts, choices: int):
+        """Rows for or from each device: (ep,) int64 in the host's memory <- (ep, L)."""
+        if self.balanced:
+            share = choices // self.ep
+            return (choices - share * (self.ep - 1),) + (share,) * (self.ep - 1)
+        return self.to_host(ops.cast(counts.sum(1), mstype.int64), "CPU", True)
 
 
 class CapacityDispatch(nn.Cell):
@@ -171,3 +293,12 @@ class CapacityDispatch(nn.Cell):
             two_level = rows.reshape((self.ep // self.inner, self.inner) + rows.shape[1:])
             return self.swap_outer(self.swap_inner(two_level)).reshape(rows.shape)
         return self.swap(rows) if self.ep > 1 else rows
+
+
+def expert_dispatch(config, group: ExpertGroup) -> nn.Cell:
+    """The policy that `moe_config` asks for."""
+    moe = config.moe_config
+    if not moe.use_gmm:
+        return CapacityDispatch(config, group)
+    by_all_to_all = group.size > 1 and moe.moe_token_dispatcher_type == "alltoall"
+    return (AllToAllDispatch if by_all_to_all else DroplessDispatch)(config, group)

@@ -71,6 +71,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False, rewrite: 
         without_values(cell)
     if int(os.environ["MS_SIMULATION_LEVEL"]) >= MEMORY:
         without_branch(cell)
+        assume_balanced(cell)
     cell.compile(*inputs)
     seconds = time.time() - start
     phase = compiled_phase(cell)
@@ -150,6 +151,16 @@ def without_branch(cell) -> None:
     """
     if hasattr(cell, "process_loss_scale"):
         cell.process_loss_scale = never_skips
+
+
+def assume_balanced(cell) -> None:
+    """Give every buffer whose length a step decides the length it has when all experts have as many rows.
+
+    The plan of the memory needs lengths: it cannot be made of operators whose result says how long it is.
+    """
+    for _, part in cell.cells_and_names():
+        if hasattr(part, "assume_balanced"):
+            part.assume_balanced()
 
 
 def compiled_phase(cell) -> str:
