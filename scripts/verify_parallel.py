@@ -12,15 +12,14 @@ Exit code 1 when a layout fails.
 import argparse
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON_PATH = (str(ROOT), str(ROOT / "tests"), str(ROOT / "research" / "deepseek3"))
 sys.path[:0] = PYTHON_PATH
 
-from tqdm import tqdm  # noqa: E402 (after the project is on the path)
-
-from mindformers_ext.cpu_parallel import verify  # noqa: E402
+from mindformers_ext.cpu_parallel import verify  # noqa: E402 (after the project is on the path)
 from mindformers_ext.cpu_parallel.run_problem import RunProblem  # noqa: E402
 from mindformers_ext.errors import UserError, exit_code_of  # noqa: E402
 
@@ -50,10 +49,15 @@ def main() -> int:
         unknown = [name for name in names if name not in known]
         if unknown:
             parser.error(f"--layouts {unknown[0]}: not a layout; there are {', '.join(known)}")
-        rows = verify.verify(problem, [known[name] for name in names], folder)
-        done = list(tqdm(rows, total=len(names), unit="layout"))
-    print(verify.table(done))
-    return 0 if all(row.passed for row in done) else 1
+        started, passed = time.monotonic(), 0
+        layouts = [known[name] for name in names]
+        widths = verify.column_widths(layouts)
+        print(verify.line(verify.COLUMNS, widths), flush=True)
+        for row in verify.verify(problem, layouts, folder):
+            print(verify.text_of(row, widths), flush=True)
+            passed += row.passed
+    print(f"{passed} of {len(names)} layouts agree with one process, in {time.monotonic() - started:.0f} s")
+    return 0 if passed == len(names) else 1
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from mindformers_ext.cpu_parallel.command import absolute, read_plan
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
 from mindformers_ext.cpu_parallel.verify import Layout
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.lowering.calls import Call
+from mindformers_ext.rank_compiler.rank_pool import RankJobs
 
 CAPACITY = {"moe_config.use_gmm": False, "moe_config.capacity_factor": 4.0}
 DROPS = {"moe_config.use_gmm": False, "moe_config.capacity_factor": 0.75}
@@ -155,15 +155,15 @@ class RunProblem:
         command = [str(job.ROOT / "run_mindformer.py"), *self._command(overrides, folder)]
         launch.run_child(command, (), folder.with_suffix(".log"))
 
-    def compile(self, layout: Layout, folder: Path) -> list[list[Call]]:
-        """Compile and lower all ranks; raises ConfigError when the YAML does not allow the layout."""
+    def jobs(self, layout: Layout, folder: Path) -> RankJobs:
+        """How all ranks are compiled and lowered; raises ConfigError when the YAML does not allow the layout."""
         overrides = layout.arguments["overrides"] | layout.arguments["model"]
         plan = self.plan.changed(overrides.items(), layout.world_size)
         if plan.global_batch != self.plan.global_batch:
             raise ConfigError(f"the YAML's global batch of {self.plan.global_batch} does not divide for {layout.name}")
         refuse(plan, check_plan(plan))
         builder = launch.RunBuilder(tuple(self._command(overrides, folder)), (str(job.ROOT),))
-        return launch.compile_ranks(builder, layout.world_size, folder, layout.stages)
+        return launch.rank_jobs(builder, layout.world_size, folder, layout.stages)
 
     def run(self, layout: Layout, single: Path, folder: Path) -> list[dict]:
         """Train as ranks; what ParallelCheck wrote of each."""

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
-import mindspore.train.mind_ir_pb2 as pb
-
 from mindformers_ext.collectives.collectives import library_path
 from mindformers_ext.files.atomic import whole_file
 from mindformers_ext.lowering.basic_operators import use_our_kernels
@@ -24,6 +22,7 @@ from mindformers_ext.lowering.graph import Graph, made
 from mindformers_ext.lowering.inlining import inline_functions
 from mindformers_ext.lowering.merging import Placed, merge
 from mindformers_ext.lowering.patterns import NoMatch
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.mindir import DTYPE_BYTES, attribute, attributes_of
 
 

@@ -1,11 +1,11 @@
 """Lowering and inlining on hand-made graphs: what becomes of calls, closures, collectives and run-time branches."""
 
-import mindspore.train.mind_ir_pb2 as pb
 import pytest
 
 from mindformers_ext.lowering.graph import set_attribute
 from mindformers_ext.lowering.inlining import inline_functions
 from mindformers_ext.lowering.lower import lower
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.mindir import attributes_of
 
 

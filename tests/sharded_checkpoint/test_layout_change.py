@@ -9,6 +9,7 @@ import pytest
 from mindformers_ext.cpu_parallel import launch, verify
 from mindformers_ext.cpu_parallel.compare import last_stage_losses
 from mindformers_ext.cpu_parallel.run_rank import rank_folder, read_batches, write_batches
+from mindformers_ext.rank_compiler.rank_pool import compile_ranks
 from mindformers_ext.sharded_checkpoint.layout import Meta, Piece, compiled_slots
 from mindformers_ext.sharded_checkpoint.reader import check_names, load, open_source
 from mindformers_ext.sharded_checkpoint.writer import Saver
@@ -17,7 +18,7 @@ TESTS = Path(__file__).parents[1]
 PYTHON_PATH = (str(TESTS.parent), str(TESTS), str(TESTS.parent / "research" / "deepseek3"))
 STEPS = 2  # before the change, and after it
 TRANSFORMER, DEEPSEEK = (
-    verify.Problem(f"collectives.{name}", PYTHON_PATH, steps=2 * STEPS)
+    verify.Problem(f"cpu_parallel.{name}", PYTHON_PATH, steps=2 * STEPS)
     for name in ("toy_transformer", "small_deepseek")
 )
 PAIRS = [
@@ -47,7 +48,9 @@ def compiled_folder(problem: verify.Problem, single: Path, layout: verify.Layout
     """The folder of a layout's ranks, compiled when it is asked for first."""
     folder = single.parent / layout.name
     if not folder.exists():
-        problem.compile(layout, folder)
+        folder.mkdir(parents=True)
+        jobs = problem.jobs(layout, folder)
+        launch.lowered(jobs, compile_ranks(jobs, list(range(layout.world_size)), workers=2))
     return folder
 
 
