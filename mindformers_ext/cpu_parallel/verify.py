@@ -22,6 +22,7 @@ class Layout:
     world_size: int
     stages: int = 1
     micro_batches: int = 1
+    loss_stage: int = -1  # that knows the loss
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _row(pool: RankPool, problem: Problem, layout: Layout, single: Path, jobs: R
     results = problem.run(layout, single, jobs.out)
     return Row(
         layout,
-        compare(single, jobs.out, layout.world_size, layout.stages, layout.micro_batches),
+        compare(single, jobs.out, layout.world_size, layout.stages, layout.micro_batches, layout.loss_stage),
         collectives=max(sum(count for count, _ in total) for total in totals),
         bytes=max(sum(size for _, size in total) for total in totals),
         compile_seconds=sum(rank.seconds for rank in compiled),

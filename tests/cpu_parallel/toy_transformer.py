@@ -16,7 +16,8 @@ from mindformers_ext.cpu_parallel.verify import Layout
 def layout(name: str, **degrees) -> Layout:
     """A named layout of the toy."""
     sizes = [degrees.get(axis, 1) for axis in ("dp", "mp", "pp")]
-    return Layout(name, degrees, int(np.prod(sizes)), sizes[2], degrees.get("micro", 1))
+    loss_stage = 0 if degrees.get("scheduler") == "zero_bubble_v" else sizes[2] - 1
+    return Layout(name, degrees, int(np.prod(sizes)), sizes[2], degrees.get("micro", 1), loss_stage)
 
 
 LAYOUTS = [
@@ -31,6 +32,10 @@ LAYOUTS = [
     layout("pp2-dp2-optimizer", pp=2, micro=4, dp=2, shard_optimizer=True),
     layout("pp2-dp2-mp2", pp=2, dp=2, mp=2, micro=2),
     layout("pp2-chunks2", pp=2, micro=4, chunks=2),
+    *(
+        layout(f"pp2-{name}", pp=2, micro=4, chunks=2, scheduler=name)
+        for name in ("gpipe", "seqpipe", "seqsmartvpp", "zero_bubble_v")
+    ),
 ]
 
 BATCH, SEQUENCE, HIDDEN, HEADS, FFN, VOCAB, LAYERS = 8, 16, 32, 4, 64, 48, 2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mindformers_ext.cpu_parallel import launch, verify
-from mindformers_ext.cpu_parallel.compare import last_stage_losses
+from mindformers_ext.cpu_parallel.compare import stage_losses
 from mindformers_ext.cpu_parallel.run_rank import rank_folder, read_batches, write_batches
 from mindformers_ext.rank_compiler.rank_pool import compile_ranks
 from mindformers_ext.sharded_checkpoint.layout import Meta, Piece, compiled_slots
@@ -24,6 +24,9 @@ TRANSFORMER, DEEPSEEK = (
 PAIRS = [
     (TRANSFORMER, "dp2-mp2-optimizer", "pp2"),
     (TRANSFORMER, "pp2", "mp2"),
+    (TRANSFORMER, "pp2-chunks2", "dp2-mp2-optimizer"),
+    (TRANSFORMER, "mp2", "pp2-zero_bubble_v"),
+    (TRANSFORMER, "pp2-zero_bubble_v", "pp2-chunks2"),
     (DEEPSEEK, "dp2-optimizer", "mp2"),
     (DEEPSEEK, "mp2", "ep2"),
     (DEEPSEEK, "ep2", "dp2-optimizer"),
@@ -59,7 +62,7 @@ def train(folder: Path, layout: verify.Layout, initial: dict[str, np.ndarray], b
     np.savez(folder / "initial.npz", **initial)
     write_batches(folder, batches)
     launch.run_ranks(folder, layout.world_size, layout.stages)
-    losses = last_stage_losses(folder, layout.world_size, layout.stages)
+    losses = stage_losses(folder, layout.world_size, layout.stages, layout.loss_stage)
     return [loss / layout.micro_batches for loss in losses]
 
 
