@@ -25,8 +25,7 @@ from dataclasses import dataclass, replace
 from math import prod, sqrt
 from typing import Protocol
 
-import mindspore.train.mind_ir_pb2 as pb
-
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler import mindir
 from mindformers_ext.rank_compiler.operators import Operator, Tensor, operators, tensors, words
 
