@@ -42,7 +42,6 @@ def small_model(run: Run, layers: int = 2) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 1,
-        "batch_size": 1,
         "mtp_depth": min(model.mtp_depth, 2),
         **dict.fromkeys(FLOAT32.split(), "float32"),
     }
@@ -59,7 +58,7 @@ def small_model(run: Run, layers: int = 2) -> dict[str, Any]:
     }
     found = {f"model.model_config.{key}": value for key, value in sizes.items()}
     found |= {f"moe_config.{key}": value for key, value in routed.items()} if moe.expert_num > 1 else {}
-    return found | {"train_dataset.data_loader.config.seq_length": LENGTH, "runner_config.batch_size": 1}
+    return found | {"train_dataset.data_loader.config.seq_length": LENGTH}
 
 
 def scaled(run: Run, ranks: int) -> Run:
@@ -106,6 +105,8 @@ def _degrees(run: Run, degrees: dict[str, int]) -> dict[str, Any]:
         **{f"parallel_config.{AXES[axis]}": degree for axis, degree in degrees.items()},
         "parallel_config.expert_parallel": min(ep, stage),
         "parallel_config.micro_batch_num": 2 * degrees["pp"] if degrees["pp"] > 1 else 1,
+        "runner_config.batch_size": 1,
+        "model.model_config.batch_size": 1,
         "runner_config.gradient_accumulation_steps": min(run.sections.runner_config.gradient_accumulation_steps, 2),
         "parallel.dataset_strategy": [[degrees["dp"], 1]] * len(columns),
         "parallel.parallel_optimizer_config.parallel_optimizer_threshold": 0,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mindformers_ext.config.run import Run, read_run
-from mindformers_ext.config.scale_down import scaled, write
+from mindformers_ext.config.scale_down import scaled, small_model, write
 from mindformers_ext.config.strategy_rules import check_plan
 from mindformers_ext.errors import ConfigError
 
@@ -55,6 +55,14 @@ def test_chunks_and_lists_stay():
     counts = small.pipeline.counts
     assert [counts[stage, 0] > counts[stage, 1] for stage in range(2)] == [False, False]
     assert small.recompute[0][0] == counts[0, 0] and small.recompute[1][1] == 0
+
+
+def test_the_small_model_has_every_part_and_the_same_batch():
+    tiny = read_run(RESEARCH / "deepseek3_tiny/pretrain_deepseek3_tiny.yaml")
+    small = tiny.changed(small_model(tiny).items())
+    assert small.global_batch == tiny.global_batch
+    assert [small.model.is_moe_layer(i) for i in range(small.model.layers_in_all)] == [False, True, True]
+    assert structure(small) == structure(tiny)
 
 
 def test_too_few_ranks_are_a_sentence():
