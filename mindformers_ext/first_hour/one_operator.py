@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mindspore.train.mind_ir_pb2 as pb
 import numpy as np
 
 from mindformers_ext.lowering.lower import lower
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler import mindir
 from mindformers_ext.rank_compiler.operators import NAMES, Operator, Tensor, operators, tensors
 from mindformers_ext.rank_compiler.roofline import VIEW, kind_of

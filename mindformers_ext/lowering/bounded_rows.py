@@ -8,10 +8,9 @@ added with one goes nowhere (cpu_kernels/exact_rows.cc).
 from collections.abc import Iterator
 from math import prod
 
-import mindspore.train.mind_ir_pb2 as pb
-
 from mindformers_ext.layers.exact_experts import AT_MOST
 from mindformers_ext.lowering.graph import Graph
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.mindir import attribute, attributes_of
 
 

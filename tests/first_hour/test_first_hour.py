@@ -4,7 +4,6 @@ import json
 import subprocess
 from pathlib import Path
 
-import mindspore.train.mind_ir_pb2 as pb
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from mindformers_ext.first_hour.one_operator import bfloat16_values, distinct_us
 from mindformers_ext.first_hour.operator_checks import check_operators
 from mindformers_ext.first_hour.report import loss_differences, render_html, verdict_of
 from mindformers_ext.first_hour.worker import TOLERANCES, compared
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.roofline import ATTENTION, MEMORY, PRODUCT
 from tests.helpers.mindir_model import Model
 
