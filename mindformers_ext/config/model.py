@@ -159,6 +159,9 @@ class LoraConfig:
 class MoeConfig:
     """The `moe_config` section. Expert counts are per layer."""
 
+    # Keys that MindFormers' moe_config does not know
+    own: ClassVar = ("shared_expert_split", "moe_token_dispatcher_type", "dropless_rows", "dropless_row_factor")
+
     expert_num: Positive = 1  # HF n_routed_experts; 1 = a dense model
     num_experts_chosen: Positive = 1  # HF num_experts_per_tok, K
     shared_expert_num: NotNegative = 0  # HF n_shared_experts
