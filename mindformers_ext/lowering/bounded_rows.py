@@ -13,6 +13,8 @@ from mindformers_ext.lowering.graph import Graph
 from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.mindir import attribute, attributes_of
 
+MOVES = ("MoeTokenPermute", "MoeTokenPermuteGrad")
+
 
 def bound_rows(graph: Graph) -> None:
     """Write into every shape that varies the most it can be. Raises ValueError where nothing tells it."""
@@ -21,6 +23,9 @@ def bound_rows(graph: Graph) -> None:
     graph.sort()
     most: dict[str, int] = {}  # what the varying axis of a value becomes
     for node in graph.nodes:
+        if graph.operator(node) in MOVES:  # MindSpore forgets how wide the rows are
+            for dims in _open(node):
+                dims[-1] = graph.dims(node.input[0])[-1] if len(dims) == 2 else dims[-1]
         shapes = _open(node)
         if shapes:
             most[node.output[0]] = size = _most(graph, node, most)
@@ -40,7 +45,7 @@ def _most(graph: Graph, node: pb.NodeProto, most: dict[str, int]) -> int:
     primitive = graph.primitive(node)
     part = attributes_of(primitive).get(AT_MOST) if primitive is not None else None
     if part:
-        return graph.dims(node.input[0])[0] * part[0] // part[1]
+        return prod(graph.dims(node.input[0])) * part[0] // part[1]
     given = [most[name] for name in node.input if name in most]
     if not given:
         raise ValueError(f"node '{node.name}' has no static shape, and nothing says how large it can be")

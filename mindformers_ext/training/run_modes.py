@@ -33,6 +33,7 @@ import mindformers_ext.training.register  # noqa: F401 (registers our classes)
 from mindformers_ext.collectives.rank_job import is_cpu_rank
 from mindformers_ext.config.check import check_classes
 from mindformers_ext.config.data_check import check_tokenizer
+from mindformers_ext.config.model import MoeConfig
 from mindformers_ext.config.one_process import as_rank
 from mindformers_ext.config.run import Run
 from mindformers_ext.config.sections import MonitorConfig
@@ -113,6 +114,8 @@ def take_over(run: Run, values: dict[str, Any]) -> None:
     """Take out OWN_KEYS, and give MindFormers' step the limit of the gradient norm that it begins with."""
     for key in OWN_KEYS:
         values.pop(key, None)
+    for key in MoeConfig.own:
+        (values.get("moe_config") or {}).pop(key, None)
     monitor = values.setdefault("monitor_config", {}) if run.sections.use_skip_data_by_global_norm else {}
     for key in MonitorConfig.own:
         monitor.pop(key, None)

@@ -49,7 +49,8 @@ ILLEGAL = [
         ["moe_token_dispatcher_type is 'alltoall'", "needs use_gmm"],
     ),
     (
-        [("moe_config.moe_token_dispatcher_type", "alltoall"), ("moe_config.dropless_rows", "bounded")],
+        [("moe_config.moe_token_dispatcher_type", "alltoall"), ("moe_config.use_fused_ops_permute", True)]
+        + [("moe_config.dropless_rows", "bounded")],
         ["dropless_rows is 'bounded'", "hold the rows there are"],
     ),
     ([("model.model_config.seq_length", 4098)], ["1 x 4 = 4", "4098 is not a multiple of 4", "4096 or 4100"]),
@@ -115,6 +116,10 @@ ILLEGAL = [
         [(INTERLEAVE, True), (CHUNKS, 2), ("model.model_config.offset", 0)]
         + [("recompute_config.recompute", [[1] * 16, [9] + [2] * 15])],
         ["recompute[1][0] must lie between 0 and the layers of chunk 1 of stage 0, but is 9", "holds 2"],
+    ),
+    (
+        [("moe_config.moe_token_dispatcher_type", "alltoall_deredundency"), ("moe_config.use_fused_ops_permute", True)],
+        ["must be a multiple of npu_nums_per_device, but they are", "nearest legal: alltoall"],
     ),
     ([("moe_config.num_experts_chosen", 300)], ["num_experts_chosen is 300", "expert_num = 256"]),
     ([("moe_config.topk_group", 9)], ["topk_group is 9", "n_group = 8", "nearest legal: 8"]),
