@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +61,8 @@ class Layout:
         return f"dp{self.dp} mp{self.mp} ep{self.ep} pp{self.pp}"
 
 
-LAYOUTS = {"pp2": Layout(4, 4, 2, 8), "pp1": Layout(4, 4, 1, 8), "ep32": Layout(8, 4, 2, 32)}
+ACROSS = (("moe_config.moe_token_dispatcher_type", "alltoall"),)  # what the YAML advises beyond a server
+LAYOUTS = {"pp2": Layout(4, 4, 2, 8), "pp1": Layout(4, 4, 1, 8), "ep32": Layout(8, 4, 2, 32, ACROSS)}
 MEMORY_LIMIT = {"context.max_device_memory": "200GB", "context.mempool_block_size": "200GB"}
 
 
@@ -118,6 +119,7 @@ JOBS = {OURS: our_job, THEIRS: their_job}
 def compiled(name: str, who: str, out: Path, again: bool) -> tuple[Path, dict[str, Any]]:
     """(graph, planned memory) of one rank; compiled unless that was done before."""
     layout = LAYOUTS[name]
+    asked = json.loads(json.dumps(asdict(layout if who == OURS else replace(layout, ours=()))))
     folder = out / f"{name}_{who.rstrip(chr(39))}"
     rank = layout.world - layout.stage
     kept = folder / "result.json"
@@ -136,9 +138,9 @@ def compiled(name: str, who: str, out: Path, again: bool) -> tuple[Path, dict[st
         (result,) = compile_ranks(jobs, [rank], 1)
         if result.status != COMPILED:
             raise SystemExit(f"error: {name}, {who}: {result.message}; log: {result.log}")
-        write_json(kept, {"memory": result.memory, "seconds": result.seconds, "layout": asdict(layout)})
+        write_json(kept, {"memory": result.memory, "seconds": result.seconds, "layout": asked})
     record = json.loads(kept.read_text())
-    if record["layout"] != json.loads(json.dumps(asdict(layout))):
+    if record["layout"] != asked:
         raise SystemExit(f"error: {kept} is of another layout, {record['layout']}; compile it with --again")
     return folder / f"rank_{rank}" / "graph.mindir", record["memory"]
 
@@ -147,7 +149,7 @@ def counted(layout: Layout, graph: Path) -> dict[str, float]:
     """One micro-batch of a compiled rank: milliseconds, bytes and kernels."""
     model = mindir.load_model(graph.read_bytes())
     rows = SEQUENCE // layout.mp * CHOSEN
-    works = count_operators(model)
+    works = [work.balanced(rows) for work in count_operators(model)]
     roofline = roofline_record(works, RATES, rows, MICRO_BATCHES)
     kinds = {kind: seconds * 1e3 for kind, seconds in roofline["seconds_by_kind"].items()}
     experts = [w for w in works if w.repeated and w.kind == MEMORY and moves_choices(w, rows)]
@@ -187,11 +189,17 @@ def collective_times(layout: Layout, model) -> dict[str, float]:
         purpose, calls = purpose_of(c.ranks, layout), c.count / MICRO_BATCHES
         across = len({member // NODE for member in c.ranks}) > 1
         rate = ACROSS_BYTES_PER_S if across else LINK_BYTES_PER_S * max(len(c.ranks) - 1, 1)
-        wire = (c.bytes or 0) * wire_factor(c.kind, len(c.ranks))
+        size = balanced_bytes(c.dtype, SEQUENCE // layout.mp * CHOSEN) if c.bytes is None else c.bytes
+        wire = size * wire_factor(c.kind, len(c.ranks))
         found[f"{purpose} ms"] += calls * (wire / rate + LATENCY_S) * 1e3
         if f"{purpose} MiB" in found:
-            found[f"{purpose} MiB"] += calls * (c.bytes or 0) / 2**20
+            found[f"{purpose} MiB"] += calls * size / 2**20
     return dict(found)
+
+
+def balanced_bytes(dtype: str, rows: int) -> float:
+    """Of an exchange whose size only the device knows: hidden states in the compute type, or a number for each row."""
+    return rows * HIDDEN * 2 if dtype == "bfloat16" else rows * 4
 
 
 def purpose_of(ranks: tuple[int, ...], layout: Layout) -> str:

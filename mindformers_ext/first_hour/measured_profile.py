@@ -30,9 +30,8 @@ def measured_profile(
         if rate := _rate(ran, kind, "flops"):
             values[key] = round(rate / peak, 4)
     if rate := _rate(ran, MEMORY, "bytes"):
-        values["hbm_gb_per_s"] = round(rate / 1e9, 3)
-        if "memory_efficiency" in values:
-            values["memory_efficiency"] = 1.0
+        values["hbm_gb_per_s"] = round(rate / 1e9, 3)  # what operators reach, not what the memory could
+        values |= {key: 1.0 for key in ("memory_efficiency",) if key in values}
     if collectives:
         values["latency_us"] = round(1e6 * min(record["seconds"] for record in collectives), 3)
         values["node_link_gb_per_s"] = round(_link_rate(collectives) / values["network_efficiency"] / 1e9, 3)

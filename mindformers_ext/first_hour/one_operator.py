@@ -8,7 +8,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -66,13 +65,24 @@ def can_run_alone(operator: Operator) -> bool:
     return bool(tensors(operator.result)) and not any(d < 0 for shape in shapes for d in shape)
 
 
-def cut_out(model: pb.ModelProto, function: str, output: str, name: str = "one_operator") -> pb.ModelProto:
+class Source:
+    """A compiled graph to cut operators out of, looked through once."""
+
+    def __init__(self, model: pb.ModelProto):
+        self.model = model
+        self.constants = mindir.constants(model)
+        self.primitives = {primitive.name: primitive for primitive in model.primitives}
+        self.made: dict[str, dict[str, pb.NodeProto]] = {}
+        self.types: dict[str, dict[str, Tensor]] = {}
+        for name, graph in mindir.functions(model).items():
+            self.made[name] = {node.output[0]: node for node in graph.node}
+            self.types[name] = dict(_types(model, graph))
+
+
+def cut_out(source: Source, function: str, output: str) -> pb.ModelProto:
     """The model of one node: tensors that it takes are inputs in the order of use, constants stay constants."""
-    graph = mindir.functions(model)[function]
-    made = {node.output[0]: node for node in graph.node}
-    values = dict(_values(model, graph))
-    constants = mindir.constants(model)
-    primitives = {primitive.name: primitive for primitive in model.primitives}
+    model, constants, primitives = source.model, source.constants, source.primitives
+    made, types = source.made[function], source.types[function]
     found = pb.ModelProto(
         ir_version=model.ir_version,
         producer_name=model.producer_name,
@@ -80,7 +90,7 @@ def cut_out(model: pb.ModelProto, function: str, output: str, name: str = "one_o
         little_endian=model.little_endian,
         mind_ir_version=model.mind_ir_version,
     )
-    found.graph.name = name
+    found.graph.name = "one_operator"
 
     def operator_of(node: pb.NodeProto | None) -> str:
         primitive = primitives.get(mindir.reference(node)) if node is not None else None
@@ -103,8 +113,8 @@ def cut_out(model: pb.ModelProto, function: str, output: str, name: str = "one_o
             copied.domain = "Default"
             if mindir.reference(node) not in {p.name for p in found.primitives}:
                 found.primitives.add().CopyFrom(primitives[mindir.reference(node)])
-        elif isinstance(values.get(value), Tensor):
-            tensor = values[value]
+        elif value in types:
+            tensor = types[value]
             given = found.graph.input.add(name=value).tensor.add(dims=tensor.shape)
             given.data_type = pb.TensorProto.DataType.Value(tensor.dtype.upper())
 
@@ -120,7 +130,7 @@ def cut_out(model: pb.ModelProto, function: str, output: str, name: str = "one_o
     return found
 
 
-def _values(model: pb.ModelProto, graph: pb.GraphProto) -> Iterator[tuple[str, Any]]:
+def _types(model: pb.ModelProto, graph: pb.GraphProto) -> Iterator[tuple[str, Tensor]]:
     """Type and shape of every value that a function can use."""
     for parameter in model.graph.parameter:
         yield parameter.name, _tensor(parameter)

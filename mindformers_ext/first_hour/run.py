@@ -166,7 +166,7 @@ def run_steps(hour: Hour, prefix: Path, out: Path, on_card: bool) -> None:
     data = "train_dataset.data_loader"
     command = ["run_mindformer.py", "--config", str(hour.config), "--use_parallel", "True", "--output_dir", str(out)]
     command += [f"--{data}.sizes", f"[{STEPS * hour.plan.global_batch}, 0, 0]"]
-    command += [f"--{data}.config.data_path", json.dumps(["1", str(prefix)])]
+    command += [f"--{data}.config.data_path", json.dumps(["1", str(prefix)]), "--processor", "null"]
     command += ["--callbacks", '[{"type": "TrainingMetrics"}, {"type": "TopkBiasBalanceCallback"}]', *hour.overrides]
     logs = str(out / "msrun_log")
     if on_card:
