@@ -8,9 +8,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from mindformers_ext.config.run import DTYPE_BYTES, Run
+from mindformers_ext.config.run import DTYPE_BYTES
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.parameters import Weight, gathered_bytes, optimizer_ways, parameter_bytes
+from mindformers_ext.dryrun.plan import Plan
 
 ID_BYTES = 4
 MIRRORED = {"AllGather": "ReduceScatter", "ReduceScatter": "AllGather"}  # a collective's own gradient
@@ -43,9 +44,25 @@ class Transfer:
         return 0.0 if self.kind == "Receive" else self.wire_bytes
 
     def seconds(self, profile: DeviceProfile) -> float:
-        """Time of all calls when nothing hides them."""
-        rate = profile.link_bytes_per_s(self.across_nodes(profile), self.group_size)
-        return self.wire_bytes / rate + self.calls * profile.latency_us * 1e-6
+        """Time of all calls when nothing hides them.
+
+        A group on several nodes works in two levels: every member sends its share over its own network port, while the
+        members of a node spread what they have over the node's links; both run at once.
+        """
+        call = profile.latency_us * 1e-6
+        if self.kind in ("Send", "Receive"):
+            rate = profile.across_bytes_per_s if self.across_nodes(profile) else profile.node_bytes_per_s(2)
+            return self.calls * (self.bytes / rate + call)
+        size = self.group_size
+        stride = max((self.span - 1) // max(size - 1, 1), 1)
+        inside = min(size, max(profile.devices_per_node // stride, 1))
+        if self.kind == "AlltoAll":
+            near, far = (inside - 1) / size, (size - inside) / size
+        else:
+            near, far = (inside - 1) / inside, (size - inside) / size / inside
+        times = 2 if self.kind == "AllReduce" else 1
+        slowest = max(near / profile.node_bytes_per_s(inside), far / profile.across_bytes_per_s)
+        return self.calls * (times * self.bytes * slowest + call * (1 + (size > inside)))
 
 
 def wire_factor(kind: str, group_size: int) -> float:
@@ -56,26 +73,30 @@ def wire_factor(kind: str, group_size: int) -> float:
     return 2 * share if kind == "AllReduce" else share
 
 
-def layer_forward(plan: Run, layer: int) -> list[Transfer]:
+def layer_forward(plan: Plan, layer: int) -> list[Transfer]:
     """Collectives of one layer's forward pass for one micro-batch, in order within each purpose."""
-    return [*_tensor_parallel(plan, layer), *_expert_parallel(plan, layer)]
+    exchanged = plan.model.is_moe_layer(layer) and plan.ep > 1
+    return [*_tensor_parallel(plan, layer), *_context_parallel(plan), *(_expert_parallel(plan) if exchanged else [])]
 
 
-def layer_step(plan: Run, layer: int, recomputed: bool) -> list[Transfer]:
-    """Collectives of one layer for one micro-batch: forward, backward, and forward again when it is recomputed.
+def layer_backward(plan: Plan, layer: int, recomputed: bool) -> list[Transfer]:
+    """Collectives of one layer's backward pass for one micro-batch, with those of its forward pass when it runs again.
 
-    The backward pass mirrors the forward one; recomputation leaves out what only makes the layer's output. Capacity
-    dispatch repeats that too: the gradient of its router needs the experts' rows.
+    The backward pass mirrors the forward one; recomputation leaves out what only makes the layer's output. An
+    all-to-all repeats that too: the gradient of the router needs the experts' rows.
     """
     forward = layer_forward(plan, layer)
-    found = forward + [replace(t, kind=MIRRORED.get(t.kind, t.kind)) for t in forward]
+    found = [replace(t, kind=MIRRORED.get(t.kind, t.kind)) for t in forward]
     if recomputed:
         last = {t.purpose: t for t in forward}
-        found += [replace(t, calls=t.calls - (t is last[t.purpose] and t.kind != "AlltoAll")) for t in forward]
+        found += [replace(t, calls=t.calls - (t is last[t.purpose] and t.kind not in KEPT)) for t in forward]
     return found
 
 
-def embedding_step(plan: Run) -> list[Transfer]:
+KEPT = ("AlltoAll",)
+
+
+def embedding_step(plan: Plan) -> list[Transfer]:
     """Sums over the parts of a vocabulary split on mp, float32: forward and backward, for the model and MTP."""
     model = plan.model
     if plan.mp == 1 or plan.vocab_emb_dp:
@@ -84,7 +105,7 @@ def embedding_step(plan: Run) -> list[Transfer]:
     return [Transfer("tensor parallel", "AllReduce", plan.mp, plan.mp, size, 2 * (1 + model.mtp_depth))]
 
 
-def head_step(plan: Run) -> list[Transfer]:
+def head_step(plan: Plan) -> list[Transfer]:
     """Hidden states for the output heads, whose rows lie on mp, and their gradient: for the model and MTP."""
     model = plan.model
     if plan.mp == 1:
@@ -94,7 +115,7 @@ def head_step(plan: Run) -> list[Transfer]:
     return [Transfer("tensor parallel", kind, plan.mp, plan.mp, size, 1 + model.mtp_depth) for kind in kinds]
 
 
-def _tensor_parallel(plan: Run, layer: int) -> Iterator[Transfer]:
+def _tensor_parallel(plan: Plan, layer: int) -> Iterator[Transfer]:
     if plan.mp == 1:
         return
     model = plan.model
@@ -117,27 +138,63 @@ def _tensor_parallel(plan: Run, layer: int) -> Iterator[Transfer]:
         yield transfer("AllReduce", model.hidden_size, 2 if dense else 1)
 
 
-def _expert_parallel(plan: Run, layer: int) -> Iterator[Transfer]:
+def _context_parallel(plan: Plan) -> Iterator[Transfer]:
+    """Keys and values of the whole sequence for each device's queries."""
+    if plan.cp > 1:
+        model = plan.model
+        widths = model.num_heads / plan.mp * (model.qk_head_dim + model.v_head_dim)
+        size = plan.batch_size * model.seq_length * widths * DTYPE_BYTES[model.compute_dtype]
+        yield Transfer("context parallel", "AllGather", plan.cp, (plan.cp - 1) * plan.mp + 1, size, 1)
+
+
+def _expert_parallel(plan: Plan) -> Iterator[Transfer]:
     model, moe = plan.model, plan.model.moe_config
-    if not model.is_moe_layer(layer) or plan.ep == 1:
-        return
     element = DTYPE_BYTES[model.compute_dtype]
     tokens = plan.batch_size * model.seq_length / (plan.cp * plan.mp)
 
     def transfer(kind: str, size: float, calls: int = 1) -> Transfer:
         return Transfer("expert parallel", kind, plan.ep, plan.ep, size, calls)
 
-    if moe.use_gmm:
+    dispatcher = plan.dispatcher
+    row = tokens * model.hidden_size * element
+    if dispatcher == "allgather":
         gathered = tokens * plan.ep
         yield transfer("AllGather", gathered * model.hidden_size * element)
         yield transfer("AllGather", gathered * moe.num_experts_chosen * FLOAT_BYTES)
         yield transfer("AllGather", gathered * moe.num_experts_chosen * ID_BYTES)
         yield transfer("ReduceScatter", gathered * model.hidden_size * element)
-    else:
+    elif dispatcher == "capacity":
         yield transfer("AlltoAll", capacity_rows(plan) * model.hidden_size * element, 2)
+    elif plan.ep <= plan.node or dispatcher == "alltoall" and not plan.software.distinct_rows:
+        times = distinct_parts(moe, plan.ep) if plan.software.distinct_rows else moe.num_experts_chosen
+        yield transfer("AlltoAll", row * times, 2)
+    else:  # a token crosses the network once for each node, then goes to its ranks there
+        nodes = plan.ep // plan.node
+        rows = row * distinct_parts(moe, nodes)
+        yield Transfer("expert parallel", "AlltoAll", nodes, plan.ep - plan.node + 1, rows, 2)
+        if not plan.software.distinct_rows:  # DeepEP spreads them while others arrive
+            yield Transfer("expert parallel", "AllGather", plan.node, plan.node, rows * plan.node, 1)
+            yield Transfer("expert parallel", "ReduceScatter", plan.node, plan.node, rows * plan.node, 1)
 
 
-def capacity_rows(plan: Run) -> float:
+def distinct_parts(moe, parts: int) -> float:
+    """How many of `parts` equal parts of the experts a token's choices lie in, on average over balanced tokens.
+
+    A token chooses its experts in topk_group of n_group groups only, which a part contains or lies in.
+    """
+    group, chosen = moe.expert_num // moe.n_group, moe.num_experts_chosen
+    part, eligible = moe.expert_num // parts, group * moe.topk_group
+    groups = max(part // group, 1)  # that a part touches
+    found = 0.0
+    for hit in range(1, min(groups, moe.topk_group) + 1):
+        ways = math.comb(groups, hit) * math.comb(moe.n_group - groups, moe.topk_group - hit)
+        inside = hit * min(part, group)
+        missed = math.comb(eligible - inside, chosen) / math.comb(eligible, chosen)
+        found += ways / math.comb(moe.n_group, moe.topk_group) * (1 - missed)
+    return parts * found
+
+
+def capacity_rows(plan: Plan) -> float:
     """Rows that a rank's tokens may fill over all experts, padding included (capacity dispatch)."""
     moe = plan.model.moe_config
     tokens = plan.batch_size * plan.model.seq_length / (plan.cp * plan.mp)
@@ -146,14 +203,14 @@ def capacity_rows(plan: Run) -> float:
     return tokens / group * capacity * moe.expert_num
 
 
-def mtp_embedding(plan: Run) -> Transfer:
+def mtp_embedding(plan: Plan) -> Transfer:
     """What the first stage, which holds the embedding, sends to the last for multi-token prediction."""
     model = plan.model
     size = plan.batch_size * model.seq_length / plan.cp * model.hidden_size * DTYPE_BYTES[model.compute_dtype]
     return Transfer("pipeline parallel", "Send", 2, plan.device_num, size, model.mtp_depth)
 
 
-def stage_boundary(plan: Run) -> Transfer:
+def stage_boundary(plan: Plan) -> Transfer:
     """What a stage sends to the next for one micro-batch."""
     model = plan.model
     share = plan.cp * (plan.mp if plan.sequence_parallel else 1)
@@ -161,13 +218,14 @@ def stage_boundary(plan: Run) -> Transfer:
     return Transfer("pipeline parallel", "Send", 2, plan.devices_per_stage + 1, size, 1)
 
 
-def gradient_exchange(plan: Run, weights: list[Weight]) -> list[Transfer]:
+def gradient_exchange(plan: Plan, weights: list[Weight]) -> list[Transfer]:
     """Once a step: gradients over the copies of every weight, and sharded weights gathered again.
 
     Sharded accumulation buffers take each micro-batch's gradients, so these are scattered as often.
     """
     stage = plan.devices_per_stage
     scattered = plan.micro_batches if plan.shard_gradients else 1
+    gathers = plan.software.gathers
     found = []
     for weight in weights:
         copies = stage // weight.ways
@@ -179,13 +237,15 @@ def gradient_exchange(plan: Run, weights: list[Weight]) -> list[Transfer]:
         if ways > 1:
             # Shards are neighbours among the copies: consecutive ranks when the weight is whole on every rank.
             span = (ways - 1) * _stride(plan, weight) + 1
-            found.append(Transfer("data parallel", "AllGather", ways, span, values * gathered_bytes(weight, plan), 1))
+            found.append(
+                Transfer("data parallel", "AllGather", ways, span, values * gathered_bytes(weight, plan), gathers)
+            )
             found.append(Transfer("data parallel", "ReduceScatter", ways, span, size, scattered))
         if copies // ways > 1:
             found.append(Transfer("data parallel", "AllReduce", copies // ways, stage, size / ways, 1))
     return found
 
 
-def _stride(plan: Run, weight: Weight) -> int:
+def _stride(plan: Plan, weight: Weight) -> int:
     """Distance between ranks that hold the same slice."""
     return {1: 1, plan.mp: plan.mp, plan.ep: plan.ep}[weight.ways]

@@ -1,0 +1,166 @@
+"""What the cost model needs to know of a run: a small value that the search makes by the thousand.
+
+A `Run` is read from a YAML; a `Plan` is its arithmetic, and may describe another system's run too.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+from mindformers_ext.config.model import ModelConfig
+from mindformers_ext.config.run import Run
+
+# Parts of a layer that may be computed again without the rest: select_recompute.
+PARTS = ("norm", "mla_up", "attention", "swiglu", "experts")
+DISPATCHERS = ("allgather", "alltoall", "alltoall_deredundency", "capacity")
+TENSOR, EXPERT, DATA, CONTEXT = "tensor parallel", "expert parallel", "data parallel", "context parallel"
+
+
+@dataclass(frozen=True)
+class Software:
+    """How a system runs the model's operators; the defaults are this project's on MindSpore 2.9.
+
+    Args:
+        traffic: bytes of the operators that are no products, times what fused operators move.
+        kernels: operators launched in a MoE layer's forward pass.
+        host_us: the host's time to launch one; 0 where a captured graph is replayed.
+        graphed: share of the operators that a captured graph launches.
+        fused_accumulation: gradients are summed into their buffer by the product that makes them.
+        casts_weights: float32 weights are cast for every micro-batch (no copy in the compute dtype is kept).
+        gathers: times a step that split weights are gathered; FSDP gathers in every pass.
+        overlaps: purposes of collectives that run beside computation of other micro-batches or layers.
+        distinct_rows: a token is sent once to a rank (DeepEP), not once for each of its experts there.
+        exchange_efficiency: bandwidth that the experts' exchange reaches, times what other collectives do.
+        low_precision: products of linear layers run at the device's fp8 peak.
+        quantization: bytes that move for each value of an operand to make it fp8.
+        low_precision_attention: attention runs at the fp8 peak.
+        static_rows: experts run on the most rows that could choose them, not on the balanced number.
+    """
+
+    traffic: float = 1.0
+    kernels: int = 150
+    host_us: float = 0.0
+    graphed: float = 0.0
+    fused_accumulation: bool = False
+    casts_weights: bool = True
+    gathers: int = 1
+    overlaps: frozenset[str] = frozenset()
+    distinct_rows: bool = False
+    exchange_efficiency: float = 1.0
+    low_precision: bool = False
+    quantization: float = 4.0
+    low_precision_attention: bool = False
+    static_rows: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model, how it is split, and what is kept or computed again.
+
+    Args:
+        layers: decoder layers of [chunk][stage] by number; num_layers and above are MTP's.
+        recomputed: layers whose forward pass runs again as a whole.
+        parts: what the other layers run again.
+    """
+
+    model: ModelConfig
+    device_num: int
+    dp: int = 1
+    cp: int = 1
+    mp: int = 1
+    pp: int = 1
+    ep: int = 1
+    batch_size: int = 1
+    micro_batches: int = 1
+    layers: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    recomputed: frozenset[int] = frozenset()
+    parts: frozenset[str] = frozenset()
+    schedule: str = "1f1b"
+    dispatcher: Literal["allgather", "alltoall", "alltoall_deredundency", "capacity"] = "allgather"
+    sequence_parallel: bool = False
+    vocab_emb_dp: bool = False
+    shard_optimizer: bool = False
+    optimizer_shard_size: int = -1
+    shard_gradients: bool = False
+    optimizer_threshold_bytes: int = 64 * 1024
+    node: int = 8  # devices that a token reaches without the network
+    software: Software = field(default_factory=Software)
+
+    @classmethod
+    def of(cls, run: Run) -> "Plan":
+        """The plan of a YAML."""
+        layers = (tuple(tuple(run.layers_of(stage)) for stage in range(run.pp)),)
+        recomputed = []
+        for stage, held in enumerate(layers[0]):
+            count = run.recompute[stage] if isinstance(run.recompute, list) else len(held) * bool(run.recompute)
+            recomputed += held[:count]
+        return cls(
+            **{name: getattr(run, name) for name in TAKEN},
+            layers=layers,
+            recomputed=frozenset(recomputed),
+            dispatcher="allgather" if run.model.moe_config.use_gmm else "capacity",
+            software=replace(MINDSPORE, static_rows=run.model.moe_config.use_gmm),
+        )
+
+    @property
+    def chunks(self) -> int:
+        """Runs of layers in each stage."""
+        return len(self.layers)
+
+    @property
+    def devices_per_stage(self) -> int:
+        """dp * cp * mp."""
+        return self.dp * self.cp * self.mp
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per optimizer step."""
+        return self.batch_size * self.dp * self.micro_batches
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step."""
+        return self.global_batch * self.model.seq_length
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a micro-batch whose heads and widths lie on mp."""
+        return self.batch_size * self.model.seq_length / self.cp
+
+    @property
+    def own_tokens(self) -> float:
+        """Tokens of a micro-batch that a rank routes."""
+        return self.tokens / self.mp
+
+    @property
+    def row_tokens(self) -> float:
+        """Tokens of a micro-batch between blocks."""
+        return self.tokens / (self.mp if self.sequence_parallel else 1)
+
+    def layers_of(self, stage: int) -> list[int]:
+        """Decoder layers of `stage`; num_layers and above are MTP's."""
+        return [layer for chunk in self.layers for layer in chunk[stage]]
+
+    @cached_property
+    def last(self) -> tuple[int, int]:
+        """Chunk and stage of the last layer: of the head and MTP."""
+        return self.chunks - 1, self.pp - 1
+
+
+def placed(model: ModelConfig, counts: list[list[int]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Decoder layers of [chunk][stage] in the model's order, as many as `counts` says, MTP's behind the last."""
+    layers, first = [], 0
+    for row in counts:
+        layers.append([])
+        for count in row:
+            layers[-1].append(tuple(range(first, first + count)))
+            first += count
+    layers[-1][-1] += tuple(range(model.num_layers, model.layers_in_all))
+    return tuple(map(tuple, layers))
+
+
+TAKEN = (  # what a Run says by the same name
+    *("model", "device_num", "dp", "cp", "mp", "pp", "ep", "batch_size", "micro_batches", "sequence_parallel"),
+    *("vocab_emb_dp", "shard_optimizer", "optimizer_shard_size", "shard_gradients", "optimizer_threshold_bytes"),
+)
+MINDSPORE = Software(traffic=2.0, kernels=250)
