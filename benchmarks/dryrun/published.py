@@ -103,8 +103,9 @@ def plan_of(row: dict[str, Any], software: dict[str, dict], base: Run, profile: 
         dispatcher="alltoall",
         sequence_parallel=layout["tp"] > 1,
         shard_optimizer=True,
+        shard_gradients=settings.get("gathers", 1) > 1,  # FSDP
         node=profile.devices_per_node,
-        software=Software(**settings, low_precision=row.get("precision", "bf16") != "bf16"),
+        software=Software(**settings, splits_any_axis=True, low_precision=row.get("precision", "bf16") != "bf16"),
     )
     return balanced(plan, profile, layout["vp"], least=0)
 

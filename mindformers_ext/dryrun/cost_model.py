@@ -370,7 +370,9 @@ def _stage_cost(costs: Costs, stage: int, passes: list[tuple[dict[str, float], d
         for each in pair:
             for cause, value in each.items():
                 seconds[cause] += value
-    moved = 3 * held["optimizer_bytes"] + 2 * held["weight_bytes"]  # states and weights both ways, gradients read
+    states, buffers = plan.software.update_bytes
+    moved = states * held["optimizer_bytes"] / (ADAM_STATES * FLOAT_BYTES)
+    moved += buffers * held["gradient_bytes"] / DTYPE_BYTES[plan.model.param_init_type]
     return StageCost(
         stage=stage,
         layers=layers,

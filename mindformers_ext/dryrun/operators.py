@@ -141,7 +141,7 @@ def part_seconds(plan: Plan, profile: DeviceProfile, part: Part) -> Seconds:
         accumulated += weights * inner * outer
     peak = profile.peak_fp8_tflops if software.low_precision_attention else profile.peak_tflops
     attention = 2 * part.attention_macs / (peak * 1e12 * profile.attention_efficiency)
-    moved = part.moved_bytes * software.traffic
+    moved = part.moved_bytes * software.traffic.get(part.name, 1.0)
     if low:  # operands are written once more, in fp8, by row and by column
         moved += software.quantization * sum(
             rows * inner + weights * inner * outer for rows, inner, outer, weights in part.products
@@ -150,7 +150,7 @@ def part_seconds(plan: Plan, profile: DeviceProfile, part: Part) -> Seconds:
     casts = software.casts_weights and not plan.shard_optimizer and plan.model.param_init_type == "float32"
     cast = 6 * accumulated / profile.memory_bytes_per_s if casts else 0.0
     host = part.kernels * software.kernels * (1 - software.graphed) * software.host_us * 1e-6
-    summed = accumulated * (8 if software.fused_accumulation else 12) / profile.memory_bytes_per_s
+    summed = accumulated * software.accumulation_bytes / profile.memory_bytes_per_s
     return Seconds(
         {PRODUCTS: products, ATTENTION: attention, OTHERS: others + cast, HOST: host},
         {

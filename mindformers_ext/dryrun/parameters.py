@@ -104,7 +104,8 @@ def optimizer_ways(weight: Weight, plan: Run | Plan) -> int:
     copies = plan.devices_per_stage // weight.ways
     ways = copies if plan.optimizer_shard_size == -1 else min(plan.optimizer_shard_size, copies)
     too_small = weight.size * parameter_bytes(weight, plan) < plan.optimizer_threshold_bytes  # before any split
-    return 1 if too_small or copies % ways or weight.slice_shape[0] % ways else ways
+    indivisible = weight.slice_shape[0] % ways and not (isinstance(plan, Plan) and plan.software.splits_any_axis)
+    return 1 if too_small or copies % ways or indivisible else ways
 
 
 def parameter_bytes(weight: Weight, plan: Run | Plan) -> int:

@@ -3,6 +3,7 @@
 A `Run` is read from a YAML; a `Plan` is its arithmetic, and may describe another system's run too.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -21,12 +22,14 @@ class Software:
     """How a system runs the model's operators; the defaults are this project's on MindSpore 2.9.
 
     Args:
-        traffic: bytes of the operators that are no products, times what fused operators move.
+        traffic: by part, bytes of the operators that are no products, times what fused operators move; 1 by default.
         kernels: operators launched in a MoE layer's forward pass.
         host_us: the host's time to launch one; 0 where a captured graph is replayed.
         graphed: share of the operators that a captured graph launches.
-        fused_accumulation: gradients are summed into their buffer by the product that makes them.
+        accumulation_bytes: moved to add a value's gradient to its buffer; 8 where the product that makes it does so.
         casts_weights: float32 weights are cast for every micro-batch (no copy in the compute dtype is kept).
+        splits_any_axis: optimizer shards are not of the first axis only, as MindSpore's are.
+        update_bytes: moved once a step for each value of the optimizer, and for each of the gradient buffers.
         gathers: times a step that split weights are gathered; FSDP gathers in every pass.
         overlaps: purposes of collectives that run beside computation of other micro-batches or layers.
         distinct_rows: a token is sent once to a rank (DeepEP), not once for each of its experts there.
@@ -37,12 +40,14 @@ class Software:
         static_rows: experts run on the most rows that could choose them, not on the balanced number.
     """
 
-    traffic: float = 1.0
+    traffic: Mapping[str, float] = field(default_factory=dict)
     kernels: int = 150
     host_us: float = 0.0
     graphed: float = 0.0
-    fused_accumulation: bool = False
+    accumulation_bytes: float = 8.0
     casts_weights: bool = True
+    splits_any_axis: bool = False
+    update_bytes: tuple[float, float] = (36.0, 12.0)
     gathers: int = 1
     overlaps: frozenset[str] = frozenset()
     distinct_rows: bool = False
@@ -163,4 +168,20 @@ TAKEN = (  # what a Run says by the same name
     *("model", "device_num", "dp", "cp", "mp", "pp", "ep", "batch_size", "micro_batches", "sequence_parallel"),
     *("vocab_emb_dp", "shard_optimizer", "optimizer_shard_size", "shard_gradients", "optimizer_threshold_bytes"),
 )
-MINDSPORE = Software(traffic=2.0, kernels=250)
+# Counted in a compiled rank with rank_compiler/roofline.py: two micro-batches of hidden 7168, 128 heads, 256 experts, four
+# layers and MTP on dp4 mp4 pp2 ep8 (benchmarks/graph). Norms and sums cast to float32; attention turns, cuts and joins.
+MINDSPORE = Software(
+    traffic={
+        "norm": 3.1,
+        "residual": 3.1,
+        "mla_up": 4.1,
+        "router": 4.0,
+        "dispatch": 0.8,
+        "swiglu": 0.9,
+        "head": 4.8,
+        "mtp": 3.1,
+    },
+    kernels=200,
+    accumulation_bytes=10.0,
+    update_bytes=(141.0, 66.0),
+)
