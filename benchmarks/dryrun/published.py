@@ -23,7 +23,7 @@ from measured_step import measured_and_estimated  # noqa: E402
 
 from mindformers_ext.config.run import Run, read_run  # noqa: E402
 from mindformers_ext.config.yaml_files import load_yaml  # noqa: E402
-from mindformers_ext.dryrun.cost_model import PlanCost, estimate  # noqa: E402
+from mindformers_ext.dryrun.cost_model import Costs, PlanCost, estimate  # noqa: E402
 from mindformers_ext.dryrun.device_profile import DeviceProfile, load_profile  # noqa: E402
 from mindformers_ext.dryrun.plan import Plan, Software  # noqa: E402
 from mindformers_ext.dryrun.planner import balanced  # noqa: E402
@@ -107,7 +107,7 @@ def plan_of(row: dict[str, Any], software: dict[str, dict], base: Run, profile: 
         node=profile.devices_per_node,
         software=Software(**settings, splits_any_axis=True, low_precision=row.get("precision", "bf16") != "bf16"),
     )
-    return balanced(plan, profile, layout["vp"], least=0)
+    return balanced(Costs(plan, profile), layout["vp"], least=0)
 
 
 def compare(rows: list[dict], software: dict[str, dict], constants: dict[str, float]) -> Iterator[Compared]:

@@ -124,10 +124,10 @@ class PlanCost:
         return data
 
 
-def estimate(plan: Run | Plan, profile: DeviceProfile) -> PlanCost:
-    """Cost of a legal plan on a device."""
+def estimate(plan: Run | Plan, profile: DeviceProfile, costs: "Costs | None" = None) -> PlanCost:
+    """Cost of a legal plan on a device; `costs` of it when they are known."""
     plan = plan if isinstance(plan, Plan) else Plan.of(plan)
-    costs = Costs(plan, profile)
+    costs = costs or Costs(plan, profile)
     passes = costs.all_passes
     stages = [_stage_cost(costs, stage, [row[stage] for row in passes]) for stage in range(plan.pp)]
     timeline = step_timeline(costs)
@@ -190,7 +190,14 @@ class Costs:
 
     def __init__(self, plan: Plan, profile: DeviceProfile):
         self.plan, self.profile = plan, profile
+        self.recomputed = plan.recomputed
         self.kinds: dict[tuple, Any] = {}
+
+    def like(self, plan: Plan) -> "Costs":
+        """The same for a plan whose layers are the same but lie elsewhere, or are computed again or not."""
+        costs = Costs(plan, self.profile)
+        costs.kinds = self.kinds
+        return costs
 
     def _once(self, key: tuple, make):
         if key not in self.kinds:
@@ -199,7 +206,13 @@ class Costs:
 
     def kind(self, layer: int) -> tuple[bool, bool]:
         """(has experts, is computed again)."""
-        return self.plan.model.is_moe_layer(layer), layer in self.plan.recomputed
+        return layer >= self.dense_layers, layer in self.recomputed
+
+    @cached_property
+    def dense_layers(self) -> int:
+        """Layers without experts, which come first."""
+        model = self.plan.model
+        return model.moe_config.first_k_dense_replace if model.moe_config.expert_num > 1 else model.layers_in_all
 
     def counted(self, layers: Iterable[int]) -> dict[tuple[bool, bool], tuple[int, int]]:
         """How many layers of each kind, and one of them."""
@@ -297,7 +310,7 @@ class Costs:
         plan = self.plan
         groups = []
         for is_moe in (False, True):
-            held = [layer for layer in plan.layers_of(stage) if plan.model.is_moe_layer(layer) == is_moe]
+            held = [layer for layer in plan.layers_of(stage) if (layer >= self.dense_layers) == is_moe]
             if held:
                 make = lambda layer=held[0]: list(layer_weights(plan, "", layer, stage))  # noqa: E731
                 groups.append((len(held), self._once(("weights", is_moe), make)))
@@ -349,10 +362,18 @@ class Costs:
         """Bytes of the embedding's gradient."""
         return sum(self._gradient(w) for w in self.kinds[("first",)] if w.trainable)
 
-    @cached_property
-    def activations(self) -> dict[bool, dict[str, float]]:
-        """`layer_activations` of layers with and without experts."""
-        return {is_moe: layer_activations(self.plan, is_moe) for is_moe in (False, True)}
+    def layer_bytes(self, layer: int) -> tuple[float, float]:
+        """(kept for the backward pass of a layer, what lies beside it then: computed again, and a gradient)."""
+        kind = self.kind(layer)
+        return self._once(("bytes", *kind), lambda: self._layer_bytes(*kind))
+
+    def _layer_bytes(self, is_moe: bool, recomputed: bool) -> tuple[float, float]:
+        plan = self.plan
+        parts = layer_activations(plan, is_moe)
+        again = sum(size for name, size in parts.items() if recomputed or name in plan.parts)
+        rows = plan.row_tokens * plan.model.hidden_size * DTYPE_BYTES[plan.model.compute_dtype]
+        kept = rows if recomputed else sum(parts.values()) - again
+        return kept, again + self.largest_gradient(is_moe)
 
 
 def _stage_cost(costs: Costs, stage: int, passes: list[tuple[dict[str, float], dict[str, float]]]) -> StageCost:
@@ -386,6 +407,14 @@ def _stage_cost(costs: Costs, stage: int, passes: list[tuple[dict[str, float], d
         optimizer_seconds=moved / profile.memory_bytes_per_s,
         transfers=_step_transfers(costs, stage),
     )
+
+
+def stage_memory(costs: Costs, stage: int) -> float:
+    """`StageCost.memory_bytes` alone."""
+    held = [count * sum(costs.held(weights).values()) for count, weights in costs.weights(stage)]
+    states = sum(count * costs.held(weights)["optimizer_bytes"] for count, weights in costs.weights(stage))
+    kept, working = _activations(costs, stage)
+    return sum(held) + kept + max(working, states / ADAM_STATES - kept)
 
 
 def _held_bytes(plan: Plan, weights: list[Weight]) -> dict[str, float]:
@@ -453,33 +482,26 @@ def _activations(costs: Costs, stage: int) -> tuple[float, float]:
     """
     plan, model = costs.plan, costs.plan.model
     unit = DTYPE_BYTES[model.compute_dtype]
-    rows = plan.row_tokens * model.hidden_size * unit
-    kept = []  # of every layer of each chunk
+    working, chunks = 0.0, []
     for chunk in range(plan.chunks):
-        kept.append([])
-        for layer in plan.layers[chunk][stage]:
-            is_moe, recomputed = costs.kind(layer)
-            parts = costs.activations[is_moe]
-            kept[-1].append(rows if recomputed else sum(v for name, v in parts.items() if name not in plan.parts))
-    if stage == 0 and kept[0] and costs.kind(plan.layers[0][0][0])[1]:
+        later = 0.0
+        for layer in reversed(plan.layers[chunk][stage]):
+            kept, beside = costs.layer_bytes(layer)
+            working = max(working, beside - later)
+            later += kept
+        chunks.append(later)
+    first = plan.layers[0][0][0] if stage == 0 else None
+    if first is not None and costs.kind(first)[1]:
         # the first layer keeps the looked up rows, and splits them again
-        kept[0][0] = plan.tokens * model.hidden_size * unit
-    working = 0.0
-    for chunk, sizes in enumerate(kept):
-        for i, layer in enumerate(plan.layers[chunk][stage]):
-            is_moe, recomputed = costs.kind(layer)
-            parts = costs.activations[is_moe]
-            again = sum(v for name, v in parts.items() if recomputed or name in plan.parts)
-            working = max(working, again + costs.largest_gradient(is_moe) - sum(sizes[i + 1 :]))
+        chunks[0] += (plan.tokens - plan.row_tokens) * model.hidden_size * unit
     if stage == 0:
         looked_up = plan.tokens * model.hidden_size * FLOAT_BYTES
-        working = max(working, looked_up + costs.embedding_gradient - sum(kept[0]))
+        working = max(working, looked_up + costs.embedding_gradient - chunks[0])
     if stage == plan.last[1]:
         # Logits and their gradient in float32 and compute dtype, for the main head and MTP's.
         working = max(
             working, plan.tokens * model.vocab_size / plan.mp * (unit + 2 * FLOAT_BYTES) * (1 + model.mtp_depth)
         )
-    chunks = [sum(sizes) for sizes in kept]
     flights = in_flight(plan.schedule, plan.pp, plan.chunks, min(plan.micro_batches, 4 * plan.pp), stage)
     return max(sum(n * size for n, size in zip(flight, chunks, strict=True)) for flight in flights), working
 

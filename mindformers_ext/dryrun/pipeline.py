@@ -65,25 +65,23 @@ def in_flight(schedule: str, stages: int, chunks: int, micro_batches: int, stage
 
 @dataclass(frozen=True)
 class _Program:
-    """The passes of all stages in an order in which each comes after those that it waits for; index 0 is the start."""
+    """The passes of all stages in an order in which each comes after those that it waits for; number 0 is the start.
 
-    place: list[int]  # (kind * chunks + chunk) * stages + stage
-    before: list[int]  # the pass before it on its stage
-    needs: list[int]  # the pass whose result it takes
-    sent: list[bool]  # True when that result comes from another stage
-    last: list[int]  # of each stage
+    Args:
+        steps: of each pass, its place (kind * chunks + chunk) * stages + stage, the number of the pass before it on its
+            stage, of the pass whose result it takes, and whether that comes from another stage.
+        last: the number of each stage's last pass.
+    """
 
-    @property
-    def steps(self) -> tuple[list, ...]:
-        """The first four lists without the start."""
-        return tuple(values[1:] for values in (self.place, self.before, self.needs, self.sent))
+    steps: list[tuple[int, int, int, bool]]
+    last: list[int]
 
 
 @lru_cache(maxsize=256)
 def _program(schedule: str, stages: int, chunks: int, micro_batches: int) -> _Program:
     orders = [passes(schedule, stages, chunks, micro_batches, s) for s in range(stages)]
-    program = _Program([0], [0], [0], [False], [0] * stages)
-    done: dict[tuple[int, int, int], int] = {}  # (kind, part of the model, micro-batch): index
+    program = _Program([], [0] * stages)
+    done: dict[tuple[int, int, int], int] = {}  # (kind, part of the model, micro-batch): number
     parts, at, waiting = stages * chunks, [0] * stages, list(range(stages))
     while waiting:
         stage = waiting.pop()
@@ -94,11 +92,10 @@ def _program(schedule: str, stages: int, chunks: int, micro_batches: int) -> _Pr
             needed = _needed(kind, part, parts, micro)
             if needed is not None and needed not in done:
                 break
-            program.place.append((kind * chunks + chunk) * stages + stage)
-            program.before.append(program.last[stage])
-            program.needs.append(done[needed] if needed else 0)
-            program.sent.append(needed is not None and needed[1] % stages != stage)
-            program.last[stage] = done[kind, part, micro] = len(program.place) - 1
+            sent = needed is not None and needed[1] % stages != stage
+            place = (kind * chunks + chunk) * stages + stage
+            program.steps.append((place, program.last[stage], done[needed] if needed else 0, sent))
+            program.last[stage] = done[kind, part, micro] = len(program.steps)
             at[stage] += 1
             follower = (part + 1 if kind == FORWARD else part - 1) % stages
             if follower != stage and follower not in waiting:
@@ -148,12 +145,12 @@ def simulate(
     return Timeline(ends, [micro_batches * t for t in work])
 
 
-ROUNDS = 5
+ROUNDS = 4
 
 
 def _run(program: _Program, seconds: list[float], send: float) -> list[float]:
     ends = [0.0]
-    for place, before, needs, sent in zip(*program.steps, strict=True):
+    for place, before, needs, sent in program.steps:
         start, ready = ends[before], ends[needs] + send if sent else ends[needs]
         ends.append((start if start > ready else ready) + seconds[place])
     return [ends[i] for i in program.last]
