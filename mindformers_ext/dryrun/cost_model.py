@@ -191,6 +191,7 @@ class Costs:
     def __init__(self, plan: Plan, profile: DeviceProfile):
         self.plan, self.profile = plan, profile
         self.recomputed = plan.recomputed
+        self.groups: dict[int, list[tuple[int, list[Weight]]]] = {}
         self.kinds: dict[tuple, Any] = {}
 
     def like(self, plan: Plan) -> "Costs":
@@ -258,6 +259,11 @@ class Costs:
         """Seconds by cause of a decoder layer's forward and backward pass."""
         return self._once(("layer", *self.kind(layer)), lambda: self._layer(layer))
 
+    def sent(self, layer: int) -> list[Transfer]:
+        """Collectives of a decoder layer for one micro-batch."""
+        self.layer(layer)
+        return self.kinds[("sent", *self.kind(layer))]
+
     def _layer(self, layer: int) -> tuple[dict[str, float], dict[str, float]]:
         plan, (is_moe, recomputed) = self.plan, self.kind(layer)
         parts = layer_parts(plan, is_moe)
@@ -266,7 +272,8 @@ class Costs:
         backward[RECOMPUTATION] = 0.0
         for cause, value in self._computed(again)[0].items():
             backward[HOST if cause == HOST else RECOMPUTATION] += value
-        sent = (layer_forward(plan, layer), layer_backward(plan, layer, recomputed))
+        sent = layer_forward(plan, layer), layer_backward(plan, layer, recomputed)
+        self._once(("sent", is_moe, recomputed), lambda: sent[0] + sent[1])
         return tuple(
             self._beside(seconds, self._collectives(transfers))
             for seconds, transfers in zip((forward, backward), sent, strict=True)
@@ -307,8 +314,10 @@ class Costs:
 
     def weights(self, stage: int) -> list[tuple[int, list[Weight]]]:
         """Weights of a stage, those of equal layers once, with how often they are there."""
+        if stage in self.groups:
+            return self.groups[stage]
         plan = self.plan
-        groups = []
+        groups = self.groups[stage] = []
         for is_moe in (False, True):
             held = [layer for layer in plan.layers_of(stage) if (layer >= self.dense_layers) == is_moe]
             if held:
@@ -454,8 +463,8 @@ def _step_transfers(costs: Costs, stage: int) -> list[Transfer]:
         for t in transfers:
             totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls * times
 
-    for (_, recomputed), (count, layer) in costs.counted(plan.layers_of(stage)).items():
-        add(layer_forward(plan, layer) + layer_backward(plan, layer, recomputed), count * micro)
+    for count, layer in costs.counted(plan.layers_of(stage)).values():
+        add(costs.sent(layer), count * micro)
     ends = (embedding_step(plan) if stage == 0 else []) + (head_step(plan) if stage == plan.last[1] else [])
     add(ends, micro)
     parts = [chunk * plan.pp + stage for chunk in range(plan.chunks)]

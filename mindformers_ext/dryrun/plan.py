@@ -168,8 +168,8 @@ TAKEN = (  # what a Run says by the same name
     *("model", "device_num", "dp", "cp", "mp", "pp", "ep", "batch_size", "micro_batches", "sequence_parallel"),
     *("vocab_emb_dp", "shard_optimizer", "optimizer_shard_size", "shard_gradients", "optimizer_threshold_bytes"),
 )
-# Counted in a compiled rank with rank_compiler/roofline.py: two micro-batches of hidden 7168, 128 heads, 256 experts, four
-# layers and MTP on dp4 mp4 pp2 ep8 (benchmarks/graph). Norms and sums cast to float32; attention turns, cuts and joins.
+# Counted in a compiled rank with rank_compiler/roofline.py: two micro-batches of hidden 7168, 128 heads, 256 experts,
+# four layers and MTP on dp4 mp4 pp2 ep8 (benchmarks/graph). Norms and sums cast to float32; attention turns, cuts and joins.
 MINDSPORE = Software(
     traffic={
         "norm": 3.1,

@@ -64,7 +64,9 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-def search(base: Run, profile: DeviceProfile, device_num: int, global_batch: int, limit: float, space: Space, top: int) -> Found:
+def search(
+    base: Run, profile: DeviceProfile, device_num: int, global_batch: int, limit: float, space: Space, top: int
+) -> Found:
     """The fastest plans of `device_num` devices whose ranks need at most `limit` bytes."""
     legal, illegal = families(base, device_num, global_batch, space)
     bounds = [(*least(plan, profile), i) for i, plan in enumerate(legal)]
@@ -131,7 +133,9 @@ def families(base: Run, device_num: int, global_batch: int, space: Space) -> tup
                 illegal += 1
                 continue
             start = Plan.of(run)
-            rest = product(sizes, _useful(space.dispatchers, ep), space.parts, space.shard_gradients, space.optimizer_shard_size)
+            rest = product(
+                sizes, _useful(space.dispatchers, ep), space.parts, space.shard_gradients, space.optimizer_shard_size
+            )
             for size, dispatcher, parts, shard_gradients, shards in rest:
                 found.append(
                     replace(
@@ -144,7 +148,9 @@ def families(base: Run, device_num: int, global_batch: int, space: Space) -> tup
                         shard_gradients=shard_gradients,
                         optimizer_shard_size=shards,
                         recomputed=frozenset(),
-                        software=replace(start.software, static_rows=start.software.static_rows and dispatcher == "allgather"),
+                        software=replace(
+                            start.software, static_rows=start.software.static_rows and dispatcher == "allgather"
+                        ),
                     )
                 )
     return found, illegal
@@ -168,7 +174,9 @@ def _with_degrees(base: Run, device_num: int, dp: int, cp: int, mp: int, pp: int
     return base.changed(degrees(base, dp, cp, mp, pp, ep, 1, micro_batches), device_num)
 
 
-def degrees(base: Run, dp: int, cp: int, mp: int, pp: int, ep: int, batch_size: int, micro_batches: int) -> list[tuple[str, Any]]:
+def degrees(
+    base: Run, dp: int, cp: int, mp: int, pp: int, ep: int, batch_size: int, micro_batches: int
+) -> list[tuple[str, Any]]:
     """Overrides that give a YAML other degrees, and even stages without recomputation."""
     found = {
         "parallel_config.data_parallel": dp,
@@ -232,7 +240,7 @@ def candidates(
 
 
 def _recomputing(costs: Costs, limit: float) -> Plan | None:
-    """The plan in which each stage computes again the fewest of its first layers that it must to fit; None: no number."""
+    """The plan in which each stage computes again the fewest of its first layers with which it fits; None: it cannot."""
     plan, costs = costs.plan, costs.like(costs.plan)
     chosen: frozenset[int] = frozenset()
     for stage in range(plan.pp):
