@@ -94,15 +94,13 @@ class Plan:
     @classmethod
     def of(cls, run: Run) -> "Plan":
         """The plan of a YAML."""
-        layers = (tuple(tuple(run.layers_of(stage)) for stage in range(run.pp)),)
-        recomputed = []
-        for stage, held in enumerate(layers[0]):
-            count = run.recompute[stage] if isinstance(run.recompute, list) else len(held) * bool(run.recompute)
-            recomputed += held[:count]
+        held = run.pipeline.layers_of
+        layers = tuple(tuple(tuple(held(s, c)) for s in range(run.pp)) for c in range(run.chunks))
         return cls(
             **{name: getattr(run, name) for name in TAKEN},
             layers=layers,
-            recomputed=frozenset(recomputed),
+            recomputed=frozenset(run.pipeline.covered(run.recompute)),
+            schedule=run.scheduler,
             dispatcher="allgather" if run.model.moe_config.use_gmm else "capacity",
             software=replace(MINDSPORE, static_rows=run.model.moe_config.use_gmm),
         )
