@@ -6,15 +6,17 @@ A `Run` is read from a YAML; a `Plan` is its arithmetic, and may describe anothe
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 from mindformers_ext.config.model import ModelConfig
 from mindformers_ext.config.run import Run
+from mindformers_ext.files.json_files import read_object
 
 # Parts of a layer that may be computed again without the rest: select_recompute.
 PARTS = ("norm", "mla_up", "attention", "swiglu", "experts")
 DISPATCHERS = ("allgather", "alltoall", "alltoall_deredundency", "capacity")
-TENSOR, EXPERT, DATA, CONTEXT = "tensor parallel", "expert parallel", "data parallel", "context parallel"
+TENSOR, EXPERT, DATA = "tensor parallel", "expert parallel", "data parallel"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Plan:
             recomputed=frozenset(run.pipeline.covered(run.recompute)),
             schedule=run.scheduler,
             dispatcher="allgather" if run.model.moe_config.use_gmm else "capacity",
-            software=replace(MINDSPORE, static_rows=run.model.moe_config.use_gmm),
+            software=replace(MINDSPORE, static_rows=run.model.moe_config.use_gmm, overlaps=overlaps_of(run)),
         )
 
     @property
@@ -150,6 +152,25 @@ class Plan:
         return self.chunks - 1, self.pp - 1
 
 
+def overlaps_of(run: Run) -> frozenset[str]:
+    """Purposes of collectives that the switches of parallel_speed_up.json run beside computation."""
+    ascend = run.sections.context.ascend_config
+    path = ascend.parallel_speed_up_json_path if ascend else None
+    switches = read_object(Path(path)) if path and Path(path).is_file() else {}
+    return frozenset(purpose for switch, purpose in SWITCHES.items() if switches.get(switch))
+
+
+SWITCHES = {  # both names that MindSpore 2.9 has for each
+    "pp_1f1b_overlap": EXPERT,
+    "compute_communicate_fusion_level": TENSOR,
+    "computation_communication_fusion_level": TENSOR,
+    "enable_grad_comm_opt": DATA,
+    "grad_computation_allreduce_overlap": DATA,
+    "enable_opt_shard_comm_opt": DATA,
+    "computation_allgather_overlap": DATA,
+}
+
+
 def placed(model: ModelConfig, counts: list[list[int]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Decoder layers of [chunk][stage] in the model's order, as many as `counts` says, MTP's behind the last."""
     layers, first = [], 0
@@ -167,7 +188,7 @@ TAKEN = (  # what a Run says by the same name
     *("vocab_emb_dp", "shard_optimizer", "optimizer_shard_size", "shard_gradients", "optimizer_threshold_bytes"),
 )
 # Counted in a compiled rank with rank_compiler/roofline.py: two micro-batches of hidden 7168, 128 heads, 256 experts,
-# four layers and MTP on dp4 mp4 pp2 ep8 (benchmarks/graph). Norms and sums cast to float32; attention turns, cuts and joins.
+# four layers and MTP on dp4 mp4 pp2 ep8 (benchmarks/graph). Norms and sums cast to float32, attention turns and joins.
 MINDSPORE = Software(
     traffic={
         "norm": 3.1,

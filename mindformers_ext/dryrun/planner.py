@@ -10,18 +10,17 @@ import multiprocessing
 import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from math import gcd, inf
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from mindformers_ext.config.model import MoeConfig
 from mindformers_ext.config.run import Run
 from mindformers_ext.config.strategy_rules import check_plan
 from mindformers_ext.dryrun.cost_model import Costs, PlanCost, estimate, stage_memory, step_timeline
 from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.plan import Plan, placed
-
-CHEAP_PARTS = frozenset({"norm", "swiglu"})  # of which select_recompute runs again what the YAML's version of it covers
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,14 @@ class Space:
 
     mp: tuple[int, ...] = (1, 2, 4, 8)
     cp: tuple[int, ...] = (1, 2)
+    pp: tuple[int, ...] = ()  # none: all divisors of the devices
     chunks: tuple[int, ...] = (1, 2, 3, 4)
     batch_size: tuple[int, ...] = (1, 2, 4)
     dispatchers: tuple[str, ...] = ("alltoall_deredundency", "alltoall", "allgather")
     parts: tuple[frozenset[str], ...] = (frozenset(),)
     shard_gradients: tuple[bool, ...] = (False, True)
     optimizer_shard_size: tuple[int, ...] = (-1,)
+    overlaps: frozenset[str] = frozenset()  # purposes taken as overlapped, beside what the YAML switches on
 
 
 @dataclass
@@ -59,9 +60,9 @@ class Found:
     best: list[Candidate]  # the fastest first, one of each layout
     points: list[tuple[float, float]]  # (bytes, seconds) of all that was estimated, those that do not fit too
     families: int  # that the rules allow
-    tried: int  # of them, those whose least time did not rule them out
-    illegal: int
-    notes: list[str] = field(default_factory=list)
+    small: int  # of them, those whose least memory is within the limit
+    tried: int  # of these, those whose least time did not rule them out
+    illegal: int  # layouts
 
 
 def search(
@@ -87,8 +88,10 @@ def search(
                     best[candidate.layout] = candidate
             fastest = sorted(c.cost.step_seconds for c in best.values())
             worst = fastest[top - 1] if len(fastest) >= top else inf
-    ranked = sorted(best.values(), key=lambda c: c.cost.step_seconds)
-    return Found(ranked[:top], points, len(legal), tried, illegal)
+        ranked = sorted(best.values(), key=lambda c: c.cost.step_seconds)[: 2 * top]
+        ranked = pool.map(_improved, ranked, chunksize=1)
+    ranked.sort(key=lambda c: c.cost.step_seconds)
+    return Found(ranked[:top], points, len(legal), len(order), tried, illegal)
 
 
 def _batches(order: list) -> Iterator[list]:
@@ -113,12 +116,17 @@ def _candidates(job: tuple[int, float]) -> list[Candidate]:
     return list(candidates(legal[i], profile, limit, chunks, worst))
 
 
+def _improved(candidate: Candidate) -> Candidate:
+    _, profile, limit, _ = _searched
+    return improved(candidate, profile, limit)
+
+
 def families(base: Run, device_num: int, global_batch: int, space: Space) -> tuple[list[Plan], int]:
     """(plans without chunks and recomputation that the rules allow, how many layouts they forbid)."""
     model = base.model
     experts = model.moe_config.expert_num
     found, illegal = [], 0
-    layouts = product(space.mp, space.cp, _divisors(device_num))
+    layouts = product(space.mp, space.cp, space.pp or _divisors(device_num))
     for mp, cp, pp in layouts:
         if device_num % (mp * cp * pp) or pp > model.num_layers:
             continue
@@ -149,7 +157,9 @@ def families(base: Run, device_num: int, global_batch: int, space: Space) -> tup
                         optimizer_shard_size=shards,
                         recomputed=frozenset(),
                         software=replace(
-                            start.software, static_rows=start.software.static_rows and dispatcher == "allgather"
+                            start.software,
+                            static_rows=start.software.static_rows and dispatcher == "allgather",
+                            overlaps=start.software.overlaps | space.overlaps,
                         ),
                     )
                 )
@@ -177,7 +187,7 @@ def _with_degrees(base: Run, device_num: int, dp: int, cp: int, mp: int, pp: int
 def degrees(
     base: Run, dp: int, cp: int, mp: int, pp: int, ep: int, batch_size: int, micro_batches: int
 ) -> list[tuple[str, Any]]:
-    """Overrides that give a YAML other degrees, and even stages without recomputation."""
+    """Overrides that give a YAML other degrees, and even stages of one chunk without recomputation."""
     found = {
         "parallel_config.data_parallel": dp,
         "parallel_config.context_parallel": cp,
@@ -189,6 +199,9 @@ def degrees(
         "runner_config.gradient_accumulation_steps": 1 if pp > 1 else micro_batches,
         "runner_config.batch_size": batch_size,
         "parallel.enable_parallel_optimizer": True,
+        "parallel.parallel_optimizer_config.optimizer_weight_shard_size": -1,
+        "parallel.pipeline_config.pipeline_interleave": False,
+        "model.model_config.pp_interleave_num": 1,
         "model.model_config.offset": 0,
         "recompute_config.recompute": False,
         "recompute_config.select_recompute": False,
@@ -197,6 +210,39 @@ def degrees(
     if isinstance(strategy, list):
         found["parallel.dataset_strategy"] = [[dp, *row[1:]] for row in strategy]
     return list(found.items())
+
+
+def overrides(base: Run, plan: Plan) -> list[tuple[str, Any]]:
+    """What makes the base YAML a plan's."""
+    found = dict(degrees(base, plan.dp, plan.cp, plan.mp, plan.pp, plan.ep, plan.batch_size, plan.micro_batches))
+    even = plan.model.num_layers // (plan.pp * plan.chunks)
+    decoder = [[[i for i in layers if i < plan.model.num_layers] for layers in row] for row in plan.layers]
+    recomputed = [[sum(i in plan.recomputed for i in layers) for layers in row] for row in plan.layers]
+    if plan.pp > 1:
+        found["model.model_config.offset"] = _one([[len(layers) - even for layers in row] for row in decoder])
+    if plan.recomputed:
+        found["recompute_config.recompute"] = _one(recomputed)
+    if plan.chunks > 1:
+        found["model.model_config.pp_interleave_num"] = plan.chunks
+        found["parallel.pipeline_config.pipeline_interleave"] = True
+    found["parallel.parallel_optimizer_config.gradient_accumulation_shard"] = plan.shard_gradients
+    found["parallel.parallel_optimizer_config.optimizer_weight_shard_size"] = plan.optimizer_shard_size
+    if DISPATCHER_KEY in base.known_keys():
+        found[DISPATCHER_KEY] = plan.dispatcher
+    return list(found.items())
+
+
+def _one(rows: list[list[int]]) -> list:
+    return rows[0] if len(rows) == 1 else rows
+
+
+DISPATCHER_KEY = "moe_config.moe_token_dispatcher_type"
+
+
+def dispatchers_of(base: Run) -> tuple[str, ...]:
+    """What a YAML can name, the fastest across nodes first."""
+    kind = get_type_hints(MoeConfig).get(DISPATCHER_KEY.rpartition(".")[2])
+    return get_args(kind)[::-1] if kind else ("allgather",)
 
 
 def least(plan: Plan, profile: DeviceProfile) -> tuple[float, float]:
@@ -227,7 +273,7 @@ def candidates(
         found: dict[tuple, Plan] = {}
         for guess in (frozenset(), every):  # layers are dealt as if none, or all, were computed again
             dealt = replace(balanced(costs.like(replace(plan, recomputed=guess)), number), recomputed=frozenset())
-            fitted = _recomputing(costs.like(dealt), limit)
+            fitted = _recomputing(costs.like(dealt), limit) or _lightened(costs.like(dealt), limit)
             if fitted is not None:
                 found.setdefault((fitted.layers, fitted.recomputed), fitted)
                 if not fitted.recomputed:
@@ -240,11 +286,11 @@ def candidates(
 
 
 def _recomputing(costs: Costs, limit: float) -> Plan | None:
-    """The plan in which each stage computes again the fewest of its first layers with which it fits; None: it cannot."""
+    """The plan in which each stage computes again the fewest of its first layers that it must to fit, or None."""
     plan, costs = costs.plan, costs.like(costs.plan)
     chosen: frozenset[int] = frozenset()
     for stage in range(plan.pp):
-        order = [layer for row in zip_longest_layers(plan, stage) for layer in row]
+        order = dealt_in_turn(plan, stage)
 
         def fits(count: int, stage: int = stage, order: list[int] = order) -> bool:
             costs.recomputed = frozenset(order[:count])
@@ -256,10 +302,57 @@ def _recomputing(costs: Costs, limit: float) -> Plan | None:
     return replace(plan, recomputed=chosen)
 
 
-def zip_longest_layers(plan: Plan, stage: int) -> list[list[int]]:
+def _lightened(costs: Costs, limit: float) -> Plan | None:
+    """The plan with layers moved from stages that do not fit to those with most room, when that helps; else None."""
+    plan = costs.plan
+    every = frozenset(range(plan.model.layers_in_all))
+    for _ in range(plan.model.num_layers):
+        costs = costs.like(replace(plan, recomputed=every))
+        memory = [stage_memory(costs, stage) for stage in range(plan.pp)]
+        fullest, emptiest = memory.index(max(memory)), memory.index(min(memory))
+        if memory[fullest] <= limit:
+            return _recomputing(costs.like(replace(plan, recomputed=frozenset())), limit)
+        if memory[fullest] == memory[emptiest] or (moved := _moved(plan, fullest, emptiest)) is None:
+            return None
+        plan = moved
+    return None
+
+
+def _moved(plan: Plan, giver: int, taker: int) -> Plan | None:
+    """A layer fewer on one stage and one more on another; None where the first has no layer to give."""
+    model = plan.model
+    counts = [[sum(i < model.num_layers for i in layers) for layers in row] for row in plan.layers]
+    gives = max(range(plan.chunks), key=lambda c: counts[c][giver])
+    takes = min(range(plan.chunks), key=lambda c: counts[c][taker])
+    if counts[gives][giver] < 2:
+        return None
+    counts[gives][giver] -= 1
+    counts[takes][taker] += 1
+    return replace(plan, layers=placed(model, counts))
+
+
+def improved(candidate: Candidate, profile: DeviceProfile, limit: float) -> Candidate:
+    """The candidate with single layers moved away from its slowest stage for as long as that makes it faster."""
+    costs = Costs(candidate.plan, profile)
+    while True:
+        stages = candidate.cost.stages
+        giver = max(range(len(stages)), key=lambda s: stages[s].micro_batch_seconds)
+        others = []
+        for taker in range(len(stages)):
+            moved = _moved(candidate.plan, giver, taker) if taker != giver else None
+            fitted = moved and _recomputing(costs.like(replace(moved, recomputed=frozenset())), limit)
+            if fitted:
+                others.append(Candidate(fitted, estimate(fitted, profile, costs.like(fitted))))
+        best = min(others, key=lambda c: c.cost.step_seconds, default=candidate)
+        if best.cost.step_seconds >= candidate.cost.step_seconds:
+            return candidate
+        candidate = best
+
+
+def dealt_in_turn(plan: Plan, stage: int) -> list[int]:
     """The first layer of each chunk of a stage, then the second of each, and so on: as a number is dealt to chunks."""
     runs = [chunk[stage] for chunk in plan.layers]
-    return [[run[i] for run in runs if i < len(run)] for i in range(max(map(len, runs)))]
+    return [run[i] for i in range(max(map(len, runs))) for run in runs if i < len(run)]
 
 
 def balanced(costs: Costs, chunks: int, least: int = 1) -> Plan:
