@@ -56,13 +56,13 @@ class Transfer:
         size = self.group_size
         stride = max((self.span - 1) // max(size - 1, 1), 1)
         inside = min(size, max(profile.devices_per_node // stride, 1))
-        if self.kind == "AlltoAll":
-            near, far = (inside - 1) / size, (size - inside) / size
+        if self.kind == "AlltoAll":  # node after node
+            near, far, rounds = (inside - 1) / size, (size - inside) / size, size / inside
         else:
-            near, far = (inside - 1) / inside, (size - inside) / size / inside
+            near, far, rounds = (inside - 1) / inside, (size - inside) / size / inside, 1 + (size > inside)
         times = 2 if self.kind == "AllReduce" else 1
         slowest = max(near / profile.node_bytes_per_s(inside), far / profile.across_bytes_per_s)
-        return self.calls * (times * self.bytes * slowest + call * (1 + (size > inside)))
+        return self.calls * (times * self.bytes * slowest + call * rounds)
 
 
 def wire_factor(kind: str, group_size: int) -> float:
