@@ -206,6 +206,8 @@ def degrees(
         "recompute_config.recompute": False,
         "recompute_config.select_recompute": False,
     }
+    if base.value("model.model_config.batch_size") is not None:
+        found["model.model_config.batch_size"] = batch_size
     strategy = base.sections.parallel.dataset_strategy
     if isinstance(strategy, list):
         found["parallel.dataset_strategy"] = [[dp, *row[1:]] for row in strategy]
