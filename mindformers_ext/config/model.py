@@ -184,7 +184,9 @@ class MoeConfig:
     z_loss_factor: NotNegativeNumber = 0.0  # times mean(logsumexp(logits)^2)
     # dispatch
     use_gmm: bool = False  # True: dropless, sorted tokens, grouped matmul; False: capacity
-    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "allgather"  # dropless, where experts are split
+    # Dropless, where experts are split
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "alltoall_deredundency"] = "allgather"
+    npu_nums_per_device: Positive = 8  # devices of a node, between which alltoall_deredundency sends each choice
     # Rows of allgather's buffers: those there are, all there could be, or dropless_row_factor times the balanced ones,
     # whose overflow is dropped, counted and reported.
     dropless_rows: Literal["exact", "worst_case", "bounded"] = "exact"

@@ -137,6 +137,18 @@ def experts_over_expert_parallel(plan: Run) -> Iterator[Violation]:
         )
 
 
+def nodes_of_an_expert_group(plan: Run) -> Iterator[Violation]:
+    moe = plan.model.moe_config
+    if moe.expert_num == 1 or moe.moe_token_dispatcher_type != "alltoall_deredundency" or plan.ep == 1:
+        return
+    if plan.ep % moe.npu_nums_per_device or not 1 < moe.npu_nums_per_device < plan.ep:
+        yield Violation(
+            "moe_config.moe_token_dispatcher_type",
+            f"alltoall_deredundency needs several nodes of several devices: expert_parallel must be a multiple of "
+            f"npu_nums_per_device, but they are {plan.ep} and {moe.npu_nums_per_device}; nearest legal: alltoall",
+        )
+
+
 def widths_over_model_parallel(plan: Run) -> Iterator[Violation]:
     model, moe = plan.model, plan.model.moe_config
     widths = {
@@ -394,6 +406,7 @@ RULES = (
     device_product,
     whole_servers,
     expert_parallel_in_stage,
+    nodes_of_an_expert_group,
     experts_over_expert_parallel,
     widths_over_model_parallel,
     experts_need_sequence_parallel,

@@ -13,18 +13,21 @@ constexpr int64_t kColumns = 64;  // of a task that adds
 
 int64_t width_of(const Tensor& tensor) { return tensor.shape.size() < 2 ? 1 : tensor.columns(); }
 
-// Input x (M,) int; output (R, 1) int64: where x is not zero, in order.
+// Input x (M,) or (M, C) int; output (R, 1) or (R, 2) int64: where x is not zero, in order, its axes side by side.
 void nonzero_places(const Call& call) {
   const std::vector<int32_t> x = integers(call[0]);
   auto* places = static_cast<int64_t*>(call[1].data);
-  const int64_t most = call[1].count();
+  const int64_t axes = call[1].columns(), most = call[1].rows(), width = width_of(call[0]);
+  check(axes == static_cast<int64_t>(call[0].shape.size()) && axes <= 2, "NonZero must have one or two axes");
   int64_t found = 0;
-  for (size_t i = 0; i < x.size(); ++i) {
+  for (int64_t i = 0; i < static_cast<int64_t>(x.size()); ++i) {
     if (x[i] == 0) continue;
     check(found < most, "more rows are chosen than there can be");
-    places[found++] = static_cast<int64_t>(i);
+    if (axes == 2) places[2 * found] = i / width;
+    places[axes * found + axes - 1] = axes == 2 ? i % width : i;
+    ++found;
   }
-  std::fill(places + found, places + most, int64_t{-1});
+  std::fill(places + axes * found, places + axes * most, int64_t{-1});
 }
 
 // Inputs x (M, C) or (M,), index (R,); output (R, C) or (R,).

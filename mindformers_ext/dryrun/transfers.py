@@ -132,14 +132,25 @@ def _expert_parallel(plan: Run, layer: int) -> Iterator[Transfer]:
     element = DTYPE_BYTES[model.compute_dtype]
     tokens = plan.batch_size * model.seq_length / (plan.cp * plan.mp)
 
-    def transfer(kind: str, size: float, calls: int = 1) -> Transfer:
-        return Transfer("expert parallel", kind, plan.ep, plan.ep, size, calls)
+    def transfer(kind: str, size: float, calls: int = 1, group: int = plan.ep, span: int = plan.ep) -> Transfer:
+        return Transfer("expert parallel", kind, group, span, size, calls)
 
+    choices = (tokens + 1) * moe.num_experts_chosen  # of one token more: layers/moe_dispatch.py
     if moe.use_gmm and moe.moe_token_dispatcher_type == "alltoall":
-        choices = (tokens + 1) * moe.num_experts_chosen  # of one token more: layers/moe_dispatch.py
         yield transfer("AlltoAll", moe.expert_num * FLOAT_BYTES)
         yield transfer("AlltoAllV", choices * ID_BYTES)
         yield transfer("AlltoAllV", choices * model.hidden_size * element, 2)
+    elif moe.use_gmm and moe.moe_token_dispatcher_type == "alltoall_deredundency":
+        inner = moe.npu_nums_per_device
+        nodes = plan.ep // inner
+        between, inside = dict(group=nodes, span=plan.ep - inner + 1), dict(group=inner, span=inner)
+        crossing = (tokens + 1) * nodes_of_a_token(plan, nodes)
+        yield transfer("AlltoAll", nodes * FLOAT_BYTES, **between)
+        yield transfer("AlltoAllV", crossing * moe.num_experts_chosen * FLOAT_BYTES, 2, **between)  # gates and ids
+        yield transfer("AlltoAllV", crossing * model.hidden_size * element, 2, **between)
+        yield transfer("AlltoAll", moe.expert_num // nodes * FLOAT_BYTES, **inside)
+        yield transfer("AlltoAllV", choices * ID_BYTES, **inside)
+        yield transfer("AlltoAllV", choices * model.hidden_size * element, 2, **inside)
     elif moe.use_gmm:
         gathered = tokens * plan.ep
         yield transfer("AllGather", gathered * model.hidden_size * element)
@@ -148,6 +159,18 @@ def _expert_parallel(plan: Run, layer: int) -> Iterator[Transfer]:
         yield transfer("ReduceScatter", gathered * model.hidden_size * element)
     else:
         yield transfer("AlltoAll", capacity_rows(plan) * model.hidden_size * element, 2)
+
+
+def nodes_of_a_token(plan: Run, nodes: int) -> float:
+    """Nodes among which a token's choices lie on average, all groups and the experts in them being as likely."""
+    moe = plan.model.moe_config
+    groups, chosen = moe.n_group, moe.topk_group
+    if nodes >= groups:  # a group lies on several nodes
+        per_group, choices = nodes / groups, moe.num_experts_chosen / chosen
+        return chosen * per_group * (1 - (1 - 1 / per_group) ** choices)
+    hit = chosen * (1 - (1 - 1 / chosen) ** moe.num_experts_chosen)  # groups that hold a choice
+    missed = math.prod(max(groups - hit - i, 0) / (groups - i) for i in range(groups // nodes))
+    return nodes * (1 - missed)
 
 
 def capacity_rows(plan: Run) -> float:

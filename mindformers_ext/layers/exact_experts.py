@@ -16,7 +16,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import GroupedMatmul, IndexAddExt, IndexSelect, NonZero, Swiglu
 
-# Attribute of an operator whose result's length is known at run time: it is at most its input's, or this part of it,
+# Attribute of an operator whose result's length is known at run time: of its input's elements at most this part,
 # (numerator, denominator).
 AT_MOST = "at_most"
 
@@ -32,7 +32,7 @@ class TakeRows(nn.Cell):
         return self.take(x, 0, index)
 
     def bprop(self, x, index, out, dout):
-        return self.add(ops.zeros(x.shape, x.dtype), 0, index, dout), ops.zeros_like(index)
+        return self.add(ops.zeros_like(x), 0, index, dout), ops.zeros_like(index)
 
 
 class AddRows(nn.Cell):
@@ -43,7 +43,7 @@ class AddRows(nn.Cell):
         self.take, self.add = IndexSelect(), IndexAddExt()
 
     def construct(self, x, index, y):
-        return self.add(ops.zeros(x.shape, x.dtype), 0, index, y)
+        return self.add(ops.zeros_like(x), 0, index, y)
 
     def bprop(self, x, index, y, out, dout):
         return ops.zeros_like(x), ops.zeros_like(index), self.take(dout, 0, index)

@@ -41,7 +41,7 @@ def _most(graph: Graph, node: pb.NodeProto, most: dict[str, int]) -> int:
     primitive = graph.primitive(node)
     part = attributes_of(primitive).get(AT_MOST) if primitive is not None else None
     if part:
-        return graph.dims(node.input[0])[0] * part[0] // part[1]
+        return prod(graph.dims(node.input[0])) * part[0] // part[1]
     given = [most[name] for name in node.input if name in most]
     if not given:
         raise ValueError(f"node '{node.name}' has no static shape, and nothing says how large it can be")

@@ -270,7 +270,10 @@ def run_locally(function, shapes, types, plan: tuple, config):
 def expert_group(config) -> ExpertGroup:
     """The expert-parallel group of this device; one device where nothing is split."""
     p = config.parallel_config
-    return ExpertGroup(p.expert_parallel, get_rank(), p.model_parallel) if is_sharded() else ExpertGroup()
+    moe = config.moe_config
+    by_node = moe.use_gmm and moe.moe_token_dispatcher_type == "alltoall_deredundency"
+    inner = moe.npu_nums_per_device if by_node else p.model_parallel
+    return ExpertGroup(p.expert_parallel, get_rank(), inner) if is_sharded() else ExpertGroup()
 
 
 def loss_axes(config) -> OpParallelConfig:

@@ -256,6 +256,7 @@ EFFECTS = {
             num_experts_chosen use_gating_sigmoid n_group topk_group aux_loss_types aux_loss_factors z_loss_factor""",
         "mindformers_ext/layers/fused_ops.py": """
             topk_method norm_topk_prob routed_scaling_factor use_fused_ops_topkrouter use_fused_ops_permute""",
+        "research/deepseek3/sharding.py": "npu_nums_per_device",
         "mindformers_ext/layers/exact_experts.py": "dropless_rows dropless_row_factor",
         "mindformers_ext/layers/router.py": "balance_via_topk_bias topk_bias_update_rate",
         "mindformers_ext/layers/moe_dispatch.py": """
