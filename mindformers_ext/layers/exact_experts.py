@@ -26,13 +26,13 @@ class TakeRows(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.take, self.add = IndexSelect(), IndexAddExt()
+        self.take, self.add, self.zeros_like = IndexSelect(), IndexAddExt(), ops.ZerosLike()
 
     def construct(self, x, index):
         return self.take(x, 0, index)
 
     def bprop(self, x, index, out, dout):
-        return self.add(ops.zeros_like(x), 0, index, dout), ops.zeros_like(index)
+        return self.add(self.zeros_like(x), 0, index, dout), self.zeros_like(index)
 
 
 class AddRows(nn.Cell):
@@ -40,13 +40,13 @@ class AddRows(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.take, self.add = IndexSelect(), IndexAddExt()
+        self.take, self.add, self.zeros_like = IndexSelect(), IndexAddExt(), ops.ZerosLike()
 
     def construct(self, x, index, y):
-        return self.add(ops.zeros_like(x), 0, index, y)
+        return self.add(self.zeros_like(x), 0, index, y)
 
     def bprop(self, x, index, y, out, dout):
-        return ops.zeros_like(x), ops.zeros_like(index), self.take(dout, 0, index)
+        return self.zeros_like(x), self.zeros_like(index), self.take(dout, 0, index)
 
 
 class WeighRows(nn.Cell):

@@ -129,6 +129,16 @@ class SendRows(nn.Cell):
         return dx, ops.zeros_like(sent), ops.zeros_like(received)
 
 
+class OfKnownShape(nn.Cell):
+    """x of known shape; its gradient, which comes from values of unknown length, is told so."""
+
+    def construct(self, x):
+        return x
+
+    def bprop(self, x, out, dout):
+        return (dout.reshape(x.shape),)
+
+
 class SortRows(nn.Cell):
     """Rows x (R, H) sorted by ids (R, 1), and where each went (R,); R is known at run time, `width` is H."""
 
@@ -218,7 +228,7 @@ class AllToAllDispatch(nn.Cell):
         self.own_last = (group.rank + 1) * self.local_experts - 1
         most = (group.size * min(self.topk, self.local_experts), self.topk)
         self.exchange = ExpertExchange(group.name, group.size, config.hidden_size, most)
-        self.by_expert = FusedPermute()
+        self.by_expert, self.known = FusedPermute(), OfKnownShape()
         self.expert = Tensor([list(range(moe.expert_num))], mstype.int32)
 
     def run(self, x, topk_weights, topk_ids, gate_up, down):
@@ -232,7 +242,7 @@ class AllToAllDispatch(nn.Cell):
         rows, place = self.by_expert.permute(x, ids, choices)
         expert = owner_of(ops.cast(ops.arange(choices), mstype.int32), ops.cast(ops.cumsum(counts, 0), mstype.int32))
         local = place_within(ops.cast(expert, mstype.int32), self.local_experts).reshape((-1, 1))
-        y = self.exchange(rows, local, counts, gate_up, down).reshape((choices, x.shape[1]))
+        y = self.exchange(self.known(rows), local, counts, gate_up, down).reshape((choices, x.shape[1]))
         return self.by_expert.unpermute(y, place, gates)[:tokens]
 
 

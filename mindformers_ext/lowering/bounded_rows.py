@@ -14,6 +14,8 @@ from mindformers_ext.layers.exact_experts import AT_MOST
 from mindformers_ext.lowering.graph import Graph
 from mindformers_ext.rank_compiler.mindir import attribute, attributes_of
 
+MOVES = ("MoeTokenPermute", "MoeTokenPermuteGrad")
+
 
 def bound_rows(graph: Graph) -> None:
     """Write into every shape that varies the most it can be. Raises ValueError where nothing tells it."""
@@ -22,6 +24,9 @@ def bound_rows(graph: Graph) -> None:
     graph.sort()
     most: dict[str, int] = {}  # what the varying axis of a value becomes
     for node in graph.nodes:
+        if graph.operator(node) in MOVES:  # MindSpore forgets how wide the rows are
+            for dims in _open(node):
+                dims[-1] = graph.dims(node.input[0])[-1] if len(dims) == 2 else dims[-1]
         shapes = _open(node)
         if shapes:
             most[node.output[0]] = size = _most(graph, node, most)
