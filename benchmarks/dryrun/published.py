@@ -32,8 +32,9 @@ from mindformers_ext.dryrun.terminal_report import table  # noqa: E402
 RUNS = Path(__file__).parent / "published_runs.yaml"
 V3 = ROOT / "research/deepseek3/deepseek3_671b/pretrain_deepseek3_671b.yaml"
 MODELS = {
-    "v3": {},
+    "v3": {"moe_config.shared_expert_split": "width"},
     "kimi-k2": {
+        "moe_config.shared_expert_split": "width",
         "model.model_config.num_heads": 64,
         "model.model_config.n_kv_heads": 64,
         "model.model_config.vocab_size": 163840,

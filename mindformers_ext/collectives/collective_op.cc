@@ -5,7 +5,9 @@
 // Inputs: the tensor, then any number of inputs that only order the operators. Output: the last tensor.
 // With the attribute `tensors` the first so many inputs, of one type, go through one AllReduce, AllGather or
 // ReduceScatter together, and as many outputs come last.
-// Attributes: collective, rank_list, reduce, split_dim, concat_dim, send_counts, recv_counts, root, peer, tag.
+// With the attribute `block` AlltoAllV takes its counts from its second and third input, in blocks of so many elements;
+// both tensors may be longer than what they hold, and what lies behind the received elements becomes NaN, or -1.
+// Attributes: collective, rank_list, reduce, split_dim, concat_dim, send_counts, recv_counts, block, root, peer, tag.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -38,6 +40,7 @@ namespace {
 struct Settings : mindspore::AotKernelData {
   Request request;
   int tensors = 1;
+  int64_t block = 0;
 };
 
 int64_t Elements(int dimensions, const int64_t* shape) {
@@ -65,6 +68,7 @@ std::unique_ptr<Settings> Read(const char* type, mindspore::AotExtra* extra) {
   integer("peer", &request.peer);
   integer("tag", &request.tag);
   integer("tensors", &settings->tensors);
+  integer("block", &settings->block);
   request.send_counts = integers("send_counts");
   request.recv_counts = integers("recv_counts");
   return settings;
@@ -110,6 +114,29 @@ void RunTogether(const Request& s, const std::vector<int64_t>& counts, void** in
   Unpack(parts_out, each, element, packed_out.data(), out);
 }
 
+// AlltoAllV whose counts are the second and third input, in blocks of elements.
+void RunCounted(const Settings& s, void** data, int* dimensions, int64_t** shapes, const char** dtypes, int out) {
+  Request request = s.request;
+  int64_t room[2], moved[2];
+  for (int side = 0; side < 2; ++side) {
+    const int tensor = side == 0 ? 0 : out, given = 1 + side;
+    const int64_t members = Elements(dimensions[given], shapes[given]);
+    if (ParseDType(dtypes[given]) != ParseDType("int64") || members != static_cast<int64_t>(request.ranks.size()))
+      throw JobError("AlltoAllV needs an int64 count for each rank of its group");
+    const auto* blocks = static_cast<const int64_t*>(data[given]);
+    std::vector<int64_t>& counts = side == 0 ? request.send_counts : request.recv_counts;
+    for (int64_t i = 0; i < members; ++i) counts.push_back(blocks[i] * s.block);
+    room[side] = Elements(dimensions[tensor], shapes[tensor]);
+    moved[side] = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+    if (moved[side] > room[side])
+      throw JobError("AlltoAllV moves " + std::to_string(moved[side]) + " elements, but has room for " +
+                     std::to_string(room[side]));
+  }
+  Run(request, data[0], {moved[0]}, data[out], moved[1]);
+  const size_t element = SizeOf(request.type);
+  std::memset(static_cast<char*>(data[out]) + moved[1] * element, 0xFF, (room[1] - moved[1]) * element);
+}
+
 }  // namespace
 }  // namespace cpu_parallel
 
@@ -137,6 +164,7 @@ extern "C" int Collective(int parameters, void** data, int* dimensions, int64_t*
       if (tensors > 1) CheckSizes(request, counts[i], Elements(dimensions[first_out + i], shapes[first_out + i]));
     }
     if (tensors > 1) return RunTogether(request, counts, data, data + first_out);
+    if (settings->block > 0) return RunCounted(*settings, data, dimensions, shapes, dtypes, out);
     const int64_t out_count = Elements(dimensions[out], shapes[out]);
     Run(request, data[0], std::vector<int64_t>(shapes[0], shapes[0] + dimensions[0]), data[out], out_count);
     // A Send only orders the graph, Ascend writes nothing: NaN.

@@ -47,7 +47,7 @@ ELSEWHERE = (
             "moe_router_fusion": "moe_config.use_fused_ops_topkrouter",
             "moe_router_load_balancing_type": "moe_config.aux_loss_types",
             "moe_shared_expert_intermediate_size": "moe_config.shared_expert_num, in widths of moe_intermediate_size",
-            "moe_token_dispatcher_type": "moe_config.use_gmm: tokens go by all-to-all where experts are split",
+            "moe_token_dispatcher_type": "moe_config.moe_token_dispatcher_type",
             "moe_token_drop_policy": "moe_config.enable_sdrop, without use_gmm",
             "mtp_loss_scaling_factor": "mtp_loss_factor",
             "n_routed_experts": "moe_config.expert_num",
@@ -162,6 +162,8 @@ class MoeConfig:
     expert_num: Positive = 1  # HF n_routed_experts; 1 = a dense model
     num_experts_chosen: Positive = 1  # HF num_experts_per_tok, K
     shared_expert_num: NotNegative = 0  # HF n_shared_experts
+    # What model_parallel splits of them: their width, or the tokens (weights whole, nothing sent)
+    shared_expert_split: Literal["width", "tokens"] = "tokens"
     moe_intermediate_size: Positive = 1407  # width of one expert
     first_k_dense_replace: NotNegative = 0  # leading layers with a dense FFN
     # router
@@ -182,6 +184,13 @@ class MoeConfig:
     z_loss_factor: NotNegativeNumber = 0.0  # times mean(logsumexp(logits)^2)
     # dispatch
     use_gmm: bool = False  # True: dropless, sorted tokens, grouped matmul; False: capacity
+    # Dropless, where experts are split
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "alltoall_deredundency"] = "allgather"
+    npu_nums_per_device: Positive = 8  # devices of a node, between which alltoall_deredundency sends each choice
+    # Rows of allgather's buffers: those there are, all there could be, or dropless_row_factor times the balanced ones,
+    # whose overflow is dropped, counted and reported.
+    dropless_rows: Literal["exact", "worst_case", "bounded"] = "exact"
+    dropless_row_factor: Annotated[float, Meta(ge=1)] = 1.5
     use_fused_ops_permute: bool = False  # fused token permute/unpermute where the device has it
     capacity_factor: PositiveNumber = 1.1  # capacity = ceil(K * group tokens * factor / experts), capped at the group
     expert_group_size: Positive | None = None  # tokens of a sequence over which capacity is counted; None = all
@@ -208,6 +217,7 @@ class MoeConfig:
         self.topk_group = self.topk_group or self.n_group
         self._check_router()
         self._check_balance()
+        self._check_dispatch()
 
     def _check_router(self) -> None:
         experts, chosen, groups = self.expert_num, self.num_experts_chosen, self.n_group
@@ -220,6 +230,13 @@ class MoeConfig:
         eligible = experts // groups * self.topk_group
         rule = f"leaves {eligible} experts a token may use, fewer than num_experts_chosen = {chosen}"
         require(eligible >= chosen, f"{MOE}.topk_group", self.topk_group, rule)
+
+    def _check_dispatch(self) -> None:
+        kind, sorted_rows = self.moe_token_dispatcher_type, self.use_gmm and self.use_fused_ops_permute
+        rule = "needs use_gmm and use_fused_ops_permute: True; capacity dispatch exchanges tokens without it"
+        require(kind == "allgather" or sorted_rows, f"{MOE}.moe_token_dispatcher_type", kind, rule)
+        rule = "is of moe_token_dispatcher_type 'allgather': the buffers of an all-to-all hold the rows there are"
+        require(kind == "allgather" or self.dropless_rows == "exact", f"{MOE}.dropless_rows", self.dropless_rows, rule)
 
     def _check_balance(self) -> None:
         rule = f"needs one number for each of aux_loss_types = {self.aux_loss_types}"

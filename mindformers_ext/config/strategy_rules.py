@@ -137,6 +137,18 @@ def experts_over_expert_parallel(plan: Run) -> Iterator[Violation]:
         )
 
 
+def nodes_of_an_expert_group(plan: Run) -> Iterator[Violation]:
+    moe = plan.model.moe_config
+    if moe.expert_num == 1 or moe.moe_token_dispatcher_type != "alltoall_deredundency" or plan.ep == 1:
+        return
+    if plan.ep % moe.npu_nums_per_device or not 1 < moe.npu_nums_per_device < plan.ep:
+        yield Violation(
+            "moe_config.moe_token_dispatcher_type",
+            f"alltoall_deredundency needs several nodes of several devices: expert_parallel must be a multiple of "
+            f"npu_nums_per_device, but they are {plan.ep} and {moe.npu_nums_per_device}; nearest legal: alltoall",
+        )
+
+
 def widths_over_model_parallel(plan: Run) -> Iterator[Violation]:
     model, moe = plan.model, plan.model.moe_config
     widths = {
@@ -145,7 +157,7 @@ def widths_over_model_parallel(plan: Run) -> Iterator[Violation]:
     }
     if any(not model.is_moe_layer(i) for i in range(model.layers_in_all)):
         widths["intermediate_size"] = (model.intermediate_size, "the dense FFN's width lies on model_parallel")
-    if moe.expert_num > 1 and moe.shared_expert_num:
+    if moe.expert_num > 1 and moe.shared_expert_num and moe.shared_expert_split == "width":
         width = moe.shared_expert_num * moe.moe_intermediate_size
         widths["moe_intermediate_size"] = (width, "the shared experts' width lies on model_parallel")
     common = gcd(*(width for width, _ in widths.values()))
@@ -394,6 +406,7 @@ RULES = (
     device_product,
     whole_servers,
     expert_parallel_in_stage,
+    nodes_of_an_expert_group,
     experts_over_expert_parallel,
     widths_over_model_parallel,
     experts_need_sequence_parallel,

@@ -24,6 +24,9 @@ from mindformers_ext.errors import ConfigError
 from mindformers_ext.lowering.calls import Call
 
 CAPACITY = {"moe_config.use_gmm": False, "moe_config.capacity_factor": 4.0}
+ALL_TO_ALL = {"moe_config.moe_token_dispatcher_type": "alltoall"}
+BY_NODE = {"moe_config.moe_token_dispatcher_type": "alltoall_deredundency", "moe_config.npu_nums_per_device": 2}
+BOUNDED = {"moe_config.dropless_rows": "bounded", "moe_config.dropless_row_factor": 2.0}  # all choices of two ranks
 DROPS = {"moe_config.use_gmm": False, "moe_config.capacity_factor": 0.75}
 OPTIMIZER = "parallel.enable_parallel_optimizer"
 SHARDS = "parallel.parallel_optimizer_config"
@@ -41,6 +44,13 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any], dict[str, Any]]] = {
     "ep4": ({"dp": 4, "ep": 4}, {}, {}),
     "dp4-ep2": ({"dp": 4, "ep": 2}, {}, {}),
     "dp2-mp2-ep2": ({"dp": 2, "mp": 2, "ep": 2}, {}, {}),
+    "ep4-alltoall": ({"dp": 4, "ep": 4}, ALL_TO_ALL, {}),
+    "ep4-deredundency": ({"dp": 4, "ep": 4}, BY_NODE, {}),
+    "ep2-worst-case": ({"dp": 2, "ep": 2}, {"moe_config.dropless_rows": "worst_case"}, {}),
+    "dp2-mp2-ep4-alltoall": ({"dp": 2, "mp": 2, "ep": 4}, ALL_TO_ALL, {}),
+    "dp2-mp2-pp2-ep2-alltoall": ({"dp": 2, "mp": 2, "pp": 2, "ep": 2, "micro": 2}, ALL_TO_ALL, {}),
+    "mp2-shared-width": ({"mp": 2}, {"moe_config.shared_expert_split": "width"}, {}),
+    "ep2-bounded": ({"dp": 2, "ep": 2}, {}, BOUNDED),
     "ep2-capacity": ({"dp": 2, "ep": 2}, {}, CAPACITY),
     "ep4-mp2-a2a": ({"dp": 2, "mp": 2, "ep": 4}, {}, CAPACITY),
     "ep4-mp2-grouped-a2a": ({"dp": 2, "mp": 2, "ep": 4}, {"moe_config.group_wise_a2a": True}, CAPACITY),

@@ -68,7 +68,8 @@ def layer_parts(plan: Plan, is_moe: bool) -> list[Part]:
     if not is_moe:
         return parts + _swiglu(plan, "mlp", model.intermediate_size)
     if moe.shared_expert_num:
-        parts += _swiglu(plan, "shared", moe.shared_expert_num * moe.moe_intermediate_size)
+        whole = moe.shared_expert_split == "tokens"
+        parts += _swiglu(plan, "shared", moe.shared_expert_num * moe.moe_intermediate_size, whole)
     own, width = plan.own_tokens, moe.moe_intermediate_size
     chosen, buffer = expert_rows(plan), buffer_rows(plan)
     copies = own * moe.num_experts_chosen
@@ -88,10 +89,12 @@ def layer_parts(plan: Plan, is_moe: bool) -> list[Part]:
     ]
 
 
-def _swiglu(plan: Plan, name: str, width: float) -> list[Part]:
-    width, hidden = width / plan.mp, plan.model.hidden_size
-    moved = plan.tokens * 3 * width * DTYPE_BYTES[plan.model.compute_dtype]
-    products = [(plan.tokens, hidden, 2 * width, 1), (plan.tokens, width, hidden, 1)]
+def _swiglu(plan: Plan, name: str, width: float, whole: bool = False) -> list[Part]:
+    """Of width on mp and all tokens, or of `whole` weights and a rank's own tokens."""
+    hidden, tokens = plan.model.hidden_size, plan.own_tokens if whole else plan.tokens
+    width = width if whole else width / plan.mp
+    moved = tokens * 3 * width * DTYPE_BYTES[plan.model.compute_dtype]
+    products = [(tokens, hidden, 2 * width, 1), (tokens, width, hidden, 1)]
     return [Part(name, products, kernels=0.1), Part("swiglu", moved_bytes=moved, kernels=0.05)]
 
 
@@ -102,13 +105,12 @@ def expert_rows(plan: Plan) -> float:
 
 
 def buffer_rows(plan: Plan) -> float:
-    """Rows of the experts' buffers: those, or as many as could choose this rank's experts."""
-    return dropless_rows(plan) if plan.dispatcher != "capacity" and plan.software.static_rows else expert_rows(plan)
-
-
-def dropless_rows(plan: Plan) -> float:
-    """Rows of the grouped matmul's static buffer: as many as could choose this rank's experts."""
-    moe = plan.model.moe_config
+    """Rows of the experts' buffers: balanced, a factor more, or as many as could choose this rank's experts."""
+    moe, rows = plan.model.moe_config, expert_rows(plan)
+    if plan.dispatcher != "allgather" or moe.dropless_rows == "exact" or plan.ep == 1:
+        return rows
+    if moe.dropless_rows == "bounded":
+        return rows * moe.dropless_row_factor
     return plan.own_tokens * plan.ep * min(moe.num_experts_chosen, moe.expert_num // plan.ep)
 
 

@@ -156,7 +156,8 @@ def _layer(plan: Run | Plan, prefix: str, layer: int, stage: int) -> Iterator[We
     yield weight("mlp.experts.gate_up_proj", experts, hidden, 2 * width, ways=plan.ep)
     yield weight("mlp.experts.down_proj", experts, width, hidden, ways=plan.ep)
     if moe.shared_expert_num:
-        yield from _swiglu(weight, "mlp.shared_experts.", hidden, moe.shared_expert_num * width, mp)
+        ways = mp if moe.shared_expert_split == "width" else 1
+        yield from _swiglu(weight, "mlp.shared_experts.", hidden, moe.shared_expert_num * width, ways)
 
 
 def _swiglu(weight, prefix: str, hidden: int, width: int, mp: int) -> Iterator[Weight]:

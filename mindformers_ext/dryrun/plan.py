@@ -15,7 +15,7 @@ from mindformers_ext.files.json_files import read_object
 
 # Parts of a layer that may be computed again without the rest: select_recompute.
 PARTS = ("norm", "mla_up", "attention", "swiglu", "experts")
-DISPATCHERS = ("allgather", "alltoall", "alltoall_deredundency", "capacity")
+DISPATCHERS = ("alltoall_deredundency", "alltoall", "allgather", "capacity")
 TENSOR, EXPERT, DATA = "tensor parallel", "expert parallel", "data parallel"
 
 
@@ -39,7 +39,6 @@ class Software:
         low_precision: products of linear layers run at the device's fp8 peak.
         quantization: bytes that move for each value of an operand to make it fp8.
         low_precision_attention: attention runs at the fp8 peak.
-        static_rows: experts run on the most rows that could choose them, not on the balanced number.
     """
 
     traffic: Mapping[str, float] = field(default_factory=dict)
@@ -57,7 +56,6 @@ class Software:
     low_precision: bool = False
     quantization: float = 4.0
     low_precision_attention: bool = False
-    static_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,15 +94,16 @@ class Plan:
     @classmethod
     def of(cls, run: Run) -> "Plan":
         """The plan of a YAML."""
-        held = run.pipeline.layers_of
+        held, moe = run.pipeline.layers_of, run.model.moe_config
         layers = tuple(tuple(tuple(held(s, c)) for s in range(run.pp)) for c in range(run.chunks))
         return cls(
             **{name: getattr(run, name) for name in TAKEN},
             layers=layers,
             recomputed=frozenset(run.pipeline.covered(run.recompute)),
             schedule=run.scheduler,
-            dispatcher="allgather" if run.model.moe_config.use_gmm else "capacity",
-            software=replace(MINDSPORE, static_rows=run.model.moe_config.use_gmm, overlaps=overlaps_of(run)),
+            dispatcher=moe.moe_token_dispatcher_type if moe.use_gmm else "capacity",
+            node=moe.npu_nums_per_device,
+            software=replace(MINDSPORE, overlaps=overlaps_of(run)),
         )
 
     @property

@@ -13,14 +13,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from math import gcd, inf
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from mindformers_ext.config.model import MoeConfig
 from mindformers_ext.config.run import Run
 from mindformers_ext.config.strategy_rules import check_plan
 from mindformers_ext.dryrun.cost_model import Costs, PlanCost, estimate, stage_memory, step_timeline
 from mindformers_ext.dryrun.device_profile import DeviceProfile
-from mindformers_ext.dryrun.plan import Plan, placed
+from mindformers_ext.dryrun.plan import DISPATCHERS, Plan, placed
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,11 @@ def families(base: Run, device_num: int, global_batch: int, space: Space) -> tup
                 continue
             start = Plan.of(run)
             rest = product(
-                sizes, _useful(space.dispatchers, ep), space.parts, space.shard_gradients, space.optimizer_shard_size
+                sizes,
+                _useful(space.dispatchers, ep, start.node),
+                space.parts,
+                space.shard_gradients,
+                space.optimizer_shard_size,
             )
             for size, dispatcher, parts, shard_gradients, shards in rest:
                 found.append(
@@ -156,24 +159,17 @@ def families(base: Run, device_num: int, global_batch: int, space: Space) -> tup
                         shard_gradients=shard_gradients,
                         optimizer_shard_size=shards,
                         recomputed=frozenset(),
-                        software=replace(
-                            start.software,
-                            static_rows=start.software.static_rows and dispatcher == "allgather",
-                            overlaps=start.software.overlaps | space.overlaps,
-                        ),
+                        software=replace(start.software, overlaps=start.software.overlaps | space.overlaps),
                     )
                 )
     return found, illegal
 
 
-def _useful(dispatchers: Iterable[str], ep: int) -> list[str]:
+def _useful(dispatchers: Iterable[str], ep: int, node: int) -> list[str]:
     """Of dispatchers that are the same thing on these ranks, the first."""
     if ep == 1:
         return list(dispatchers)[-1:]
-    return [d for d in dispatchers if d != "alltoall_deredundency" or ep > NODE]
-
-
-NODE = 8
+    return [d for d in dispatchers if d != "alltoall_deredundency" or ep > node]
 
 
 def _divisors(n: int) -> list[int]:
@@ -229,8 +225,7 @@ def overrides(base: Run, plan: Plan) -> list[tuple[str, Any]]:
         found["parallel.pipeline_config.pipeline_interleave"] = True
     found["parallel.parallel_optimizer_config.gradient_accumulation_shard"] = plan.shard_gradients
     found["parallel.parallel_optimizer_config.optimizer_weight_shard_size"] = plan.optimizer_shard_size
-    if DISPATCHER_KEY in base.known_keys():
-        found[DISPATCHER_KEY] = plan.dispatcher
+    found[DISPATCHER_KEY] = plan.dispatcher
     return list(found.items())
 
 
@@ -243,8 +238,8 @@ DISPATCHER_KEY = "moe_config.moe_token_dispatcher_type"
 
 def dispatchers_of(base: Run) -> tuple[str, ...]:
     """What a YAML can name, the fastest across nodes first."""
-    kind = get_type_hints(MoeConfig).get(DISPATCHER_KEY.rpartition(".")[2])
-    return get_args(kind)[::-1] if kind else ("allgather",)
+    moe = base.model.moe_config
+    return DISPATCHERS[:3] if moe.use_gmm and moe.use_fused_ops_permute else ("allgather",)
 
 
 def least(plan: Plan, profile: DeviceProfile) -> tuple[float, float]:

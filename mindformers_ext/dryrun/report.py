@@ -74,11 +74,17 @@ def verdict(code: int, violations: list, cost: PlanCost | None, results: list[Ra
 
 def fullest(cost: PlanCost | None, results: list[RankResult]) -> tuple[float, str] | None:
     """Most bytes that a rank needs, and who says so: MindSpore's plan, or the estimate for stages that have none."""
-    found = [(r.memory["actual_peak_bytes"], f"MindSpore plans for rank {r.rank}") for r in results if r.memory]
+    found = [(r.memory["actual_peak_bytes"], planned_for(r)) for r in results if r.memory]
     planned = {r.stage for r in results if r.memory}
     stages = [s for s in cost.stages if s.stage not in planned] if cost else []
     found += [(s.memory_bytes, f"estimated for stage {s.stage}") for s in stages]
     return max(found, default=None)
+
+
+def planned_for(result: RankResult) -> str:
+    """Whose plan of the memory it is, and what it takes for granted."""
+    balanced = ", if all experts get as many rows" if result.compiled.get("balanced_experts") else ""
+    return f"MindSpore plans for rank {result.rank}{balanced}"
 
 
 def estimate_record(plan: Run, profile: DeviceProfile, cost: PlanCost) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Transfer:
         size = self.group_size
         stride = max((self.span - 1) // max(size - 1, 1), 1)
         inside = min(size, max(profile.devices_per_node // stride, 1))
-        if self.kind == "AlltoAll":  # node after node
+        if self.kind in EXCHANGES:  # node after node
             near, far, rounds = (inside - 1) / size, (size - inside) / size, size / inside
         else:
             near, far, rounds = (inside - 1) / inside, (size - inside) / size / inside, 1 + (size > inside)
@@ -82,18 +82,26 @@ def layer_forward(plan: Plan, layer: int) -> list[Transfer]:
 def layer_backward(plan: Plan, layer: int, recomputed: bool) -> list[Transfer]:
     """Collectives of one layer's backward pass for one micro-batch, with those of its forward pass when it runs again.
 
-    The backward pass mirrors the forward one; recomputation leaves out what only makes the layer's output. An
-    all-to-all repeats that too: the gradient of the router needs the experts' rows.
+    The backward pass mirrors the forward one; recomputation leaves out what only makes the layer's output: what
+    gathers or sums the FFN's parts. An all-to-all is repeated: the gradient of the router needs the experts' rows.
     """
     forward = layer_forward(plan, layer)
     found = [replace(t, kind=MIRRORED.get(t.kind, t.kind)) for t in forward]
     if recomputed:
-        last = {t.purpose: t for t in forward}
-        found += [replace(t, calls=t.calls - (t is last[t.purpose] and t.kind not in KEPT)) for t in forward]
+        last = {t.purpose: t for t in forward if t.kind not in EXCHANGES}
+        if not _splits_ffn_width(plan, layer):
+            last.pop("tensor parallel", None)
+        found += [replace(t, calls=t.calls - (t is last.get(t.purpose))) for t in forward]
     return found
 
 
-KEPT = ("AlltoAll",)
+def _splits_ffn_width(plan: Plan, layer: int) -> bool:
+    """True for a layer with a dense FFN or shared experts whose width lies on mp."""
+    moe = plan.model.moe_config
+    return not plan.model.is_moe_layer(layer) or (moe.shared_expert_num > 0 and moe.shared_expert_split == "width")
+
+
+EXCHANGES = ("AlltoAll", "AlltoAllV")
 
 
 def embedding_step(plan: Plan) -> list[Transfer]:
@@ -121,7 +129,7 @@ def _tensor_parallel(plan: Plan, layer: int) -> Iterator[Transfer]:
     model = plan.model
     rows = plan.batch_size * model.seq_length / plan.cp * DTYPE_BYTES[model.compute_dtype]
     latents = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
-    dense = not model.is_moe_layer(layer) or model.moe_config.shared_expert_num
+    dense = _splits_ffn_width(plan, layer)
 
     def transfer(kind: str, width: int, calls: int = 1) -> Transfer:
         return Transfer("tensor parallel", kind, plan.mp, plan.mp, rows * width, calls)
@@ -152,29 +160,39 @@ def _expert_parallel(plan: Plan) -> Iterator[Transfer]:
     element = DTYPE_BYTES[model.compute_dtype]
     tokens = plan.batch_size * model.seq_length / (plan.cp * plan.mp)
 
-    def transfer(kind: str, size: float, calls: int = 1) -> Transfer:
-        return Transfer("expert parallel", kind, plan.ep, plan.ep, size, calls)
+    def transfer(kind: str, size: float, calls: int = 1, group: int = plan.ep, span: int = plan.ep) -> Transfer:
+        return Transfer("expert parallel", kind, group, span, size, calls)
 
-    dispatcher = plan.dispatcher
-    row = tokens * model.hidden_size * element
-    if dispatcher == "allgather":
+    row, chosen = model.hidden_size * element, moe.num_experts_chosen
+    choices = (tokens + 1) * chosen  # of one token more: layers/moe_dispatch.py
+    nodes = max(plan.ep // plan.node, 1)
+    between = {"group": nodes, "span": plan.ep - plan.node + 1}
+    if plan.dispatcher == "allgather":
         gathered = tokens * plan.ep
-        yield transfer("AllGather", gathered * model.hidden_size * element)
-        yield transfer("AllGather", gathered * moe.num_experts_chosen * FLOAT_BYTES)
-        yield transfer("AllGather", gathered * moe.num_experts_chosen * ID_BYTES)
-        yield transfer("ReduceScatter", gathered * model.hidden_size * element)
-    elif dispatcher == "capacity":
-        yield transfer("AlltoAll", capacity_rows(plan) * model.hidden_size * element, 2)
-    elif plan.ep <= plan.node or dispatcher == "alltoall" and not plan.software.distinct_rows:
-        times = distinct_parts(moe, plan.ep) if plan.software.distinct_rows else moe.num_experts_chosen
-        yield transfer("AlltoAll", row * times, 2)
+        yield transfer("AllGather", gathered * row)
+        yield transfer("AllGather", gathered * chosen * FLOAT_BYTES)
+        yield transfer("AllGather", gathered * chosen * ID_BYTES)
+        yield transfer("ReduceScatter", gathered * row)
+    elif plan.dispatcher == "capacity":
+        yield transfer("AlltoAll", capacity_rows(plan) * row, 2)
+    elif plan.software.distinct_rows:
+        if nodes > 1:  # once for each node; DeepEP spreads rows inside it while others arrive
+            yield transfer("AlltoAll", tokens * distinct_parts(moe, nodes) * row, 2, **between)
+        else:
+            yield transfer("AlltoAll", tokens * distinct_parts(moe, plan.ep) * row, 2)
+    elif plan.dispatcher == "alltoall" or nodes == 1:
+        yield transfer("AlltoAll", moe.expert_num * FLOAT_BYTES)
+        yield transfer("AlltoAllV", choices * ID_BYTES)
+        yield transfer("AlltoAllV", choices * row, 2)
     else:  # a token crosses the network once for each node, then goes to its ranks there
-        nodes = plan.ep // plan.node
-        rows = row * distinct_parts(moe, nodes)
-        yield Transfer("expert parallel", "AlltoAll", nodes, plan.ep - plan.node + 1, rows, 2)
-        if not plan.software.distinct_rows:  # DeepEP spreads them while others arrive
-            yield Transfer("expert parallel", "AllGather", plan.node, plan.node, rows * plan.node, 1)
-            yield Transfer("expert parallel", "ReduceScatter", plan.node, plan.node, rows * plan.node, 1)
+        inside = {"group": plan.node, "span": plan.node}
+        crossing = (tokens + 1) * distinct_parts(moe, nodes)
+        yield transfer("AlltoAll", nodes * FLOAT_BYTES, **between)
+        yield transfer("AlltoAllV", crossing * chosen * FLOAT_BYTES, 2, **between)  # gates and ids
+        yield transfer("AlltoAllV", crossing * row, 2, **between)
+        yield transfer("AlltoAll", moe.expert_num // nodes * FLOAT_BYTES, **inside)
+        yield transfer("AlltoAllV", choices * ID_BYTES, **inside)
+        yield transfer("AlltoAllV", choices * row, 2, **inside)
 
 
 def distinct_parts(moe, parts: int) -> float:

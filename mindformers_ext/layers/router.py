@@ -41,6 +41,8 @@ class TopkRouterV2(nn.Cell):
         if self.has_bias:
             self.e_score_correction_bias = self._per_expert("e_score_correction_bias")
         self.expert_load = self._per_expert("expert_load")  # tokens since the last update
+        if moe.use_gmm and moe.dropless_rows == "bounded":
+            self.dropped_choices = self._per_expert("dropped_choices", 1)  # since the last step that reported them
 
         self.gate = matrix_product()
         self.score = ops.Sigmoid() if moe.use_gating_sigmoid else ops.Softmax()
@@ -52,9 +54,9 @@ class TopkRouterV2(nn.Cell):
         self.one, self.zero = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
         self.minus_inf = Tensor(-np.inf, mstype.float32)
 
-    def _per_expert(self, name: str) -> Parameter:
-        """Router state (E,) float32, the same on every device; no gradient."""
-        zeros = initializer("zeros", (self.num_experts,), mstype.float32)
+    def _per_expert(self, name: str, size: int = 0) -> Parameter:
+        """Router state (E,) float32, or of another size, the same on every device; no gradient."""
+        zeros = initializer("zeros", (size or self.num_experts,), mstype.float32)
         return Parameter(zeros, name=name, requires_grad=False, parallel_optimizer=False)
 
     def bias(self):

@@ -82,9 +82,23 @@ def masked_rows(graph: Graph, node: pb.NodeProto) -> None:
     graph.kernel(node, "MaskedRows", [x, mask, number])
 
 
+def row_sums(graph: Graph, node: pb.NodeProto) -> None:
+    """ReduceSum(x, -1, ...) of bfloat16 that keeps the axis, which MindSpore's CPU kernel refuses."""
+    x, axis = node.input[:2]
+    if graph.tensor(x).data_type != pb.TensorProto.BFLOAT16 or graph.integers(axis) not in (
+        [-1],
+        [len(graph.dims(x)) - 1],
+    ):
+        raise NoMatch("not bfloat16, or another axis")
+    if graph.dims(node.output[0]) != [*graph.dims(x)[:-1], 1]:
+        raise NoMatch("the axis goes")
+    graph.kernel(node, "RowSums", [x])
+
+
 BASIC_REWRITES: dict[str, Callable[[Graph, pb.NodeProto], None]] = {
     "MatMul": matmul,
     "StridedSlice": columns,
     "AddN": joined_columns,
     "MaskedFill": masked_rows,
+    "ReduceSum": row_sums,
 }

@@ -16,7 +16,8 @@ class Call:
 
     operation: str
     ranks: tuple[int, ...]  # global ranks of the group; for Send and Receive (source, target)
-    # What all members must agree on: reduction, dimensions, root; the tag of a message; AlltoAllV's counts both ways.
+    # What all members must agree on: reduction, dimensions, root; the tag of a message; AlltoAllV's counts both ways,
+    # where they are constants.
     detail: tuple
     dtype: str
     elements: int  # of this rank's output (Send: of its input)

@@ -15,6 +15,7 @@ import mindspore.train.mind_ir_pb2 as pb
 from mindformers_ext.collectives.collectives import library_path
 from mindformers_ext.files.atomic import whole_file
 from mindformers_ext.lowering.basic_operators import use_our_kernels
+from mindformers_ext.lowering.bounded_rows import add_rows, bound_rows, places, take_rows
 from mindformers_ext.lowering.calls import Call, write_calls
 from mindformers_ext.lowering.fused_loss import fuse_losses
 from mindformers_ext.lowering.fused_norm import fuse_norms
@@ -42,6 +43,7 @@ def lower(model: pb.ModelProto, rank: int, world_size: int) -> list[Call]:
     """
     inline_functions(model)
     graph = Graph(model, rank, world_size)
+    bound_rows(graph)
     for node in list(graph.nodes):
         _rewrite(graph, node)
     for function in model.functions:
@@ -115,10 +117,14 @@ def collective(*same: str) -> Callable:
 
 
 def all_to_all_v(graph: Graph, node: pb.NodeProto) -> None:
-    """Rewriter of AlltoAllV(x, counts to send, counts to receive); both are constants, in blocks."""
+    """Rewriter of AlltoAllV(x, counts to send, counts to receive), in blocks: constants, or computed in the step."""
     attributes = attributes_of(graph.primitive(node))
+    ranks = group_ranks(graph, node, attributes)
+    if node.input[1] not in graph.constants:
+        block = attributes.get("block_size", 1)
+        return _place(graph, node, "AlltoAllV", ranks, (), rank_list=ranks, block=block)
     sent, received = (_counts(graph, name, attributes) for name in node.input[1:3])
-    _exchange(graph, node, group_ranks(graph, node, attributes), sent, received)
+    _exchange(graph, node, ranks, sent, received)
 
 
 def all_to_all_vc(graph: Graph, node: pb.NodeProto) -> None:
@@ -172,7 +178,11 @@ def _place(
 
 
 def passes_on(graph: Graph, node: pb.NodeProto) -> None:
-    """Rewriter of the NPU's float status register, which starts clear: CPU has none, so the status stays as it is."""
+    """Rewriter of what only copies its first input here.
+
+    MoveTo is to the device's own memory; the NPU's float status register, which CPU has not, starts clear.
+    """
+    del node.input[1:]
     graph.use(node, "TensorMove")
 
 
@@ -189,5 +199,9 @@ REWRITES: dict[str, Callable[[Graph, pb.NodeProto], None]] = {
     "Receive": message,
     "NPUGetFloatStatusV2": passes_on,
     "NPUClearFloatStatusV2": passes_on,
+    "MoveTo": passes_on,
+    "NonZero": places,
+    "IndexSelect": take_rows,
+    "IndexAddExt": add_rows,
     **FUSED_REWRITES,
 }

@@ -55,7 +55,8 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False, rewrite: 
     parameters {name: {shape, dtype, bytes}} as stored on this rank (weights, optimizer states, gradient buffers),
     weights (names of those that the optimizer updates), collectives (`mindir.Collective`), audit
     (`operator_rules.Finding`), operators (`roofline.Work`), flops {model, hardware} per step of this rank as MindSpore
-    counts them, compile_seconds, cpu_seconds and peak_rss_bytes of this process.
+    counts them, balanced_experts (see `assume_balanced`), compile_seconds, cpu_seconds and peak_rss_bytes of this
+    process.
     """
     import mindspore as ms
     from mindspore.communication import get_group_size, get_process_group_ranks, get_rank
@@ -69,8 +70,10 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False, rewrite: 
     gc.freeze()  # MindSpore collects garbage often while it compiles: not among what is there already
     if not values:
         without_values(cell)
+    balanced = False
     if int(os.environ["MS_SIMULATION_LEVEL"]) >= MEMORY:
         without_branch(cell)
+        balanced = assume_balanced(cell)
     cell.compile(*inputs)
     seconds = time.time() - start
     phase = compiled_phase(cell)
@@ -95,6 +98,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False, rewrite: 
         "audit": [asdict(f) for f in audit(model, cell_lines(cell), ms.get_context("deterministic") == "ON")],
         "operators": [asdict(work) for work in count_operators(model)],
         "flops": {"model": flops[0], "hardware": flops[1]},
+        "balanced_experts": balanced,
         "compile_seconds": seconds,
         "cpu_seconds": time.process_time(),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -150,6 +154,19 @@ def without_branch(cell) -> None:
     """
     if hasattr(cell, "process_loss_scale"):
         cell.process_loss_scale = never_skips
+
+
+def assume_balanced(cell) -> bool:
+    """Give every buffer whose length a step decides the length it has when all experts have as many rows.
+
+    Returns True when there is such a buffer.
+
+    The plan of the memory needs lengths: it cannot be made of operators whose result says how long it is.
+    """
+    parts = [part for _, part in cell.cells_and_names() if hasattr(part, "assume_balanced")]
+    for part in parts:
+        part.assume_balanced()
+    return bool(parts)
 
 
 def compiled_phase(cell) -> str:

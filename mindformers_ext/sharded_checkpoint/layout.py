@@ -19,7 +19,7 @@ from mindformers_ext.sharded_checkpoint.shards import GRADIENT_BUFFERS, Ranges, 
 FORMAT = 1
 BLOCK_BYTES = 4 * 2**20
 # Sums over the micro-batches of one step: zero, or about to be, whenever a step has ended.
-COUNTERS = ("expert_load", "loss_parts", "max_logits_val")
+COUNTERS = ("expert_load", "dropped_choices", "loss_parts", "max_logits_val")
 # A parameter of MindSpore's optimizers, but the YAML decides it; training/bad_steps.py decides the other.
 SETTINGS = ("learning_rate", "norm_limit")
 

@@ -49,6 +49,15 @@ def take_loss_parts(model: nn.Cell) -> tuple[float | None, float | None, float |
     return tuple(float(part) for part in parts[:3] / parts[3])
 
 
+def take_dropped(model: nn.Cell) -> int | None:
+    """Choices of experts that found no row in this step, with dropless_rows: bounded, over the layers here; reset."""
+    counters = [router.dropped_choices for _, router in model.moe_routers() if hasattr(router, "dropped_choices")]
+    dropped = sum(int(counter.asnumpy()[0]) for counter in counters)
+    for counter in counters:
+        ops.assign(counter, ops.zeros_like(counter))
+    return dropped if counters else None
+
+
 def samples_per_step(dataset: Any) -> int:
     """Samples of one optimizer step over all devices."""
     local = dataset.get_batch_size()
@@ -216,7 +225,9 @@ class TrainingMetrics(Callback):
         self.overflows += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         main, mtp, balance = take_loss_parts(self.model)
+        dropped = take_dropped(self.model)
         return {
+            **({} if dropped is None else {"dropped_choices": dropped}),
             "loss": None if main is None else main + self.model.mtp_factor() * mtp + balance,
             "main_loss": main,
             "mtp_loss": mtp,
@@ -324,6 +335,7 @@ def line(record: dict[str, Any]) -> str:
         f"grad norm {number(record['grad_norm'])}, lr {record['lr'] or 0:.3e}, "
         f"{record['tokens_per_s']:,.0f} tokens/s, {record['tflops_per_device']:.4f} TFLOP/s per device, "
         f"MFU {record['mfu']:.2%}, expert load max/mean {worst:.2f}"
+        + (f", {record['dropped_choices']} choices dropped" if "dropped_choices" in record else "")
     )
 
 

@@ -32,7 +32,7 @@ from mindformers_ext.layers.fused_ops import (
     split_columns,
     swiglu,
 )
-from mindformers_ext.layers.moe_dispatch import CapacityDispatch, DroplessDispatch
+from mindformers_ext.layers.moe_dispatch import expert_dispatch
 from mindformers_ext.layers.router import TopkRouterV2
 
 __all__ = ["DeepseekV2ForCausalLM", "DeepseekV2Model"]
@@ -163,15 +163,19 @@ def part(strided_slice, x, start, width):
 
 
 class FeedForward(nn.Cell):
-    """SwiGLU: down(silu(gate(x)) * up(x)); the dense FFN (`place` mlp) and the shared experts (shared_experts)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)); the dense FFN (`place` mlp) and the shared experts (shared_experts).
 
-    def __init__(self, config, width: int, place: str = "mlp"):
+    `split` is what model parallelism splits: the width, or the tokens.
+    """
+
+    def __init__(self, config, width: int, place: str = "mlp", split: str = "width"):
         super().__init__()
-        self.gate_proj = Linear(config, config.hidden_size, width, "column_parallel", f"{place}.gate_proj")
-        self.up_proj = Linear(config, config.hidden_size, width, "column_parallel", f"{place}.up_proj")
-        self.down_proj = Linear(config, width, config.hidden_size, "row_parallel", f"{place}.down_proj")
+        widen, narrow = ("column_parallel", "row_parallel") if split == "width" else ("latent", "latent")
+        self.gate_proj = Linear(config, config.hidden_size, width, widen, f"{place}.gate_proj")
+        self.up_proj = Linear(config, config.hidden_size, width, widen, f"{place}.up_proj")
+        self.down_proj = Linear(config, width, config.hidden_size, narrow, f"{place}.down_proj")
         self.swiglu = swiglu(config)
-        shard(self.swiglu, "feed_forward", config)
+        shard(self.swiglu, f"feed_forward_{split}", config)
         adapted = any(config.lora.has(f"{place}.{name}_proj") for name in ("gate", "up", "down"))
         self.at_once = None if adapted else feed_forward(config)
 
@@ -219,48 +223,56 @@ class MixtureOfExperts(nn.Cell):
         self.experts = Experts(config)
         self.has_shared = moe.shared_expert_num > 0
         if self.has_shared:
-            self.shared_experts = FeedForward(
-                config, moe.shared_expert_num * moe.moe_intermediate_size, "shared_experts"
-            )
+            width = moe.shared_expert_num * moe.moe_intermediate_size
+            self.shared_experts = FeedForward(config, width, "shared_experts", moe.shared_expert_split)
             self.add_shared = ops.Add()
-        policy = DroplessDispatch if moe.use_gmm else CapacityDispatch
-        self.dispatch = policy(config, expert_group(config))
+        self.dispatch = expert_dispatch(config, expert_group(config))
         self.balance = BalanceLoss(config)
         self.counts_unbiased = self.balance.active and self.gate.has_bias
         self.compute_dtype, self.out_type = getattr(mstype, config.compute_dtype), activation_type(config)
-        self.local = run_locally(self._local, self._local_shapes, self._local_types, experts_plan(), config)
+        self.bounds_rows = moe.use_gmm and moe.dropless_rows == "bounded"
+        plan = experts_plan(5 + self.bounds_rows)
+        self.local = run_locally(self._local, self._local_shapes, self._local_types, plan, config)
         self.count_mul, self.count = ops.Mul(), ops.ReduceSum()
         self.add_load = ops.AssignAdd().recompute(False)  # a recomputed forward must not count again
+        self.count_dropped, self.add_dropped = ops.ReduceSum(), ops.AssignAdd().recompute(False)
         shard(self, "mixture_of_experts", config)
 
     def construct(self, x, token_mask, batch):
         """x (T, H), token_mask (T, 1) float32 (0 on padding) -> y (T, H) and this layer's balance loss, (1,)."""
         gate_up, down = self.experts()
-        y, chosen, counted, scores, logits = self.local(x, self.gate.weight, self.gate.bias(), gate_up, down)
+        found = self.local(x, self.gate.weight, self.gate.bias(), gate_up, down)
+        y, chosen, counted, scores, logits = found[:5]
         loss = no_loss()
         if self.training:
             self.add_load(self.gate.expert_load, self.count(self.count_mul(ops.stop_gradient(chosen), token_mask), 0))
+            if self.bounds_rows:
+                self.add_dropped(self.gate.dropped_choices, self.count_dropped(ops.stop_gradient(found[5]), 0))
             loss = self.balance(scores, logits, counted, token_mask, batch)
         if self.has_shared:
             y = self.add_shared(y, self.shared_experts(x))
         return y, loss
 
     def _local(self, x, gate_weight, bias, gate_up, down):
-        """(y (T, H); chosen, counted, scores, logits (T, E)) of this device's tokens.
+        """(y (T, H); chosen, counted, scores, logits (T, E)) of this device's tokens; with a bound dropped (T, 1).
 
         `chosen` is where tokens went; `counted` is what the balance loss counts: V3 ignores bias and groups (eq. 18).
         """
         topk_weights, topk_ids, scores, logits, chosen, unbiased = self.gate.route_and_count(x, gate_weight, bias)
-        y = self.dispatch.run(ops.cast(x, self.compute_dtype), topk_weights, topk_ids, gate_up, down)
-        y = ops.cast(y, self.out_type)
-        return y, chosen, unbiased if self.counts_unbiased else chosen, scores, logits
+        counted = unbiased if self.counts_unbiased else chosen
+        inputs = ops.cast(x, self.compute_dtype), topk_weights, topk_ids, gate_up, down
+        if self.bounds_rows:
+            y, dropped = self.dispatch.run_and_count(*inputs)
+            return ops.cast(y, self.out_type), chosen, counted, scores, logits, dropped
+        return ops.cast(self.dispatch.run(*inputs), self.out_type), chosen, counted, scores, logits
 
     def _local_shapes(self, x, gate_weight, *_):
         per_expert = [x[0], gate_weight[0]]
-        return x, per_expert, per_expert, per_expert, per_expert
+        shapes = x, per_expert, per_expert, per_expert, per_expert
+        return (*shapes, [x[0], 1]) if self.bounds_rows else shapes
 
     def _local_types(self, *_):
-        return (self.out_type,) + (mstype.float32,) * 4
+        return (self.out_type,) + (mstype.float32,) * (4 + self.bounds_rows)
 
 
 class DecoderLayer(nn.Cell):

@@ -73,7 +73,8 @@ def plans(config) -> dict[str, dict[str, tuple]]:
         "key_rotary_at": rotary_plan(("dp", NONE, "cp", NONE), "dp"),
         **lora_plans(tokens, width),
         # feed-forward
-        "feed_forward": {"silu": (width,), "gate_mul": (width, width)},
+        "feed_forward_width": {"silu": (width,), "gate_mul": (width, width)},
+        "feed_forward_tokens": {"silu": (tokens,), "gate_mul": (tokens, tokens)},
         "decoder_layer": {"add_attention": (tokens, tokens), "add_mlp": (tokens, tokens)},
         "multi_token_predictor": {"cat": (tokens, tokens)},
         "shift_left": {"rest": (batch,), "last": (batch,), "cat": (batch, batch)},
@@ -81,6 +82,8 @@ def plans(config) -> dict[str, dict[str, tuple]]:
             "count_mul": (flat, flat),
             "count": (flat,),
             "add_load": ((NONE,), (NONE,)),
+            "count_dropped": (flat,),
+            "add_dropped": ((NONE,), (NONE,)),
             **({"add_shared": (tokens, tokens)} if config.moe_config.shared_expert_num else {}),
         },
         "causal_lm": {"add_loss_parts": ((NONE,), (NONE,))},
@@ -109,10 +112,10 @@ def lora_plans(tokens: tuple, width: tuple) -> dict[str, dict[str, tuple]]:
     }
 
 
-def experts_plan() -> tuple:
+def experts_plan(outputs: int) -> tuple:
     """Layouts of the per-device MoE program on the grid (edp, ep): inputs, then outputs."""
     tokens, experts = (("edp", "ep"), NONE), ("ep", NONE, NONE)
-    return (tokens, (NONE, NONE), (NONE,), experts, experts), (tokens,) * 5
+    return (tokens, (NONE, NONE), (NONE,), experts, experts), (tokens,) * outputs
 
 
 def adapter_plan() -> tuple:
@@ -267,7 +270,10 @@ def run_locally(function, shapes, types, plan: tuple, config):
 def expert_group(config) -> ExpertGroup:
     """The expert-parallel group of this device; one device where nothing is split."""
     p = config.parallel_config
-    return ExpertGroup(p.expert_parallel, get_rank(), p.model_parallel) if is_sharded() else ExpertGroup()
+    moe = config.moe_config
+    by_node = moe.use_gmm and moe.moe_token_dispatcher_type == "alltoall_deredundency"
+    inner = moe.npu_nums_per_device if by_node else p.model_parallel
+    return ExpertGroup(p.expert_parallel, get_rank(), inner) if is_sharded() else ExpertGroup()
 
 
 def loss_axes(config) -> OpParallelConfig:

@@ -39,7 +39,18 @@ ILLEGAL = [
     ([("moe_config.expert_num", 160), ("parallel_config.expert_parallel", 64)], ["64 does not divide 160", "32"]),
     ([("model.model_config.num_heads", 126)], ["divide num_heads", "4 does not divide 126", "nearest legal: 2"]),
     ([("model.model_config.vocab_size", 129281)], ["divide vocab_size", "4 does not divide 129281", "legal: 1"]),
-    ([("moe_config.moe_intermediate_size", 2046)], ["divide moe_intermediate_size", "4 does not divide 2046"]),
+    (
+        [("moe_config.shared_expert_split", "width"), ("moe_config.moe_intermediate_size", 2046)],
+        ["divide moe_intermediate_size", "4 does not divide 2046"],
+    ),
+    (
+        [("moe_config.moe_token_dispatcher_type", "alltoall"), ("moe_config.use_gmm", False)],
+        ["moe_token_dispatcher_type is 'alltoall'", "needs use_gmm"],
+    ),
+    (
+        [("moe_config.moe_token_dispatcher_type", "alltoall"), ("moe_config.dropless_rows", "bounded")],
+        ["dropless_rows is 'bounded'", "hold the rows there are"],
+    ),
     ([("model.model_config.seq_length", 4098)], ["1 x 4 = 4", "4098 is not a multiple of 4", "4096 or 4100"]),
     ([("parallel_config.micro_batch_num", 8)], ["micro_batch_num is 8", "pipeline_stage is 16", "nearest legal: 16"]),
     ([("model.model_config.offset", [1] * 16)], ["num_layers = 61", "sum to 16 instead of 13", "64 layers"]),

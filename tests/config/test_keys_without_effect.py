@@ -250,13 +250,18 @@ EFFECTS = {
         "mindformers_ext/config/model.py": "target_modules",
     },
     "MoeConfig": {
-        "research/deepseek3/deepseek2_model.py": "expert_num shared_expert_num moe_intermediate_size use_gmm",
+        "research/deepseek3/deepseek2_model.py": """
+            expert_num shared_expert_num shared_expert_split moe_intermediate_size""",
         "research/deepseek3/balance_loss.py": """
             num_experts_chosen use_gating_sigmoid n_group topk_group aux_loss_types aux_loss_factors z_loss_factor""",
         "mindformers_ext/layers/fused_ops.py": """
             topk_method norm_topk_prob routed_scaling_factor use_fused_ops_topkrouter use_fused_ops_permute""",
+        "research/deepseek3/sharding.py": "npu_nums_per_device",
+        "mindformers_ext/layers/exact_experts.py": "dropless_rows dropless_row_factor",
         "mindformers_ext/layers/router.py": "balance_via_topk_bias topk_bias_update_rate",
-        "mindformers_ext/layers/moe_dispatch.py": "capacity_factor expert_group_size enable_sdrop group_wise_a2a",
+        "mindformers_ext/layers/moe_dispatch.py": """
+            use_gmm moe_token_dispatcher_type capacity_factor expert_group_size enable_sdrop
+            group_wise_a2a""",
         "mindformers_ext/config/model.py": "first_k_dense_replace aux_loss_factor routing_policy",
     },
 }

@@ -21,8 +21,12 @@ LITE = RUNS / "deepseek2_lite" / "pretrain_deepseek2_lite.yaml"
 GIB = 2**30
 
 
+# What was the only way when these ranks were compiled.
+STATIC = [("moe_config.dropless_rows", "worst_case"), ("moe_config.shared_expert_split", "width")]
+
+
 def cluster(*overrides: tuple):
-    return read_run(CLUSTER, None, list(overrides))
+    return read_run(CLUSTER, None, STATIC + list(overrides))
 
 
 def test_layer_collectives_by_hand():
@@ -96,7 +100,7 @@ def test_dense_stage_moves_what_the_compiler_moves():
 def test_last_stage_moves_what_the_compiler_moves():
     """The same for rank 960 of the project's 671B YAML (two MoE layers, MTP, both heads; 32 micro-batches)."""
     found = Counter()
-    for t in estimate(read_run(PRETRAIN), load_profile()).stages[15].transfers:
+    for t in estimate(read_run(PRETRAIN, None, STATIC), load_profile()).stages[15].transfers:
         found[t.kind, t.group_size] += t.wire_bytes / 1e6
     compiled = {
         ("AllGather", 8): 19774.0 + 7398.8,  # expert parallel in a node, and weights of experts across nodes
@@ -137,7 +141,7 @@ def test_capacity_dispatch_recomputes_both_of_its_exchanges():
 @pytest.mark.parametrize(
     ("config", "overrides", "planned"),
     [
-        (PRETRAIN, [], {0: 21259, 1: 47069, 15: 45978}),
+        (PRETRAIN, STATIC, {0: 21259, 1: 47069, 15: 45978}),
         (PRETRAIN, CAPACITY, {0: 20153, 1: 45968, 15: 39711}),
         (LITE, [], {0: 47821}),
     ],
@@ -155,7 +159,7 @@ def test_memory_agrees_with_the_compilers_plan(config, overrides, planned):
 @pytest.mark.parametrize(
     ("overrides", "planned"),
     [
-        ([], {0: 21.5, **dict.fromkeys(range(1, 14), 46.55), 14: 40.6, 15: 45.5}),  # 1 to 13: 46.4 to 46.7
+        (STATIC, {0: 21.5, **dict.fromkeys(range(1, 14), 46.55), 14: 40.6, 15: 45.5}),  # 1 to 13: 46.4 to 46.7
         (CAPACITY, {0: 20.4, 1: 45.2, 8: 46.4, 15: 39.0}),
     ],
     ids=["dropless", "capacity"],

@@ -34,6 +34,7 @@ def small(layers: int = 4):
         "model.model_config.num_layers": layers,
         "model.model_config.offset": 0,
         "moe_config.expert_num": 32,
+        "moe_config.use_fused_ops_permute": True,
         "moe_config.first_k_dense_replace": 1,
         "parallel_config.data_parallel": 8,
         "parallel_config.model_parallel": 1,
@@ -89,8 +90,7 @@ def test_plans_become_yamls_of_the_same_estimate():
         run = base.changed(overrides(base, candidate.plan), 8)
         assert check_plan(run) == []
         read = Plan.of(run)
-        asked = {"model": read.model, "dispatcher": read.dispatcher, "software": read.software}
-        assert read == replace(candidate.plan, **asked)
+        assert read == replace(candidate.plan, model=read.model)
 
 
 def test_no_plan_is_faster_than_its_familys_least():

@@ -52,7 +52,7 @@ def test_a_plan_for_a_missing_operator_is_an_error(semi_auto):
     cell = FeedForward(config, 8)
     del cell.swiglu.gate_mul
     with pytest.raises(AttributeError, match="gate_mul"):
-        sharding.shard(cell.swiglu, "feed_forward", config)
+        sharding.shard(cell.swiglu, "feed_forward_width", config)
 
 
 @pytest.mark.parametrize(
