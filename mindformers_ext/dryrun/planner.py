@@ -19,7 +19,7 @@ from mindformers_ext.config.run import Run
 from mindformers_ext.config.strategy_rules import check_plan
 from mindformers_ext.dryrun.cost_model import Costs, PlanCost, estimate, stage_memory, step_timeline
 from mindformers_ext.dryrun.device_profile import DeviceProfile
-from mindformers_ext.dryrun.plan import DISPATCHERS, Plan, placed
+from mindformers_ext.dryrun.plan import DATA, DISPATCHERS, Plan, placed
 
 
 @dataclass(frozen=True)
@@ -243,13 +243,14 @@ def dispatchers_of(base: Run) -> tuple[str, ...]:
 
 
 def least(plan: Plan, profile: DeviceProfile) -> tuple[float, float]:
-    """(seconds, bytes) that a step takes at least: all layers spread evenly over the stages, nothing computed again.
+    """(seconds, bytes) that a step takes at least: all work spread evenly over the stages, nothing computed again.
 
     Bytes are what an average stage needs when all of its layers are computed again.
     """
     one_part = replace(plan, layers=((tuple(range(plan.model.layers_in_all)),),), pp=1)
     costs = Costs(one_part, profile)
-    seconds = _sum(costs.passes(0, 0)) / plan.pp * plan.micro_batches
+    exchange = costs.exchange_seconds(0)[1] * (profile.overlap_cost if DATA in plan.software.overlaps else 1.0)
+    seconds = (_sum(costs.passes(0, 0)) * plan.micro_batches + exchange) / plan.pp
     held = sum(count * sum(costs.held(weights).values()) for count, weights in costs.weights(0))
     again = costs.like(replace(one_part, recomputed=frozenset(one_part.layers[0][0])))
     rows, working = again.layer_bytes(plan.model.num_layers - 1)
