@@ -24,6 +24,7 @@ ROOMS = (
     "lowering",
     "cpu_parallel",
     "cluster",
+    "first_hour",
 )
 
 

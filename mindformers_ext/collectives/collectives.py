@@ -136,12 +136,12 @@ def all_gather(array: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
     return _run(b"AllGather", array, np.empty((len(ranks), *array.shape), array.dtype), ranks)
 
 
-def reduce_scatter(array: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
+def reduce_scatter(array: np.ndarray, ranks: Sequence[int], reduce: str = "sum") -> np.ndarray:
     """(s / n, ...) <- (s, ...): this rank's part of the reduction."""
     if not len(ranks) or array.ndim == 0 or array.shape[0] % len(ranks):
         raise ValueError(f"dimension 0 of {array.shape} must be a multiple of the {len(ranks)} ranks")
     out = np.empty((array.shape[0] // len(ranks), *array.shape[1:]), array.dtype)
-    return _run(b"ReduceScatter", array, out, ranks)
+    return _run(b"ReduceScatter", array, out, ranks, reduce)
 
 
 def all_to_all(array: np.ndarray, ranks: Sequence[int], split: int, concat: int) -> np.ndarray:

@@ -20,6 +20,7 @@ class RankJob:
         world_size: ranks of the run.
         stages: pipeline stages.
         ranks_per_sample: ranks of a stage that read the same samples (cp * mp).
+        loss_stage: the stage that knows the loss; a folded pipeline ends on the first.
     """
 
     folder: Path
@@ -28,20 +29,22 @@ class RankJob:
     world_size: int
     stages: int
     ranks_per_sample: int
+    loss_stage: int = 0
 
     @classmethod
     def current(cls) -> "RankJob":
         """The job of this process."""
-        stages, ranks_per_sample = map(int, os.environ[DEGREES].split(","))
         rank, world_size = int(os.environ[RANK]), int(os.environ[WORLD_SIZE])
-        return cls(Path(os.environ[FOLDER]), os.environ[JOB], rank, world_size, stages, ranks_per_sample)
+        return cls(
+            Path(os.environ[FOLDER]), os.environ[JOB], rank, world_size, *map(int, os.environ[DEGREES].split(","))
+        )
 
     def environment(self) -> dict[str, str]:
         """What makes `current` return this job in a child process."""
         return {
             FOLDER: str(self.folder.resolve()),
             JOB: self.job,
-            DEGREES: f"{self.stages},{self.ranks_per_sample}",
+            DEGREES: f"{self.stages},{self.ranks_per_sample},{self.loss_stage}",
             RANK: str(self.rank),
             WORLD_SIZE: str(self.world_size),
         }

@@ -81,9 +81,18 @@ class Pipeline:
         """Decoder layers of each stage, without MTP's."""
         return [sum(n for place, n in self.counts.items() if place.stage == s) for s in range(self.stages)]
 
+    @cached_property
+    def held(self) -> dict[Place, list[int]]:
+        """Decoder layers of every chunk, MTP's included."""
+        found: dict[Place, list[int]] = {place: [] for place in self.way}
+        for layer, place in enumerate(self.places):
+            found[place].append(layer)
+        return found
+
     def layers_of(self, stage: int, chunk: int | None = None) -> list[int]:
         """Decoder layers of a stage, or of one chunk of it; number `layers` and above are MTP's."""
-        return [i for i, (s, c) in enumerate(self.places) if s == stage and chunk in (None, c)]
+        chunks = range(self.chunks) if chunk is None else [chunk]
+        return [i for c in chunks for i in self.held[stage, c]]
 
     def covered(self, setting: bool | Sequence) -> list[int]:
         """Decoder layers that a recompute setting means: all, or the first so many of every stage or chunk.
@@ -92,19 +101,15 @@ class Pipeline:
         """
         if not isinstance(setting, list | tuple):
             return list(range(self.layers + self.further)) if setting else []
-        held = {place: self.layers_of(*place) for place in self.way}
-        if not isinstance(setting[0], list | tuple):
-            setting = self._dealt(setting, {place: len(layers) for place, layers in held.items()})
-        return sorted(i for place, layers in held.items() for i in layers[: setting[place.chunk][place.stage]])
+        rows = setting if isinstance(setting[0], list | tuple) else self._dealt(setting)
+        return sorted(i for (stage, chunk), layers in self.held.items() for i in layers[: rows[chunk][stage]])
 
-    def _dealt(self, numbers: Sequence[int], held: dict[Place, int]) -> list[list[int]]:
+    def _dealt(self, numbers: Sequence[int]) -> list[list[int]]:
         rows = [[0] * self.stages for _ in range(self.chunks)]
         for stage, left in enumerate(numbers):
-            while left > 0 and any(rows[c][stage] < held[Place(stage, c)] for c in range(self.chunks)):
-                for chunk in range(self.chunks):
-                    if left > 0 and rows[chunk][stage] < held[Place(stage, chunk)]:
-                        rows[chunk][stage] += 1
-                        left -= 1
+            turns = [(turn, c) for c in range(self.chunks) for turn, _ in enumerate(self.held[stage, c])]
+            for _, chunk in sorted(turns)[: max(left, 0)]:
+                rows[chunk][stage] += 1
         return rows
 
 

@@ -166,6 +166,7 @@ class Run:
     pp = said("parallel_config.pipeline_stage")
     ep = said("parallel_config.expert_parallel")
     batch_size = said("runner_config.batch_size")  # sequences of a data-parallel rank and micro-batch
+    scheduler = said("parallel.pipeline_config.pipeline_scheduler")  # the order of micro-batches in the pipeline
     sequence_parallel = said("parallel_config.use_seq_parallel")  # tokens lie on mp between its operators
     recompute = said("recompute_config.recompute")  # layers that are computed again in the backward
     select_recompute = said("recompute_config.select_recompute")  # layers of which only some operators are
@@ -231,7 +232,7 @@ class Run:
 
     @property
     def devices_per_stage(self) -> int:
-        """dp * cp * mp."""
+        """dp * cp * mp; stages are blocks of consecutive ranks."""
         return self.dp * self.cp * self.mp
 
     @property
@@ -262,11 +263,6 @@ class Run:
         return self.sections.parallel.parallel_optimizer_config.parallel_optimizer_threshold * 1024
 
     @property
-    def scheduler(self) -> str:
-        """The order of micro-batches in the pipeline."""
-        return self.sections.parallel.pipeline_config.pipeline_scheduler
-
-    @property
     def chunks(self) -> int:
         """Runs of layers in each stage."""
         return self.model.pp_interleave_num
@@ -279,10 +275,6 @@ class Run:
     def layers_of(self, stage: int) -> list[int]:
         """Decoder layers of `stage`; layer num_layers and above are MTP's."""
         return self.pipeline.layers_of(stage)
-
-    def stage_of(self, rank: int) -> int:
-        """Pipeline stage of a global rank: stages are blocks of consecutive ranks."""
-        return rank // self.devices_per_stage
 
 
 def read_run(path: str | Path, device_num: int | None = None, overrides: Iterable[tuple[str, Any]] = ()) -> Run:

@@ -151,7 +151,7 @@ class PipelineConfig:
     """pipeline_config of the parallel section."""
 
     pipeline_interleave: bool = False
-    pipeline_scheduler: only("1f1b", "no other order of micro-batches has been proved with these models") = "1f1b"
+    pipeline_scheduler: Literal["1f1b", "gpipe", "seqpipe", "seqvpp", "seqsmartvpp", "zero_bubble_v"] = "1f1b"
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from math import gcd
 
 from mindformers_ext.config.model import FAMILIES
-from mindformers_ext.config.pipeline import by_chunk
+from mindformers_ext.config.pipeline import FOLDED, by_chunk
 from mindformers_ext.config.run import Run
 from mindformers_ext.config.run_rules import CPU_RULES, RUN_RULES, Violation
 from mindformers_ext.config.typed import divisors_near, legal_words, nearest_legal
@@ -216,7 +216,9 @@ def capacity_groups(plan: Run) -> Iterator[Violation]:
 def chunks_and_their_switch(plan: Run) -> Iterator[Violation]:
     """A stage has several chunks when model and MindSpore's context both say so; only then other schedulers work."""
     pipeline, chunks = plan.sections.parallel.pipeline_config, plan.chunks
-    if chunks > 1 and plan.pp == 1:
+    if plan.scheduler == "seqvpp":
+        yield Violation("parallel.pipeline_config.pipeline_scheduler", f"{SEQVPP}; nearest legal: 'seqpipe'")
+    elif chunks > 1 and plan.pp == 1:
         yield Violation(
             "model.model_config.pp_interleave_num",
             "chunks of a stage need a pipeline, and pipeline_stage is 1; nearest legal: 1",
@@ -232,7 +234,23 @@ def chunks_and_their_switch(plan: Run) -> Iterator[Violation]:
             "MindSpore orders chunks only with parallel.pipeline_config.pipeline_interleave True; set it, or leave "
             "pp_interleave_num out",
         )
-    elif chunks == 1 and pipeline.pipeline_interleave and plan.scheduler == "1f1b":
+    elif plan.scheduler != "1f1b" and not pipeline.pipeline_interleave:
+        yield Violation(
+            "parallel.pipeline_config.pipeline_scheduler",
+            "MindSpore has other orders than 1f1b only for chunks: set pipeline_interleave True and "
+            "model.model_config.pp_interleave_num to 2 or more, or leave it out",
+        )
+    elif plan.scheduler == "seqsmartvpp" and plan.pp % 2:
+        yield Violation(
+            "parallel.pipeline_config.pipeline_scheduler",
+            f"it needs an even number of stages, and pipeline_stage is {plan.pp}; nearest legal: '1f1b'",
+        )
+    elif plan.scheduler == FOLDED and chunks != 2:
+        yield Violation(
+            "model.model_config.pp_interleave_num",
+            f"{FOLDED} goes through the stages once forth and once back; nearest legal: 2",
+        )
+    elif chunks == 1 and pipeline.pipeline_interleave:
         yield Violation(
             "parallel.pipeline_config.pipeline_interleave",
             "stages have one chunk of layers; set model.model_config.pp_interleave_num to 2 or more, or leave it out",
@@ -253,11 +271,14 @@ def stages_within_layers(plan: Run) -> Iterator[Violation]:
 
 
 def micro_batches_fill_stages(plan: Run) -> Iterator[Violation]:
-    if plan.micro_batches < plan.pp:
+    times, words = (
+        (2, "twice as many micro-batches as") if plan.scheduler == FOLDED else (1, "as many micro-batches as")
+    )
+    if plan.micro_batches < times * plan.pp:
         yield Violation(
             "parallel_config.micro_batch_num",
-            f"the pipeline needs at least as many micro-batches as stages, but micro_batch_num is "
-            f"{plan.micro_batches} and pipeline_stage is {plan.pp}; {legal_words([plan.pp])}",
+            f"the pipeline needs at least {words} stages, but micro_batch_num is {plan.micro_batches} and "
+            f"pipeline_stage is {plan.pp}; {legal_words([times * plan.pp])}",
         )
 
 
@@ -386,6 +407,7 @@ def dataset_strategy(plan: Run) -> Iterator[Violation]:
             return
 
 
+SEQVPP = "MindFormers 1.9 takes it only with seq_split_num above 1, which these models do not have"
 SEARCHED = "MindSpore 2.9 does not search strategies beside those of sharding.py ('Init tensor_layout failed')"
 BY_HAND = "the model splits nothing by hand, which that mode is for"
 NOT_SPLIT = "in that mode every device holds the whole model"

@@ -85,13 +85,13 @@ def override(config: dict, dotted_key: str, value: Any, path: str | Path) -> Non
     section[last] = value
 
 
-def lookup(config: dict, dotted_key: str, default: Any = None) -> Any:
-    """Return the value at `a.b.c`, or `default` when any part is missing; the whole configuration for ''."""
+def lookup(config: dict, dotted_key: str) -> Any:
+    """Return the value at `a.b.c`, None when any part is missing; the whole configuration for ''."""
     value: Any = config
     for part in dotted_key.split(".") if dotted_key else []:
         value = value.get(part) if isinstance(value, dict) else None
         if value is None:
-            return default
+            return None
     return value
 
 

@@ -52,16 +52,18 @@ def relative(value: np.ndarray, reference: np.ndarray, where: np.ndarray | bool 
     return float(ratio) if np.isfinite(ratio) else float("inf")
 
 
-def compare(single: Path, folder: Path, world_size: int, stages: int = 1, micro_batches: int = 1) -> Comparison:
+def compare(
+    single: Path, folder: Path, world_size: int, stages: int = 1, micro_batches: int = 1, loss_stage: int = -1
+) -> Comparison:
     """Compare the ranks' results in `folder` with the single process's in `single`.
 
     The loss is the first scalar output of a step; MindSpore's pipeline returns its sum over the micro-batches.
     Elements that some step of the single process moved by rounding only (certain_elements.py) are not compared.
-    Raises ValueError when a parameter of the single process is on no rank, or ranks of the last stage disagree about
-    the loss.
+    Raises ValueError when a parameter of the single process is on no rank, or ranks of the stage that knows the loss
+    disagree about it.
     """
     reference = [out[0] for out in json.loads((single / "result.json").read_text())["outputs"]]
-    losses = [loss / micro_batches for loss in last_stage_losses(folder, world_size, stages)]
+    losses = [loss / micro_batches for loss in stage_losses(folder, world_size, stages, loss_stage)]
     per_step = [relative(np.array(a), np.array(b)) for a, b in zip(losses, reference, strict=True)]
     worst_step = int(np.argmax(per_step))
     with np.load(single / "certain.npz") as certain:
@@ -83,11 +85,11 @@ def compare(single: Path, folder: Path, world_size: int, stages: int = 1, micro_
     )
 
 
-def last_stage_losses(folder: Path, world_size: int, stages: int) -> list[float]:
-    """The loss of every step, which only the ranks of the last pipeline stage know."""
-    first = world_size - world_size // stages
+def stage_losses(folder: Path, world_size: int, stages: int, stage: int = -1) -> list[float]:
+    """The loss of every step, which only the ranks of one pipeline stage know, mostly the last."""
+    first = stage % stages * (world_size // stages)
     losses = {}
-    for rank in range(first, world_size):
+    for rank in range(first, first + world_size // stages):
         outputs = json.loads((rank_folder(folder, rank) / "result.json").read_text())["outputs"]
         losses[rank] = [out[0] for out in outputs]
     for rank, values in losses.items():

@@ -58,14 +58,14 @@ def run(command: list[str], worker_num: int, log_dir: Path, say: Callable[[str],
         say(f"{worker_num} ranks are compiled; a run with run_mode train starts from them")
         return
     say(f"starting {worker_num} ranks; their logs are {log_dir}/worker_*.log")
-    job = RankJob(folder, new_name(), 0, plan.device_num, plan.pp, plan.cp * plan.mp)
-    train(command, job, log_dir, say, plan)
+    train(command, rank_job(plan, folder), log_dir, say, plan)
     say(f"all {worker_num} ranks have finished")
 
 
-def new_name() -> str:
-    """A name for the shared memory of a job that no other has."""
-    return uuid.uuid4().hex
+def rank_job(plan: Run, folder: Path) -> RankJob:
+    """The first rank of a plan whose compiled ranks are in `folder`; the name of its shared memory no other job has."""
+    degrees = plan.pp, plan.cp * plan.mp, plan.pipeline.last.stage
+    return RankJob(folder, uuid.uuid4().hex, 0, plan.device_num, *degrees)
 
 
 def train(

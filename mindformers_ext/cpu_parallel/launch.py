@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,11 +73,14 @@ def run_reference(builder: Builder, folder: Path) -> dict:
 def compile_ranks(
     builder: Builder | RunBuilder, world_size: int, folder: Path, stages: int = 1, workers: int | None = None
 ) -> list[list[Call]]:
-    """Compile and lower every rank into `folder/rank_R`; returns their collectives, proved free of deadlocks.
+    """Compile and lower every rank into `folder/rank_R`; returns their collectives, as `lowered` does."""
+    jobs = rank_jobs(builder, world_size, folder, stages)
+    return lowered(jobs, rank_pool.compile_ranks(jobs, list(range(world_size)), workers or os.cpu_count() or 1))
 
-    Raises RankError with the compiler's message and deadlock.DeadlockError.
-    """
-    jobs = rank_pool.RankJobs(
+
+def rank_jobs(builder: Builder | RunBuilder, world_size: int, folder: Path, stages: int) -> rank_pool.RankJobs:
+    """How all ranks are compiled and lowered into `folder/rank_R`."""
+    return rank_pool.RankJobs(
         module=builder.module,
         arguments=builder.compile_arguments,
         world_size=world_size,
@@ -87,11 +90,18 @@ def compile_ranks(
         python_path=builder.python_path,
         environment={"OMP_NUM_THREADS": "1"} | bytecode_cache(),
     )
-    for result in rank_pool.compile_ranks(jobs, list(range(world_size)), workers or os.cpu_count() or 1):
+
+
+def lowered(jobs: rank_pool.RankJobs, results: Iterable[rank_pool.RankResult]) -> list[list[Call]]:
+    """The collectives of all ranks once they are compiled, proved free of deadlocks.
+
+    Raises RankError with the compiler's message and deadlock.DeadlockError.
+    """
+    for result in results:
         if result.status != rank_pool.COMPILED:
             reasons = "; ".join([result.message, *result.compiler_errors[:1]])
             raise RankError(f"rank {result.rank} does not compile: {reasons} (log {result.log})")
-    sequences = [read_calls(rank_folder(folder, rank) / "calls.json") for rank in range(world_size)]
+    sequences = [read_calls(rank_folder(jobs.out, rank) / "calls.json") for rank in range(jobs.world_size)]
     deadlock.check(sequences)
     return sequences
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from mindformers_ext.bin_dataset.blended_dataset import parse_blend
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter, idx_path
-from mindformers_ext.collectives.rank_job import RankJob
 from mindformers_ext.config.one_process import one_process_overrides
+from mindformers_ext.config.pipeline import FOLDED
 from mindformers_ext.config.run import Run
 from mindformers_ext.config.run_rules import refuse
 from mindformers_ext.config.strategy_rules import check_plan
@@ -21,13 +21,14 @@ from mindformers_ext.cpu_parallel.command import absolute, read_plan
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
 from mindformers_ext.cpu_parallel.verify import Layout
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.lowering.calls import Call
+from mindformers_ext.rank_compiler.rank_pool import RankJobs
 
 CAPACITY = {"moe_config.use_gmm": False, "moe_config.capacity_factor": 4.0}
 ALL_TO_ALL = {"moe_config.moe_token_dispatcher_type": "alltoall"}
 BY_NODE = {"moe_config.moe_token_dispatcher_type": "alltoall_deredundency", "moe_config.npu_nums_per_device": 2}
 BOUNDED = {"moe_config.dropless_rows": "bounded", "moe_config.dropless_row_factor": 2.0}  # all choices of two ranks
 DROPS = {"moe_config.use_gmm": False, "moe_config.capacity_factor": 0.75}
+SCHEDULER = "parallel.pipeline_config.pipeline_scheduler"
 OPTIMIZER = "parallel.enable_parallel_optimizer"
 SHARDS = "parallel.parallel_optimizer_config"
 
@@ -61,6 +62,17 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any], dict[str, Any]]] = {
     "pp4": ({"pp": 4, "micro": 4}, {}, {}),
     "dp2-mp2-pp2-ep2": ({"dp": 2, "mp": 2, "pp": 2, "ep": 2, "micro": 2}, {}, {}),
     "pp2-chunks2": ({"pp": 2, "chunks": 2, "micro": 4}, {}, {}),
+    "pp2-chunks3": ({"pp": 2, "chunks": 3, "micro": 2}, {}, {}),
+    "pp4-chunks2": ({"pp": 4, "chunks": 2, "micro": 4}, {}, {}),
+    "pp2-chunks2-gpipe": ({"pp": 2, "chunks": 2, "micro": 4}, {SCHEDULER: "gpipe"}, {}),
+    "pp2-chunks2-seqpipe": ({"pp": 2, "chunks": 2, "micro": 4}, {SCHEDULER: "seqpipe"}, {}),
+    "pp2-chunks2-seqsmartvpp": ({"pp": 2, "chunks": 2, "micro": 4}, {SCHEDULER: "seqsmartvpp"}, {}),
+    "pp2-zero-bubble": ({"pp": 2, "chunks": 2, "micro": 4}, {SCHEDULER: FOLDED}, {}),
+    "mp2-ep2-pp2-chunks2-uneven": (
+        {"mp": 2, "ep": 2, "pp": 2, "chunks": 2, "micro": 2},
+        {"model.model_config.offset": [[0, 1], [0, 0]], "recompute_config.recompute": [[1, 1], [0, 1]]},
+        {"model.model_config.num_layers": 5},
+    ),
     "dp2-optimizer": ({"dp": 2}, {OPTIMIZER: True, SHARDS: {"parallel_optimizer_threshold": 0}}, {}),
     "dp4-optimizer2": (
         {"dp": 4},
@@ -124,7 +136,8 @@ class RunProblem:
         found = {name: self._layout(name, *spec) for name, spec in LAYOUTS.items()}
         p = self.plan
         if p.device_num > 1:
-            found[OWN] = Layout(OWN, {"overrides": {"use_parallel": True}, "model": {}}, p.device_num, p.pp)
+            arguments = {"overrides": {"use_parallel": True}, "model": {}}
+            found[OWN] = Layout(OWN, arguments, p.device_num, p.pp, loss_stage=p.pipeline.last.stage)
         return found
 
     def _layout(self, name: str, degrees: dict[str, int], other: dict, model: dict) -> Layout:
@@ -152,7 +165,9 @@ class RunProblem:
             tokens = overrides["runner_config.batch_size"] * length // (degrees["cp"] * degrees["mp"])
             model = model | {"moe_config.expert_group_size": math.gcd(length, tokens)}
         world_size = degrees["dp"] * degrees["cp"] * degrees["mp"] * degrees["pp"]
-        return Layout(name, {"overrides": overrides | other, "model": model}, world_size, degrees["pp"])
+        loss_stage = 0 if other.get(SCHEDULER) == FOLDED else degrees["pp"] - 1
+        arguments = {"overrides": overrides | other, "model": model}
+        return Layout(name, arguments, world_size, degrees["pp"], loss_stage=loss_stage)
 
     def single_name(self, layout: Layout) -> str:
         """Folder of the single process with the same maths."""
@@ -165,22 +180,21 @@ class RunProblem:
         command = [str(job.ROOT / "run_mindformer.py"), *self._command(overrides, folder)]
         launch.run_child(command, (), folder.with_suffix(".log"))
 
-    def compile(self, layout: Layout, folder: Path) -> list[list[Call]]:
-        """Compile and lower all ranks; raises ConfigError when the YAML does not allow the layout."""
+    def jobs(self, layout: Layout, folder: Path) -> RankJobs:
+        """How all ranks are compiled and lowered; raises ConfigError when the YAML does not allow the layout."""
         overrides = layout.arguments["overrides"] | layout.arguments["model"]
         plan = self.plan.changed(overrides.items(), layout.world_size)
         if plan.global_batch != self.plan.global_batch:
             raise ConfigError(f"the YAML's global batch of {self.plan.global_batch} does not divide for {layout.name}")
         refuse(plan, check_plan(plan))
         builder = launch.RunBuilder(tuple(self._command(overrides, folder)), (str(job.ROOT),))
-        return launch.compile_ranks(builder, layout.world_size, folder, layout.stages)
+        return launch.rank_jobs(builder, layout.world_size, folder, layout.stages)
 
     def run(self, layout: Layout, single: Path, folder: Path) -> list[dict]:
         """Train as ranks; what ParallelCheck wrote of each."""
         overrides = layout.arguments["overrides"] | layout.arguments["model"]
         plan = self.plan.changed(overrides.items(), layout.world_size)
-        ranks = RankJob(folder, job.new_name(), 0, layout.world_size, layout.stages, plan.cp * plan.mp)
-        job.train(self._command(overrides, folder), ranks, folder)
+        job.train(self._command(overrides, folder), job.rank_job(plan, folder), folder)
         results = [rank_folder(folder, rank) / "result.json" for rank in range(layout.world_size)]
         return [json.loads(path.read_text()) for path in results]
 

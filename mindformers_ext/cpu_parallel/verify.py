@@ -1,16 +1,16 @@
 """Run a list of layouts and the single process from the same weights and data, and say which ones agree."""
 
 import importlib
-import time
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from mindformers_ext.cpu_parallel import launch
 from mindformers_ext.cpu_parallel.compare import Comparison, compare
-from mindformers_ext.lowering.calls import Call
 from mindformers_ext.lowering.deadlock import traffic
+from mindformers_ext.rank_compiler.rank_pool import RankJobs, RankPool
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Layout:
     world_size: int
     stages: int = 1
     micro_batches: int = 1
+    loss_stage: int = -1  # that knows the loss
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Problem:
         builder = launch.Builder(f"{self.module}:build_single", {"steps": self.steps}, self.python_path)
         launch.run_reference(builder, folder)
 
-    def compile(self, layout: Layout, folder: Path) -> list[list[Call]]:
-        """Compile and lower all ranks; returns their collectives."""
+    def jobs(self, layout: Layout, folder: Path) -> RankJobs:
+        """How all ranks are compiled and lowered."""
         builder = launch.Builder(f"{self.module}:build", layout.arguments, self.python_path)
-        return launch.compile_ranks(builder, layout.world_size, folder, layout.stages)
+        return launch.rank_jobs(builder, layout.world_size, folder, layout.stages)
 
     def run(self, layout: Layout, single: Path, folder: Path) -> list[dict]:
         """Run all ranks from the single process's initial parameters and batches; what each wrote to result.json."""
@@ -71,7 +72,7 @@ class Row:
     failure: str = ""  # why there is no comparison
     collectives: int = 0  # of the busiest rank in one step
     bytes: int = 0
-    compile_seconds: float = 0.0
+    compile_seconds: float = 0.0  # of all ranks together
     step_seconds: float = 0.0  # median over the steps after the first, of the slowest rank
 
     @property
@@ -80,31 +81,53 @@ class Row:
 
 
 def verify(problem: Problem, layouts: Sequence[Layout], folder: Path) -> Iterator[Row]:
-    """Run the single process, then every layout; yields a row as each is done. A layout that fails is a row too."""
-    for layout in layouts:
-        single = folder / problem.single_name(layout)
-        try:
-            if not single.exists():
-                problem.single(layout, single)
-            yield run_layout(problem, layout, single, folder / layout.name)
-        except (ValueError, RuntimeError) as error:
-            yield Row(layout, failure=str(error))
+    """Run the single process and every layout; yields a row as each is done. A layout that fails is a row too.
+
+    The ranks of the next layouts are compiled while those of one run.
+    """
+    with RankPool(os.cpu_count() or 1) as pool:
+        asked: dict[str, RankJobs | Exception] = {}
+        for layout in layouts:
+            try:
+                asked[layout.name] = _submit(pool, problem, layout, folder / layout.name)
+            except (ValueError, RuntimeError) as error:
+                asked[layout.name] = error
+        for layout in layouts:
+            try:
+                if isinstance(jobs := asked[layout.name], Exception):
+                    raise jobs
+                single = folder / problem.single_name(layout)
+                if not single.exists():
+                    problem.single(layout, single)
+                yield _row(pool, problem, layout, single, jobs)
+            except (ValueError, RuntimeError) as error:
+                yield Row(layout, failure=str(error))
 
 
 def run_layout(problem: Problem, layout: Layout, single: Path, folder: Path) -> Row:
     """Compile, lower, run and compare one layout. Raises what the parts raise."""
+    with RankPool(os.cpu_count() or 1) as pool:
+        return _row(pool, problem, layout, single, _submit(pool, problem, layout, folder))
+
+
+def _submit(pool: RankPool, problem: Problem, layout: Layout, folder: Path) -> RankJobs:
     folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    sequences = problem.compile(layout, folder)
-    compile_seconds = time.perf_counter() - started
-    results = problem.run(layout, single, folder)
-    totals = [traffic(calls).values() for calls in sequences]
+    jobs = problem.jobs(layout, folder)
+    pool.submit(jobs, list(range(layout.world_size)))
+    return jobs
+
+
+def _row(pool: RankPool, problem: Problem, layout: Layout, single: Path, jobs: RankJobs) -> Row:
+    """The row of a layout whose ranks were submitted."""
+    compiled = list(pool.results(jobs, list(range(layout.world_size))))
+    totals = [traffic(calls).values() for calls in launch.lowered(jobs, compiled)]
+    results = problem.run(layout, single, jobs.out)
     return Row(
         layout,
-        compare(single, folder, layout.world_size, layout.stages, layout.micro_batches),
+        compare(single, jobs.out, layout.world_size, layout.stages, layout.micro_batches, layout.loss_stage),
         collectives=max(sum(count for count, _ in total) for total in totals),
         bytes=max(sum(size for _, size in total) for total in totals),
-        compile_seconds=compile_seconds,
+        compile_seconds=sum(rank.seconds for rank in compiled),
         step_seconds=max(median(result["seconds"][1:]) for result in results),
     )
 
@@ -115,11 +138,24 @@ COLUMNS = tuple(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text: differences are the largest relative ones; below it, where the worst are and what failed."""
-    lines = [COLUMNS, *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(text + [note for row in rows for note in _notes(row)])
+    """The rows as text; differences are the largest relative ones."""
+    widths = column_widths(row.layout for row in rows)
+    return "\n".join([line(COLUMNS, widths), *(text_of(row, widths) for row in rows)])
+
+
+def column_widths(layouts: Iterable[Layout]) -> list[int]:
+    """Widths of the columns, which are known before the first row."""
+    return [max(len(layout.name) for layout in layouts), *(max(len(name), 7) for name in COLUMNS[1:])]
+
+
+def line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Cells side by side."""
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def text_of(row: Row, widths: Sequence[int]) -> str:
+    """A row, and below it its losses, where it differs most, or why it failed."""
+    return "\n".join([line(_cells(row), widths), *_notes(row)])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ class DeviceProfile:
     memory_efficiency: float  # share of the memory's bandwidth
     network_efficiency: float  # share of the link bandwidth that collectives reach
     overlap_cost: float  # share of a hidden collective's time that computation takes longer beside it
+    operators: list[dict] = field(default_factory=list)  # as measured, by scripts/first_hour.sh
     notes: dict[str, str] = field(default_factory=dict)  # the YAML's comment on each number
 
     @property
@@ -71,7 +72,8 @@ def load_profile(path: str | Path = DEFAULT_PROFILE) -> DeviceProfile:
             raise ConfigError(f"--device {path}: name a YAML file, or one of {', '.join(known)}")
         path = FOLDER / f"{path}.yaml"
     values = load_yaml(path)
-    known = {f.name for f in fields(DeviceProfile)} - {"notes"}
+    operators = values.pop("operators", [])
+    known = {f.name for f in fields(DeviceProfile)} - {"notes", "operators"}
     for key in sorted(set(values) ^ known):
         what = "is missing" if key in known else f"is unknown; legal keys are {', '.join(sorted(known))}"
         raise ConfigError(f"{path}: {key} {what}")
@@ -80,7 +82,7 @@ def load_profile(path: str | Path = DEFAULT_PROFILE) -> DeviceProfile:
             raise ConfigError(f"{path}: {key} is {value!r}, but must be a number of at least 0")
     text = Path(path).read_text()
     head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
-    return DeviceProfile(**values, notes={"name": head} | dict(NOTE.findall(text)))
+    return DeviceProfile(**values, operators=operators, notes={"name": head} | dict(NOTE.findall(text)))
 
 
 NOTE = re.compile(r"^(\w+):.*?\s# *(.+)$", re.MULTILINE)

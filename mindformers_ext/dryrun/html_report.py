@@ -136,9 +136,12 @@ PLAN_NOTE = (
 )
 
 
+UNSHOWN = ("notes", "operators")
+
+
 def _assumptions(report: dict[str, Any]) -> str:
     notes = report["assumptions"]["notes"]
-    rows = [(key, value, notes.get(key, "")) for key, value in report["assumptions"].items() if key != "notes"]
+    rows = [(key, value, notes.get(key, "")) for key, value in report["assumptions"].items() if key not in UNSHOWN]
     return f"<div class='notes'>{_table(['name', 'value', 'where from'], rows)}</div>"
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from mindformers_ext.config.model import ModelConfig
 from mindformers_ext.config.run import Run
+from mindformers_ext.dryrun.pipeline import SCHEDULES
 from mindformers_ext.files.json_files import read_object
 
 # Parts of a layer that may be computed again without the rest: select_recompute.
@@ -93,14 +94,15 @@ class Plan:
 
     @classmethod
     def of(cls, run: Run) -> "Plan":
-        """The plan of a YAML."""
+        """The plan of a YAML; a scheduler that is not simulated, or folds the way, is taken as interleaved 1F1B."""
         held, moe = run.pipeline.layers_of, run.model.moe_config
-        layers = tuple(tuple(tuple(held(s, c)) for s in range(run.pp)) for c in range(run.chunks))
+        way = [tuple(held(*place)) for place in run.pipeline.way]
+        layers = tuple(tuple(way[c * run.pp : (c + 1) * run.pp]) for c in range(run.chunks))
         return cls(
             **{name: getattr(run, name) for name in TAKEN},
             layers=layers,
             recomputed=frozenset(run.pipeline.covered(run.recompute)),
-            schedule=run.scheduler,
+            schedule=run.scheduler if run.scheduler in SCHEDULES else "1f1b",
             dispatcher=moe.moe_token_dispatcher_type if moe.use_gmm else "capacity",
             node=moe.npu_nums_per_device,
             software=replace(MINDSPORE, overlaps=overlaps_of(run)),

@@ -7,10 +7,9 @@ Extends lowering.py. MindSpore's CPU kernels of these refuse bfloat16 (MatMul) o
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import mindspore.train.mind_ir_pb2 as pb
-
 from mindformers_ext.lowering.graph import Graph
 from mindformers_ext.lowering.patterns import NoMatch
+from mindformers_ext.rank_compiler import mind_ir as pb
 
 
 def use_our_kernels(graph: Graph) -> None:

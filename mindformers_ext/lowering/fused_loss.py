@@ -8,10 +8,9 @@ A part that is not as written here stays as it is.
 from collections.abc import Callable
 from contextlib import suppress
 
-import mindspore.train.mind_ir_pb2 as pb
-
 from mindformers_ext.lowering.graph import Graph
 from mindformers_ext.lowering.patterns import Is, NoMatch, op
+from mindformers_ext.rank_compiler import mind_ir as pb
 
 SHIFTED = op("Sub", "logits", "highest")
 LOG_PROBABILITY = op("Sub", SHIFTED, "log_sum")

@@ -7,10 +7,9 @@ use_fused_ops_permute ... runs on CPU as it was compiled.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import mindspore.train.mind_ir_pb2 as pb
-
 from mindformers_ext.layers.fused_ops import HALVES, INTERLEAVED
 from mindformers_ext.lowering.graph import Graph
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler import mindir
 
 CAUSAL, CAUSAL_TO_LAST, BAND, BY_MASK = 2, 3, 4, 0  # sparse_mode of FlashAttentionScore

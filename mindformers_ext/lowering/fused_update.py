@@ -9,11 +9,10 @@ operator's factor.
 
 from dataclasses import dataclass
 
-import mindspore.train.mind_ir_pb2 as pb
-
 from mindformers_ext.cpu_kernels.library import library_path
 from mindformers_ext.lowering.graph import Graph, constant, made, number_made
 from mindformers_ext.lowering.patterns import Nodes, NoMatch, op
+from mindformers_ext.rank_compiler import mind_ir as pb
 
 PASS_ON = ("Depend", "Load", "TensorMove")  # their first input is their value
 MONADS = ("UMonadType", "IOMonadType")  # inputs that only order what happens: to memory, and to the outside

@@ -3,11 +3,10 @@
 import struct
 from collections.abc import Iterable, Sequence
 
-import mindspore.train.mind_ir_pb2 as pb
-
 from mindformers_ext.cpu_kernels.library import library_path
 from mindformers_ext.lowering.merging import Placed
 from mindformers_ext.lowering.patterns import Nodes
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler import mindir
 
 

@@ -6,8 +6,7 @@ the calls are followed symbolically (closures and tuples of them are known while
 that is chosen at run time (the optimizer behind `if not overflow`) stays a function.
 """
 
-import mindspore.train.mind_ir_pb2 as pb
-
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.mindir import Bundle, Closure, constant, constants, reference
 
 

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
-import mindspore.train.mind_ir_pb2 as pb
-
 from mindformers_ext.collectives.collectives import library_path
 from mindformers_ext.files.atomic import whole_file
 from mindformers_ext.lowering.basic_operators import use_our_kernels
@@ -25,6 +23,7 @@ from mindformers_ext.lowering.graph import Graph, made
 from mindformers_ext.lowering.inlining import inline_functions
 from mindformers_ext.lowering.merging import Placed, merge
 from mindformers_ext.lowering.patterns import NoMatch
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.mindir import DTYPE_BYTES, attribute, attributes_of
 
 
@@ -78,18 +77,28 @@ def _keep_behind_additions(graph: Graph) -> None:
     """Let whatever takes a gradient buffer after an addition to it depend on that addition.
 
     MindSpore lets the buffer's reduction depend on a sum of zeros, each of which depends on the addition of one
-    micro-batch. Its CPU backend drops zeros from sums, and with them all but one of the additions.
+    micro-batch. Its CPU backend drops zeros from sums, and with them all but one of the additions. Schedulers put a
+    Depend between a buffer and some of its additions.
     """
     added: dict[str, str] = {}  # buffer: output of the last addition
     for node in list(graph.nodes):
-        buffers = list(node.input)
-        for place, buffer in enumerate(buffers):
-            if buffer in added:
+        for place, name in enumerate(node.input):
+            buffer, waits_for = _buffer(graph, name)
+            if added.get(buffer, name) not in (name, *waits_for):
                 output = f"{node.output[0]}/after{place}"
-                graph.use(graph.add(made(f"{node.name}/after{place}", [buffer, added[buffer]], output)), "Depend")
+                graph.use(graph.add(made(f"{node.name}/after{place}", [name, added[buffer]], output)), "Depend")
                 node.input[place] = output
         if graph.operator(node) == "AssignAdd":
-            added[buffers[0]] = node.output[0]
+            added[_buffer(graph, node.input[0])[0]] = node.output[0]
+
+
+def _buffer(graph: Graph, name: str) -> tuple[str, list[str]]:
+    """What `name` is, and what it waits for."""
+    waits_for = []
+    while graph.maker(name)[0] == "Depend":
+        name, waited = graph.made_by[name].input[:2]
+        waits_for.append(waited)
+    return name, waits_for
 
 
 def group_ranks(graph: Graph, node: pb.NodeProto, attributes: dict) -> tuple[int, ...]:

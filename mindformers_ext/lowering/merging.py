@@ -10,10 +10,9 @@ the same collectives in the same order, so all decide alike; deadlock.check prov
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-import mindspore.train.mind_ir_pb2 as pb
-
 from mindformers_ext.collectives.collectives import library_path
 from mindformers_ext.lowering.calls import Call
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler import mindir
 
 MERGED = ("AllReduce", "AllGather", "ReduceScatter")

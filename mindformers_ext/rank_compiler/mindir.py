@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-import mindspore.train.mind_ir_pb2 as pb
+from mindformers_ext.rank_compiler import mind_ir as pb
 
 COLLECTIVES = {"AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AlltoAllV", "Broadcast", "Send", "Receive"}
 GENERATED_SUFFIX = re.compile(r"_\d{6,}$")

@@ -11,8 +11,7 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
-import mindspore.train.mind_ir_pb2 as pb
-
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler import mindir
 from mindformers_ext.rank_compiler.operators import LAYOUTS, NAMES, Operator, Undecided, operators, words
 

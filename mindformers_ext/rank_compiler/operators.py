@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import mindspore.train.mind_ir_pb2 as pb
-
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler import mindir
 
 

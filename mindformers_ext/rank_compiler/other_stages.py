@@ -23,6 +23,8 @@ class Elsewhere(nn.Cell):
         self.norm = layer.input_layernorm
         self.norm.weight.name = f"{name}.norm"
         self.pipeline_stage = layer.pipeline_stage
+        if hasattr(layer, "_pipeline_segment"):  # of a folded pipeline
+            self.pipeline_segment = layer.pipeline_segment
         self.loss = Parameter(Tensor([0.0], mstype.float32), name=f"{name}.loss")
         self.add = ops.Add()
 

@@ -67,32 +67,81 @@ class RankJobs:
     environment: dict[str, str] = field(default_factory=dict)  # added to the children's
 
 
+class RankPool:
+    """The process of rank_server.py: it imports everything once and compiles ranks, `workers` at a time.
+
+    All RankJobs that one pool is given have the same module, level and environment. Ctrl-C stops the children too.
+    """
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self.process: subprocess.Popen | None = None
+        self.submitted = 0
+        self.ended: dict[str, dict] = {}  # by folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *failure):
+        if self.process is not None:
+            if failure[0] is not None or len(self.ended) < self.submitted:
+                self.process.kill()
+            self.process.stdin.close()
+            self.process.wait()
+            self.process.stdout.close()
+
+    def submit(self, jobs: RankJobs, ranks: list[int]) -> None:
+        """Let the pool compile `ranks` after what it was given before. Raises StandInError."""
+        if ranks and self.process is None:
+            self.process, self.server_folder = _start_server(jobs, ranks[0]), jobs.out.resolve()
+            told = {"module": jobs.module, "workers": self.workers, "timeout_seconds": jobs.timeout_seconds}
+            self._tell(told | {"arguments": jobs.arguments(_folder(jobs, ranks[0]))})
+        for rank in ranks:
+            folder = _folder(jobs, rank)
+            folder.mkdir(parents=True, exist_ok=True)
+            told = {"rank": rank, "world_size": jobs.world_size, "folder": str(folder)}
+            self._tell(told | {"arguments": jobs.arguments(folder)})
+            self.submitted += 1
+
+    def _tell(self, line: dict) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended; `results` says so for every rank
+            self.process.stdin.write(json.dumps(line).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def results(self, jobs: RankJobs, ranks: list[int]) -> Iterator[RankResult]:
+        """What becomes of ranks that were submitted, as they end."""
+        waiting = {str(_folder(jobs, rank)): rank for rank in ranks}
+        while waiting:
+            for folder in [folder for folder in waiting if folder in self.ended]:
+                ended = self.ended[folder]
+                yield _read_result(jobs, Path(folder), waiting.pop(folder), ended["code"], ended["seconds"])
+            line = self.process.stdout.readline() if waiting else None
+            if line:
+                ended = json.loads(line)
+                self.ended[ended["folder"]] = ended
+            elif line is not None:  # the server itself has ended
+                code = self.process.wait()
+                for rank in waiting.values():
+                    yield _read_result(jobs, self.server_folder, rank, code, 0.0)
+                return
+
+
 def compile_ranks(jobs: RankJobs, ranks: list[int], workers: int) -> list[RankResult]:
     """Compile `ranks`, `workers` at a time, with a progress bar; results in the order of `ranks`.
 
-    Raises StandInError when the stand-in libraries cannot be built. Ctrl-C stops the children too.
+    Raises StandInError when the stand-in libraries cannot be built.
     """
-    if not ranks:
-        return []
-    folders = {rank: jobs.out.resolve() / f"rank_{rank}" for rank in ranks}
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    request = {"module": jobs.module, "workers": workers, "timeout_seconds": jobs.timeout_seconds}
-    request["ranks"] = [
-        {"rank": rank, "folder": str(folder), "arguments": jobs.arguments(folder)} for rank, folder in folders.items()
-    ]
     results: dict[int, RankResult] = {}
-    with _server(jobs, ranks[0]) as server:
-        server.stdin.write(json.dumps(request).encode())
-        server.stdin.close()
-        for line in tqdm(server.stdout, total=len(ranks), desc="compiling ranks", unit="rank"):
-            ended = json.loads(line)
-            result = _read_result(jobs, folders[ended["rank"]], **ended)
+    with RankPool(workers) as pool:
+        pool.submit(jobs, ranks)
+        for result in tqdm(pool.results(jobs, ranks), total=len(ranks), desc="compiling ranks", unit="rank"):
             results[result.rank] = result
             tqdm.write(_one_line(result), file=sys.stderr)
-    for rank in set(ranks) - set(results):  # the server itself ended
-        results[rank] = _read_result(jobs, jobs.out.resolve(), rank, server.returncode, 0.0)
     return [results[rank] for rank in ranks]
+
+
+def _folder(jobs: RankJobs, rank: int) -> Path:
+    return jobs.out.resolve() / f"rank_{rank}"
 
 
 def _one_line(result: RankResult) -> str:
@@ -102,14 +151,14 @@ def _one_line(result: RankResult) -> str:
     return f"rank {result.rank} (stage {result.stage}) {result.status} after {result.seconds:.0f} s{memory}"
 
 
-@contextlib.contextmanager
-def _server(jobs: RankJobs, rank: int) -> Iterator[subprocess.Popen]:
-    """The process of rank_server.py, from which the ranks are forked; it and they end when the caller leaves."""
+def _start_server(jobs: RankJobs, rank: int) -> subprocess.Popen:
+    """The process from which the ranks are forked; it and they end with this one. Its log is in `jobs.out`."""
     env = ascend_environment(rank, jobs.world_size, jobs.level)
     env["PYTHONPATH"] = ":".join((*jobs.python_path, env["PYTHONPATH"]))
     env.setdefault("GLOG_v", "3")
+    jobs.out.mkdir(parents=True, exist_ok=True)
     with (jobs.out / LOG).open("wb") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", rank_server.__name__],
             env=env | jobs.environment,
             stdin=subprocess.PIPE,
@@ -117,13 +166,6 @@ def _server(jobs: RankJobs, rank: int) -> Iterator[subprocess.Popen]:
             stderr=log,
             preexec_fn=rank_server.end_with_parent,
         )
-    try:
-        yield process
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        process.wait()
 
 
 def _read_result(jobs: RankJobs, folder: Path, rank: int, code: int | None, seconds: float) -> RankResult:

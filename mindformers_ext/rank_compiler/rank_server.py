@@ -3,10 +3,10 @@ MindFormers costs each rank as much as compiling three layers.
 
     python -m mindformers_ext.rank_compiler.rank_server   (started by rank_pool.py in `ascend_environment`)
 
-Reads one JSON object: `module`, whose `main(arguments) -> exit code` compiles a rank and whose `preload(arguments)`
-imports what it needs; `workers`, `timeout_seconds`; and `ranks`, each {rank, folder, arguments}. Prints a JSON line
-{rank, code, seconds} for each rank that has ended, code null when it took too long. What a rank prints goes to log.txt
-in its folder.
+Reads JSON lines: first `module`, whose `main(arguments) -> exit code` compiles a rank and whose `preload(arguments)`
+imports what it needs, `workers` and `timeout_seconds`; then one for each rank, {rank, world_size, folder, arguments},
+until its input ends. Prints a JSON line {folder, code, seconds} for each rank that has ended, code null when it took
+too long. What a rank prints goes to log.txt in its folder.
 """
 
 import gc
@@ -17,6 +17,7 @@ import select
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,23 +28,47 @@ from mindformers_ext.child_process import end_with_parent
 class Child:
     """A rank that is being compiled; `handle` becomes readable when it ends."""
 
-    rank: int
+    folder: str
     pid: int
     handle: int
     start: float
 
 
-def serve(request: dict, answer: Callable[[dict], None]) -> None:
-    """Compile all ranks of `request`, `workers` at a time; `answer` gets each one's end."""
-    module, limit = importlib.import_module(request["module"]), request["timeout_seconds"]
-    module.preload(request["ranks"][0]["arguments"])
+class Lines:
+    """The JSON lines that come through a pipe, as they come."""
+
+    def __init__(self, handle: int):
+        self.handle, self.open, self.rest = handle, True, b""
+        self.waiting: deque[dict] = deque()
+
+    def read(self) -> None:
+        """Add the lines that have come to `waiting`; blocks until something has, or no more will."""
+        more = os.read(self.handle, 1 << 16)
+        self.open = bool(more)
+        *lines, self.rest = (self.rest + more).split(b"\n")
+        self.waiting += map(json.loads, lines)
+
+    def first(self) -> dict:
+        """The next line."""
+        while not self.waiting:
+            self.read()
+        return self.waiting.popleft()
+
+
+def serve(lines: Lines, answer: Callable[[dict], None]) -> None:
+    """Compile ranks until no line comes; `answer` gets each one's end."""
+    told, children = lines.first(), []
+    module, limit = importlib.import_module(told["module"]), told["timeout_seconds"]
+    module.preload(told["arguments"])
     gc.freeze()  # children share what is there; a collection would write into all of it
-    waiting, children = list(reversed(request["ranks"])), []
-    while waiting or children:
-        while waiting and len(children) < request["workers"]:
-            children.append(start(module, waiting.pop()))
-        patience = max(min(child.start for child in children) + limit - time.time(), 0)
-        ended = select.select([child.handle for child in children], [], [], patience)[0]
+    while lines.open or lines.waiting or children:
+        while lines.waiting and len(children) < told["workers"]:
+            children.append(start(module, lines.waiting.popleft()))
+        patience = max(min(child.start for child in children) + limit - time.time(), 0) if children else None
+        sources = [child.handle for child in children] + ([lines.handle] if lines.open else [])
+        ended = select.select(sources, [], [], patience)[0]
+        if lines.handle in ended:
+            lines.read()
         for child in list(children):
             seconds = time.time() - child.start
             timed_out = child.handle not in ended and seconds >= limit
@@ -53,7 +78,7 @@ def serve(request: dict, answer: Callable[[dict], None]) -> None:
                 children.remove(child)
                 os.close(child.handle)
                 code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
-                answer({"rank": child.rank, "code": None if timed_out else code, "seconds": seconds})
+                answer({"folder": child.folder, "code": None if timed_out else code, "seconds": seconds})
 
 
 def start(module, job: dict) -> Child:
@@ -63,14 +88,14 @@ def start(module, job: dict) -> Child:
     """
     pid = os.fork()
     if pid:
-        return Child(job["rank"], pid, os.pidfd_open(pid), time.time())
+        return Child(job["folder"], pid, os.pidfd_open(pid), time.time())
     os.setpgid(0, 0)
     end_with_parent()
     log = os.open(os.path.join(job["folder"], "log.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(job["folder"])
-    os.environ["RANK_ID"] = str(job["rank"])
+    os.environ.update(RANK_ID=str(job["rank"]), RANK_SIZE=str(job["world_size"]))
     sys.exit(module.main(job["arguments"]))
 
 
@@ -78,7 +103,7 @@ def main() -> None:
     """Serve what the standard input asks for; the standard output carries answers only."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not mix with the answers
-    serve(json.load(sys.stdin), lambda ended: print(json.dumps(ended), file=answers))
+    serve(Lines(0), lambda ended: print(json.dumps(ended), file=answers))
 
 
 if __name__ == "__main__":

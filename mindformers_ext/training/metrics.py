@@ -159,8 +159,8 @@ class TrainingMetrics(Callback):
         seq_length = self.model.config.seq_length
         self.tokens_per_step = samples_per_step(cb_params.train_dataset) * seq_length
         self.flops_per_token = self.model.flops_per_token(seq_length)
-        rank, self.devices, stages = place_in_run()
-        self.writes = rank == (self.devices - 1 if stages > 1 else 0)
+        rank, self.devices, writer = place_in_run()
+        self.writes = rank == writer
         if self.writes:
             target = ms.get_context("device_target")
             self.peak_tflops, self.peak_source = device_peak(target, self.device_peak_tflops, self.devices)

@@ -7,14 +7,19 @@ from mindspore import Tensor, ops
 
 from mindformers_ext.collectives import collectives
 from mindformers_ext.collectives.rank_job import RankJob, is_cpu_rank
+from mindformers_ext.config.pipeline import FOLDED
 
 
 def place_in_run() -> tuple[int, int, int]:
-    """This process's rank, the devices and the pipeline stages of the run."""
+    """This process's rank, the devices of the run, and the rank that tells the loss: only its stage knows it."""
     if is_cpu_rank():
         job = RankJob.current()
-        return job.rank, job.world_size, job.stages
-    return get_real_rank(), get_real_group_size(), ms.get_auto_parallel_context("pipeline_stages")
+        rank, devices, stages, loss_stage = job.rank, job.world_size, job.stages, job.loss_stage
+    else:
+        rank, devices = get_real_rank(), get_real_group_size()
+        stages = ms.get_auto_parallel_context("pipeline_stages")
+        loss_stage = 0 if ms.get_auto_parallel_context("pipeline_scheduler") == FOLDED else stages - 1
+    return rank, devices, (loss_stage + 1) * devices // stages - 1 if stages > 1 else 0
 
 
 def reduce_over_ranks(values: np.ndarray, reduce: str) -> np.ndarray:

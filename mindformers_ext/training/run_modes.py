@@ -128,6 +128,8 @@ def fit_to_device(run: Run, values: dict[str, Any]) -> None:
         runner["batch_size"] = run.batch_size * steps
         runner["gradient_accumulation_steps"] = 1
     limit_workers(values)
+    if "pipeline_config" in values.get("parallel", {}):  # MindSpore wants both keys
+        values["parallel"]["pipeline_config"] = asdict(run.sections.parallel.pipeline_config)
     if not run.on_cpu:
         return
     context = values["context"]

@@ -1,7 +1,8 @@
 """HuggingFace's config.json to the YAML's model_config and moe_config, and back.
 
 One reader knows the keys of DeepSeek V2's and V3's config.json: each is done as transformers 4.57 does it (5 for its
-own spelling of positions), has no effect on the numbers, or is refused by name.
+own spelling of positions), has no effect on the numbers, or is refused by name. hf_families.py brings other models on
+the same skeleton to these words.
 """
 
 import math
@@ -10,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 from deepseek2_config import DeepseekV2Config
 from deepseek3_config import DeepseekV3Config
+from hf_families import FAMILIES, text_model
 from msgspec import Meta
 
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.files.json_files import Positive, PositiveNumber, Whole, check_keys, read_object, short
+from mindformers_ext.files.json_files import PositiveNumber, Whole, check_keys, read_object, short
 
 __all__ = ["compare", "config_from_hf", "config_to_hf", "read_config", "sections_from_hf"]
 
@@ -49,10 +51,6 @@ MOE = {
     "norm_topk_prob": "norm_topk_prob",
     "routed_scaling_factor": "routed_scaling_factor",
 }
-FAMILIES = {
-    "deepseek_v2": ("DeepseekV2", {"topk_method": "greedy", "scoring_func": "softmax"}),
-    "deepseek_v3": ("DeepseekV3", {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
-}
 # What the model always does; a config.json that says otherwise describes another model.
 FIXED = {
     "hidden_act": "silu",
@@ -75,7 +73,6 @@ SCORES = {"sigmoid": True, "softmax": False}
 NOT_WEIGHTS = ("initializer_range", "bos_token_id", "eos_token_id")  # may differ from the YAML
 # What transformers (and DeepSeek's own code) assume where config.json does not say. Sizes have no default here:
 # transformers would take another model's.
-LENGTHS = {"deepseek_v2": 2048, "deepseek_v3": 4096}  # max_position_embeddings
 DEFAULTS = {"rope_theta": 10000.0, "initializer_range": 0.02, "tie_word_embeddings": False}
 
 Count = Annotated[int, Meta(ge=1, le=1000)]  # of layers: a larger one would fill the memory with names
@@ -120,7 +117,7 @@ KEYS = {
     "routed_scaling_factor": Annotated[float, Meta(gt=0, le=1e9)],
     "num_nextn_predict_layers": Annotated[int, Meta(ge=0, le=1000)] | None,
     "bos_token_id": Whole | None,
-    "eos_token_id": Whole | None,
+    "eos_token_id": Whole | Annotated[list[Whole], Meta(min_length=1)] | None,  # of several, the first ends a document
     "pad_token_id": Whole | None,
     "quantization_config": dict | None,
     **{key: type(value) for key, value in FIXED.items()},
@@ -207,19 +204,28 @@ ROPE = {
         "truncate": bool,
     },
 }
-# Keys of quantization_config: FP8 in blocks, as hf_weights.py reads it.
-QUANTIZATION = {"quant_method": str, "fmt": str, "weight_block_size": list[Positive]}
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-QUANTIZATION_NO_EFFECT = ("activation_scheme", "scale_fmt", "modules_to_not_convert", "dequantize")
+# quantization_config, as hf_weights.py reads it: FP8 in blocks, or experts of four bits in groups (compressed-tensors).
+QUANTIZATION = {
+    "fp8": (
+        {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+        ("activation_scheme", "scale_fmt"),
+    ),
+    "compressed-tensors": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "kv_cache_scheme": None},
+        ("config_groups", "ignore", "quantization_status", "global_compression_ratio", "version", "sparsity_config"),
+    ),
+}
+QUANTIZATION_NO_EFFECT = ("modules_to_not_convert", "dequantize", "transform_config")
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True, "group_size": 32, "dynamic": False}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a HuggingFace folder, as it is written there.
+    """config.json of a HuggingFace folder, as it is written there; of its language model where there is more.
 
     Raises:
-        ConfigError: it is missing, is not JSON or is not of a DeepSeek V2 or V3 that this model can be.
+        ConfigError: it is missing, is not JSON or is not of a model that this one can be.
     """
-    values = read_object(folder / "config.json")
+    values = text_model(read_object(folder / "config.json"), folder / "config.json")
     typed(values, folder / "config.json")
     return values
 
@@ -230,10 +236,11 @@ def typed(values: dict[str, Any], where: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: names the unknown keys, the values of another type, or what this model does otherwise.
     """
-    family = values.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ConfigError(f"{where}: model_type is {short(family)}, but must be one of {', '.join(FAMILIES)}")
-    found = {**FAMILIES[family][1], **DEFAULTS, **check_keys(values, KEYS, (*NO_EFFECT, *OFF), where)}
+    values = text_model(values, where)
+    family = FAMILIES[values["model_type"]]
+    values = family.in_deepseek_words(values, where)
+    known = check_keys(values, KEYS, (*NO_EFFECT, *OFF, *family.no_effect), where)
+    found = {**family.defaults, **DEFAULTS, **known}
     for key, value in {**FIXED, **OFF}.items():
         if values.get(key, value) != value:
             raise ConfigError(f"{where}: {key} is {short(values[key])}, but this model has {value!r} only")
@@ -248,7 +255,9 @@ def typed(values: dict[str, Any], where: str | Path) -> dict[str, Any]:
     ):
         if found.get(key) not in (None, value):
             raise ConfigError(f"{where}: {key} is {found[key]}, but must be {value}, which follows from other keys")
-    if family == "deepseek_v2" and found["norm_topk_prob"]:
+    if isinstance(found.get("eos_token_id"), list):
+        found["eos_token_id"] = found["eos_token_id"][0]
+    if family.cls == "DeepseekV2" and found["norm_topk_prob"]:
         # modeling_deepseek.py beside DeepSeek's V2 weights: gates / sum, else gates * routed_scaling_factor.
         raise ConfigError(
             f"{where}: norm_topk_prob is True, but with it DeepSeek's own V2 code normalises the gates and does not "
@@ -257,13 +266,35 @@ def typed(values: dict[str, Any], where: str | Path) -> dict[str, Any]:
     if found["scoring_func"] not in SCORES:
         raise ConfigError(f"{where}: scoring_func is {found['scoring_func']!r}, but must be sigmoid or softmax")
     if found.get("quantization_config"):
-        section = "quantization_config."
-        for key, value in check_keys(
-            found["quantization_config"], QUANTIZATION, QUANTIZATION_NO_EFFECT, where, section
-        ).items():
-            if value != FP8[key]:
-                raise ConfigError(f"{where}: {section}{key} is {value!r}, but only {FP8[key]!r} is read")
+        check_quantization(found["quantization_config"], where)
     return found
+
+
+def check_quantization(values: dict[str, Any], where: str | Path) -> None:
+    """Raise ConfigError unless weights are stored in a way that hf_weights.py reads."""
+    method = values.get("quant_method")
+    if not isinstance(method, str) or method not in QUANTIZATION:
+        legal = " or ".join(map(repr, QUANTIZATION))
+        raise ConfigError(f"{where}: quantization_config.quant_method is {short(method)}, but must be {legal}")
+    right, others = QUANTIZATION[method]
+    refuse_others(values, right, (*others, *QUANTIZATION_NO_EFFECT), where, "quantization_config.")
+    groups = values.get("config_groups", {}) if method == "compressed-tensors" else {}
+    for name, group in groups.items() if isinstance(groups, dict) else [("", groups)]:
+        section = f"quantization_config.config_groups.{name}"
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            raise ConfigError(f"{where}: {section} is {short(group)}, but must be a mapping with weights")
+        no_effect = ("observer", "observer_kwargs", "block_structure", "scale_dtype", "zp_dtype")
+        refuse_others(weights, INT4 | {"actorder": None}, no_effect, where, f"{section}.weights.")
+
+
+def refuse_others(values: dict, right: dict, no_effect: tuple[str, ...], where: str | Path, section: str) -> None:
+    """Raise ConfigError for a value that is not the right one, or a key that is unknown."""
+    for key, value in values.items():
+        if key in right and value != right[key]:
+            raise ConfigError(f"{where}: {section}{key} is {short(value)}, but only {right[key]!r} is read")
+        if key not in right and key not in no_effect:
+            raise ConfigError(f"{where}: {section}{key} ({short(value)}) is an unknown key; correct or remove it")
 
 
 def sections_from_hf(values: dict[str, Any], where: str | Path = "config.json") -> dict[str, dict]:
@@ -275,7 +306,7 @@ def sections_from_hf(values: dict[str, Any], where: str | Path = "config.json") 
         ConfigError: a key is unknown, missing or wrong, or positions are extended in another way than YaRN.
     """
     known = typed(values, where)
-    name, _ = FAMILIES[known["model_type"]]
+    name = FAMILIES[known["model_type"]].cls
     module = name.replace("Deepseek", "deepseek").replace("V", "")  # deepseek3
     positions, theta = positions_from_hf(known, values, where)
     known["rope_theta"] = theta
@@ -369,8 +400,9 @@ def config_from_hf(values: dict[str, Any], mtp_depth: int, where: str | Path = "
     """The model's configuration object; `mtp_depth` is how many MTP layers the files hold."""
     sections = sections_from_hf(values, where)
     model = {k: v for k, v in sections["model"]["model_config"].items() if k not in ("type", "auto_register")}
-    length = values.get("max_position_embeddings") or LENGTHS[values["model_type"]]
-    cls = DeepseekV3Config if values["model_type"] == "deepseek_v3" else DeepseekV2Config
+    family = FAMILIES[text_model(values, where)["model_type"]]
+    length = values.get("max_position_embeddings") or family.max_position_embeddings
+    cls = DeepseekV3Config if family.cls == "DeepseekV3" else DeepseekV2Config
     try:
         return cls(
             **{**model, "mtp_depth": mtp_depth},
@@ -391,7 +423,7 @@ def config_to_hf(config: DeepseekV2Config, mtp_depth: int, dtype: str = "bfloat1
     family = "deepseek_v2" if config.model_type == "deepseekv2" else "deepseek_v3"
     moe = config.moe_config
     values = {
-        "architectures": [f"{FAMILIES[family][0]}ForCausalLM"],
+        "architectures": [FAMILIES[family].architecture],
         "model_type": family,
         **{theirs: getattr(config, ours) for theirs, ours in MODEL.items()},
         **{theirs: getattr(moe, ours) for theirs, ours in MOE.items()},
@@ -414,11 +446,12 @@ def config_to_hf(config: DeepseekV2Config, mtp_depth: int, dtype: str = "bfloat1
 
 def corrected(values: dict[str, Any], mtp_depth: int, dtype: str) -> dict[str, Any]:
     """A given config.json made true of exported files: no quantization, the MTP layers and the type they have."""
-    name, defaults = FAMILIES[values["model_type"]]
+    family = FAMILIES[values["model_type"]]
     left_out = ("quantization_config", "auto_map", "dtype", "rope_parameters")
     kept = {key: value for key, value in values.items() if key not in left_out}
     right = {
-        "architectures": [f"{name}ForCausalLM"],
+        "architectures": [family.architecture],
+        "model_type": family.written_as or values["model_type"],
         "num_nextn_predict_layers": mtp_depth,
         "torch_dtype": dtype,
     }
@@ -427,7 +460,9 @@ def corrected(values: dict[str, Any], mtp_depth: int, dtype: str) -> dict[str, A
         theta = rope.pop("rope_theta", values.get("rope_theta", DEFAULTS["rope_theta"]))
         is_default = "default" in (rope.get("rope_type"), rope.get("type"))
         right |= {"rope_theta": theta, "rope_scaling": None if is_default else rope}
-    return {**defaults, **kept, **right}
+    has_experts = "n_routed_experts" not in family.defaults  # vLLM finds the bias by these
+    router = {key: family.defaults[key] for key in ("topk_method", "scoring_func")} if has_experts else {}
+    return {**router, **kept, **right}
 
 
 def compare(config: DeepseekV2Config, values: dict[str, Any], where: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Read a HuggingFace folder as our parameters: by name, any part of each, FP8 dequantised, audited first."""
+"""Read a HuggingFace folder as our parameters: by name, any part of each, FP8 and INT4 dequantised, audited first."""
 
 import math
 import re
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from hf_config import compare, config_from_hf, read_config
@@ -23,9 +24,16 @@ HF_INDEX = "model.safetensors.index.json"
 BLOCK = 128  # rows and columns that share one FP8 scale (DeepSeek-V3 README_WEIGHTS.md)
 SCALE = "_scale_inv"  # of X.weight: X.weight_scale_inv
 FP8 = np.dtype("float8_e4m3fn")
+# compressed-tensors' pack-quantized: X.weight is X.weight_packed, X.weight_scale and X.weight_shape.
+PACKED, PACKED_SCALE, PACKED_SHAPE = "_packed", "_scale", "_shape"
+GROUP = 32  # columns that share one INT4 scale
+IN_A_WORD = 8  # four-bit numbers in an int32, the lowest bits first
 FLOATS = ("float32", "float16", "bfloat16")
 # Tables that old versions of transformers stored and all recompute, whatever is in the file.
 STALE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# What a model that reads more than text has beside its language model, and how it calls that.
+NOT_TEXT = ("vision_tower.", "mm_projector.", "multi_modal_projector.", "model.vision_tower.", "model.mm_projector.")
+OF_TEXT = ("language_model.", "model.language_model.")
 BIAS = "e_score_correction_bias"
 PIECE_BYTES = 2**20  # of rows that lie the same way in both, read and written at a time; fits into a cache
 DTYPES = {"bf16": np.dtype(bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
@@ -36,17 +44,21 @@ class Audit:
     """Counts of a source that fits: each of its tensors is used once, each parameter is filled once."""
 
     tensors: int
-    scales: int  # FP8
+    scales: int  # FP8 and INT4
     copies: int  # of the tensors: stored again by HuggingFace (embedding and head of the MTP layer)
     parameters: int
     left_out: int  # tensors of MTP layers that the model does not have
     stale: int = 0  # rotary tables, which nobody reads
+    not_text: int = 0  # of images
+    packed: int = 0  # of the tensors: INT4
 
     def __str__(self) -> str:
         left_out = f", {self.left_out:,} of MTP layers left out" if self.left_out else ""
+        kind = "INT4 scales and shapes" if self.packed else "FP8 scales"
+        left_out += f", {self.not_text:,} of images left out" if self.not_text else ""
         left_out += f", {self.stale:,} stale rotary_emb.inv_freq left out" if self.stale else ""
         return (
-            f"{self.tensors:,} tensors ({self.copies} of them stored copies) and {self.scales:,} FP8 scales used once "
+            f"{self.tensors:,} tensors ({self.copies} of them stored copies) and {self.scales:,} {kind} used once "
             f"each{left_out}; {self.parameters:,} parameters filled once each"
         )
 
@@ -58,9 +70,11 @@ def audit_names(entries: list[Entry], names: Iterable[str], where: str | Path, s
         ConfigError: names the first tensor that is unknown, missing, wanted twice, or a scale without its weight.
     """
     stale = {name for name in names if STALE.fullmatch(name)}
-    names = set(names) - stale
+    not_text = {name for name in names if name.startswith(NOT_TEXT)}
+    packed = {name for name in names if name.endswith(f".weight{PACKED}")}
+    names = (set(names) - stale - not_text - packed) | {name.removesuffix(PACKED) for name in packed}
     left_out = {name for name in names if name.startswith(skip)}
-    scales = {name for name in names - left_out if name.endswith(SCALE)}
+    scales = {name for name in names - left_out if weight_of(name) != name}
     tensors = names - left_out - scales
     wanted = [name for entry in entries for name in entry.theirs]
     copies = {name for entry in entries for name in entry.copies}
@@ -69,12 +83,21 @@ def audit_names(entries: list[Entry], names: Iterable[str], where: str | Path, s
     for problem, found in (
         ("has no place in this model", tensors - set(wanted) - copies),
         ("is missing", set(wanted) - tensors),
-        ("is a scale without its weight", {name for name in scales if name.removesuffix(SCALE) not in tensors}),
+        ("is a scale without its weight", {name for name in scales if weight_of(name) not in tensors}),
     ):
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise ConfigError(f"{where}: tensor {min(found)!r}{more} {problem}; check config.json and the files")
-    return Audit(len(tensors), len(scales), len(tensors & copies), len(entries), len(left_out), len(stale))
+    return Audit(
+        len(tensors),
+        len(scales),
+        len(tensors & copies),
+        len(entries),
+        len(left_out),
+        len(stale),
+        len(not_text),
+        len(packed),
+    )
 
 
 @dataclass(frozen=True)
@@ -111,11 +134,39 @@ class Dequantised:
 
 
 @dataclass(frozen=True)
+class Unpacked:
+    """An INT4 matrix as float32: eight numbers of -8..7 in an int32, a scale for GROUP columns (compressed-tensors)."""
+
+    words: StoredTensor  # (rows, ceil(columns / 8)) int32
+    scale: StoredTensor  # (rows, ceil(columns / 32))
+    shape: tuple[int, ...]  # (rows, columns)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float32."""
+        return np.dtype(np.float32)
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        slices = slices + (slice(None),) * (2 - len(slices))
+        (top, bottom), (left, right) = (part.indices(size)[:2] for part, size in zip(slices, self.shape, strict=True))
+        first = left // IN_A_WORD
+        words = self.words[top:bottom, first : -(-right // IN_A_WORD)]
+        numbers = (words[:, :, None] >> (4 * np.arange(IN_A_WORD, dtype=np.int32))) & 15  # of two's complement: 0..15
+        numbers = numbers.reshape(len(words), -1)[:, left - first * IN_A_WORD : right - first * IN_A_WORD]
+        scale = self.scale[top:bottom].astype(np.float32)
+        return (numbers - 8).astype(np.float32) * scale[:, np.arange(left, right) // GROUP]
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """The numbers and their scales."""
+        yield from (self.words, self.scale)
+
+
+@dataclass(frozen=True)
 class LazyParameter:
     """One of our parameters in a HuggingFace folder; indexing reads only what the slices need."""
 
     entry: Entry
-    load: Callable[[str], StoredTensor | Dequantised]
+    load: Callable[[str], StoredTensor | Dequantised | Unpacked]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -124,7 +175,7 @@ class LazyParameter:
 
     @cached_property
     def dtype(self) -> np.dtype:
-        """The stored type; float32 for what is stored as FP8, or in several types."""
+        """The stored type; float32 for what is stored as FP8 or INT4, or in several types."""
         types = {self.load(name).dtype for name in self.entry.theirs}
         return types.pop() if len(types) == 1 else np.dtype(np.float32)
 
@@ -156,7 +207,7 @@ class HuggingFaceWeights(Source):
     def __init__(self, folder: str | Path, config=None):
         self.path = Path(folder)
         values = read_config(self.path)
-        self.tensors = read_folder(self.path, HF_INDEX)
+        self.tensors = as_text(read_folder(self.path, HF_INDEX), self.path)
         self.config = config or config_from_files(self.path, values, self.tensors)
         compare(self.config, values, self.path / "config.json")
         entries = list(name_table(self.config, is_stacked(self.tensors)))
@@ -174,8 +225,12 @@ class HuggingFaceWeights(Source):
         """Our names of all parameters."""
         return list(self.entries)
 
-    def load(self, name: str) -> StoredTensor | Dequantised:
+    def load(self, name: str) -> StoredTensor | Dequantised | Unpacked:
         """A HuggingFace tensor by its own name."""
+        words = self.tensors.get(name + PACKED)
+        if words is not None:
+            shape = tuple(int(size) for size in self.tensors[name + PACKED_SHAPE][:])
+            return Unpacked(words, self.tensors[name + PACKED_SCALE], shape)
         scale = self.tensors.get(name + SCALE)
         return Dequantised(self.tensors[name], scale) if scale else self.tensors[name]
 
@@ -183,7 +238,9 @@ class HuggingFaceWeights(Source):
         """Shapes, types, scales, finite biases, equal copies."""
         for entry in self.entries.values():
             for name in entry.theirs + entry.copies:
-                if name in self.tensors:
+                if name + PACKED in self.tensors:
+                    self._check_packed(name, entry.their_shape)
+                elif name in self.tensors:
                     self._check_tensor(name, entry.their_shape)
             if entry.ours.endswith(BIAS) and not np.isfinite(self.tensors[entry.theirs[0]][:]).all():
                 raise ConfigError(f"{self.path}: {entry.theirs[0]} has values that are not finite; get the file again")
@@ -214,6 +271,28 @@ class HuggingFaceWeights(Source):
         elif scale is not None:
             raise ConfigError(f"{self.path}: {name} is {tensor.dtype.name}, but has a scale {name + SCALE}")
 
+    def _check_packed(self, name: str, shape: tuple[int, ...]) -> None:
+        rows, columns = shape if len(shape) == 2 else (0, 0)
+        right = {
+            PACKED: (("int32",), (rows, -(-columns // IN_A_WORD))),
+            PACKED_SCALE: (FLOATS, (rows, -(-columns // GROUP))),
+            PACKED_SHAPE: (("int32", "int64"), (2,)),
+        }
+        for suffix, (types, size) in right.items():
+            tensor = self.tensors.get(name + suffix)
+            if tensor is None:
+                raise ConfigError(f"{self.path}: {name + PACKED} is INT4, but {name + suffix} is missing")
+            if tensor.dtype.name not in types or tensor.shape != size:
+                raise ConfigError(
+                    f"{self.path}: {name + suffix} is {tensor.dtype.name} {tensor.shape}, but groups of {GROUP} of "
+                    f"{shape} need {types[0]} {size}"
+                )
+        told = tuple(self.tensors[name + PACKED_SHAPE][:].tolist())
+        if told != shape:
+            raise ConfigError(
+                f"{self.path}: {name + PACKED_SHAPE} is {told}, but this model needs {shape}; check config.json"
+            )
+
     def _equal(self, one: str, other: str) -> bool:
         first, second = self.tensors[one], self.tensors[other]
         rows = rows_of_piece(first.shape, first.dtype)
@@ -221,6 +300,26 @@ class HuggingFaceWeights(Source):
             np.array_equal(first[row : row + rows].view(np.uint8), second[row : row + rows].view(np.uint8))
             for row in range(0, first.shape[0], rows)
         )
+
+
+def as_text(tensors: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    """Names without what a model that reads more than text puts before its language model's."""
+    named = {}
+    for name, value in tensors.items():
+        prefix = next((prefix for prefix in OF_TEXT if name.startswith(prefix)), "")
+        short = ("model." if prefix.startswith("model.") else "") + name.removeprefix(prefix)
+        if short in named:
+            raise ConfigError(f"{where}: {name!r} and {short!r} are two tensors of one name; remove one")
+        named[short] = value
+    return named
+
+
+def weight_of(name: str) -> str:
+    """The weight that a tensor scales or describes; the name itself for a weight."""
+    for suffix in (SCALE, PACKED_SCALE, PACKED_SHAPE):
+        if name.endswith(f".weight{suffix}"):
+            return name.removesuffix(suffix)
+    return name
 
 
 def is_stacked(names: Iterable[str]) -> bool:
@@ -250,7 +349,7 @@ def config_from_files(folder: Path, values: dict, names: Iterable[str]):
 
 def audit_index(folder: Path) -> Audit:
     """Audit the names of a folder of which only config.json and the index are there."""
-    values, names = read_config(folder), read_index(folder / HF_INDEX)
+    values, names = read_config(folder), as_text(read_index(folder / HF_INDEX), folder / HF_INDEX)
     config = config_from_files(folder, values, names)
     return audit_names(list(name_table(config, is_stacked(names))), names, folder / HF_INDEX)
 

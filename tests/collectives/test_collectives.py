@@ -102,8 +102,8 @@ def test_types_and_reductions(dtype):
         for how, count in itertools.product(REDUCE, (1, 515, 30_001)):
             parts = [values(r, count, storage) for r in ranks]
             big = [values(r, count * 3, storage, 1) for r in ranks]
-            got = collectives.all_reduce(parts[rank], ranks, how, dtype)
-            scattered = collectives.reduce_scatter(big[rank], ranks, how, dtype)
+            got = collectives.all_reduce(parts[rank], ranks, how)
+            scattered = collectives.reduce_scatter(big[rank], ranks, how)
             with np.errstate(over="ignore"):
                 if not same_bits(got, reduced(parts, how)):
                     wrong.append(("AllReduce", how, count))

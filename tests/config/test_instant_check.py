@@ -16,6 +16,7 @@ from mindformers_ext.dryrun.parameters import model_weights
 from mindformers_ext.errors import ConfigError
 
 INTERLEAVE, CHUNKS = "parallel.pipeline_config.pipeline_interleave", "model.model_config.pp_interleave_num"
+SCHEDULER = "parallel.pipeline_config.pipeline_scheduler"
 CLUSTER = Path(__file__).parents[1] / "helpers" / "runs" / "cluster_671b.yaml"
 
 
@@ -83,6 +84,16 @@ ILLEGAL = [
         ["a parameter lies on one pipeline stage", "the last of 16", "nearest legal: False, or pipeline_stage 1"],
     ),
     ([("parallel.pipeline_config.pipeline_interleave", True)], ["one chunk", "pp_interleave_num to 2 or more"]),
+    ([(SCHEDULER, "gpipe")], ["other orders than 1f1b only for chunks"]),
+    ([(SCHEDULER, "seqvpp")], ["seq_split_num above 1"]),
+    (
+        [(SCHEDULER, "zero_bubble_v"), (INTERLEAVE, True), (CHUNKS, 3), ("model.model_config.offset", 0)],
+        ["once forth and once back; nearest legal: 2"],
+    ),
+    (
+        [(SCHEDULER, "zero_bubble_v"), (INTERLEAVE, True), (CHUNKS, 2), ("parallel_config.micro_batch_num", 16)],
+        ["twice as many micro-batches as stages", "nearest legal: 32"],
+    ),
     ([("model.model_config.pp_interleave_num", 2)], ["only with parallel.pipeline_config.pipeline_interleave True"]),
     (
         [(INTERLEAVE, True), ("model.model_config.pp_interleave_num", 4)],

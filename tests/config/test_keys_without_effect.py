@@ -87,6 +87,7 @@ EFFECTS = {
     },
     "PipelineConfig": {
         "mindformers_ext/config/strategy_rules.py": "pipeline_interleave",
+        "mindformers_ext/config/run.py": "pipeline_scheduler",
     },
     "ParallelContext": {
         "mindformers_ext/config/strategy_rules.py": "parallel_mode full_batch dataset_strategy pipeline_config",
@@ -302,7 +303,6 @@ REFUSED = {
         loss_repeated_mean pipeline_result_broadcast device_num global_rank pipeline_stages pipeline_segments
         grad_accumulation_step optimizer_weight_shard_size dump_local_norm dump_device_local_norm
         dump_local_norm_path init_param_in_compile auto_parallel_new_interface""",
-    "PipelineConfig": "pipeline_scheduler",
     "ParallelConfig": "mem_coeff seq_split_num ulysses_degree_in_cp context_parallel_algo optimizer_shard",
     "RecomputeConfig": "select_comm_recompute select_recompute_exclude select_comm_recompute_exclude",
     "SwapConfig": "swap layer_swap op_swap default_prefetch",
@@ -425,7 +425,6 @@ def test_it_is_refused_in_a_yaml() -> None:
         "recompute_config.select_comm_recompute": True,
         "swap_config.swap": True,
         "parallel.strategy_ckpt_config": {"save_file": "x"},
-        "parallel.pipeline_config.pipeline_scheduler": "gpipe",
         "context.op_timeout": 600,
         "context.jit_config.exec_mode": "sink",
         "monitor_config.health_checkpoint": {},

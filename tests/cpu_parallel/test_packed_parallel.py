@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import mindspore.train.mind_ir_pb2 as pb
 import pytest
 
 from mindformers_ext.cpu_parallel import verify
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler import mindir, rank_pool
 from mindformers_ext.rank_compiler.stand_in_cann import COMPILE
 

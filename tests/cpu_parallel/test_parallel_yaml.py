@@ -74,7 +74,7 @@ def test_layout_that_does_not_fit_is_a_sentence(problem):
     layout = problem.layouts()["mp4"]
     layout.arguments["overrides"]["parallel_config"]["model_parallel"] = 8
     with pytest.raises(ConfigError, match="model_parallel must divide num_heads, .* 8 does not divide 4"):
-        problem.compile(replace(layout, world_size=8), problem.folder / "mp8")
+        problem.jobs(replace(layout, world_size=8), problem.folder / "mp8")
 
 
 def test_capacity_that_would_drop_by_layout_is_a_sentence(tmp_path):
@@ -83,7 +83,7 @@ def test_capacity_that_would_drop_by_layout_is_a_sentence(tmp_path):
     command = ["--config", str(FOLDER / "pretrain_deepseek3_tiny.yaml"), *SIZES, *dropping]
     given = RunProblem.of(command, tmp_path, steps=1)
     with pytest.raises(ConfigError, match="expert_group_size must divide .* a sequence of 32, does not divide 16"):
-        given.compile(given.layouts()["dp2-mp2-pp2-ep2"], tmp_path / "layout")
+        given.jobs(given.layouts()["dp2-mp2-pp2-ep2"], tmp_path / "layout")
     for name in ("ep4-mp2-a2a", "ep2-drops"):
         assert given.layouts()[name].arguments["model"]["moe_config.expert_group_size"] <= 32
 

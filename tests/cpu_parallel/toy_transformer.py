@@ -16,7 +16,8 @@ from mindformers_ext.cpu_parallel.verify import Layout
 def layout(name: str, **degrees) -> Layout:
     """A named layout of the toy."""
     sizes = [degrees.get(axis, 1) for axis in ("dp", "mp", "pp")]
-    return Layout(name, degrees, int(np.prod(sizes)), sizes[2], degrees.get("micro", 1))
+    loss_stage = 0 if degrees.get("scheduler") == "zero_bubble_v" else sizes[2] - 1
+    return Layout(name, degrees, int(np.prod(sizes)), sizes[2], degrees.get("micro", 1), loss_stage)
 
 
 LAYOUTS = [
@@ -30,6 +31,11 @@ LAYOUTS = [
     layout("pp2-mp2-optimizer", pp=2, micro=4, mp=2, shard_optimizer=True),
     layout("pp2-dp2-optimizer", pp=2, micro=4, dp=2, shard_optimizer=True),
     layout("pp2-dp2-mp2", pp=2, dp=2, mp=2, micro=2),
+    layout("pp2-chunks2", pp=2, micro=4, chunks=2),
+    *(
+        layout(f"pp2-{name}", pp=2, micro=4, chunks=2, scheduler=name)
+        for name in ("gpipe", "seqpipe", "seqsmartvpp", "zero_bubble_v")
+    ),
 ]
 
 BATCH, SEQUENCE, HIDDEN, HEADS, FFN, VOCAB, LAYERS = 8, 16, 32, 4, 64, 48, 2
@@ -44,6 +50,8 @@ class Degrees:
     pp: int = 1
     micro: int = 1
     shard_optimizer: bool = False
+    chunks: int = 1  # 2: embedding and blocks lie on stages 0, 1, 0, and the loss on 1
+    scheduler: str = "1f1b"
     shard_size: int = -1  # ranks that share one weight under optimizer parallelism; -1: all that have it
 
 
@@ -145,7 +153,12 @@ class Net(nn.Cell):
         self.loss = Loss(rng, layout.dp)
         self.embedding.pipeline_stage, self.loss.pipeline_stage = 0, layout.pp - 1
         for i, block in enumerate(self.blocks):
-            block.pipeline_stage = i * layout.pp // LAYERS
+            block.pipeline_stage = (i * layout.pp // LAYERS + layout.chunks - 1) % layout.pp
+        if layout.scheduler == "zero_bubble_v":
+            self.blocks[1].pipeline_stage, self.loss.pipeline_stage = 1, 0
+            for segment, cells in enumerate(((self.embedding, self.blocks[0]), (self.blocks[1], self.loss))):
+                for cell in cells:
+                    cell.pipeline_segment = segment
 
     def construct(self, tokens, labels):
         x = self.embedding(tokens)
@@ -189,6 +202,7 @@ def build(**degrees):
         parallel_mode="semi_auto_parallel",
         full_batch=True,
         pipeline_stages=layout.pp,
+        pipeline_config={"pipeline_interleave": layout.chunks > 1, "pipeline_scheduler": layout.scheduler},
         search_mode="sharding_propagation",
         gradients_mean=False,
         enable_parallel_optimizer=layout.shard_optimizer,

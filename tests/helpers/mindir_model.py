@@ -2,9 +2,8 @@
 
 import struct
 
-import mindspore.train.mind_ir_pb2 as pb
-
 from mindformers_ext.lowering.lower import lower
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.mindir import attributes_of, reference
 
 

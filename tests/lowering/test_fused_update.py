@@ -2,11 +2,11 @@
 
 import struct
 
-import mindspore.train.mind_ir_pb2 as pb
 import pytest
 
 from mindformers_ext.lowering.fused_update import fuse_updates
 from mindformers_ext.lowering.graph import Graph, set_attribute
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.mindir import attributes_of
 
 

@@ -1,11 +1,11 @@
 """Lowering and inlining on hand-made graphs: what becomes of calls, closures, collectives and run-time branches."""
 
-import mindspore.train.mind_ir_pb2 as pb
 import pytest
 
 from mindformers_ext.lowering.graph import set_attribute
 from mindformers_ext.lowering.inlining import inline_functions
 from mindformers_ext.lowering.lower import lower
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.mindir import attributes_of
 
 
@@ -165,3 +165,22 @@ def test_a_gradient_is_taken_behind_all_its_additions():
     assert made["sum1/after0"] == ("Depend", ["buffer", "sum0"])
     assert made["ready"] == ("Depend", ["ready/after0", "zeros"])
     assert made["ready/after0"] == ("Depend", ["buffer", "sum1"])
+    assert made["reduced"] == ("Neg", ["ready"])  # which is behind it already
+
+
+def test_an_addition_to_a_buffer_that_waits_counts_too():
+    """As schedulers write it: the second addition waits for something else first (zero_bubble_v lost its gradient)."""
+    model = pb.ModelProto()
+    for operator in ("AssignAdd", "Depend", "Neg"):
+        primitive(model, f"{operator}:0", operator)
+    main = graph_with(model, model.graph, ["buffer", "dw0", "dw1", "message"], "reduced")
+    node(main, "AssignAdd:0", ["buffer", "dw0"], "sum0")
+    node(main, "Depend:0", ["buffer", "message"], "later")
+    node(main, "AssignAdd:0", ["later", "dw1"], "sum1")
+    node(main, "Neg:0", ["buffer"], "reduced")
+    lower(model, 0, 1)
+    made = {output: (operator, inputs) for operator, inputs, output in operators(model)}
+    assert made["later"] == ("Depend", ["later/after0", "message"])
+    assert made["later/after0"] == ("Depend", ["buffer", "sum0"])
+    assert made["sum1"] == ("AssignAdd", ["later", "dw1"])
+    assert made["reduced/after0"] == ("Depend", ["buffer", "sum1"])

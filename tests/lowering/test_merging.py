@@ -1,9 +1,9 @@
 """Collectives of a lowered graph: which wait for each other, and which become one operator."""
 
-import mindspore.train.mind_ir_pb2 as pb
 from lowering.test_lowering import graph_with, node, operators, primitive
 
 from mindformers_ext.lowering.lower import lower
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.mindir import attributes_of
 
 

@@ -5,13 +5,13 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-import mindspore.train.mind_ir_pb2 as pb
 import pytest
 
 from mindformers_ext.config.run import read_run
 from mindformers_ext.dryrun.device_profile import load_profile
 from mindformers_ext.dryrun.report import DOES_NOT_FIT, make_report
 from mindformers_ext.dryrun.terminal_report import audit_table, render_ranks
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.operator_rules import (
     DOCUMENTED,
     DOUBTFUL,

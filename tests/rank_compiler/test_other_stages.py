@@ -19,23 +19,36 @@ SMALL = small_sizes(32, num_layers=4) | {
     "parallel_config.micro_batch_num": 4,
     "parallel.dataset_strategy": [[1, 1]] * 4,
 }
+# Two stages of two chunks; the folded one turns back after the second.
+CHUNKS = {
+    "parallel_config.pipeline_stage": 2,
+    "model.model_config.pp_interleave_num": 2,
+    "model.model_config.offset": 0,
+    "parallel.pipeline_config.pipeline_interleave": True,
+}
+PIPELINES = {
+    "stages": ({}, 4),
+    "chunks": (CHUNKS, 2),
+    "folded": (CHUNKS | {"parallel.pipeline_config.pipeline_scheduler": "zero_bubble_v"}, 2),
+}
 
 
-def compiled(out: Path, *flags: str) -> list[dict]:
+def compiled(out: Path, other: dict, stages: int, *flags: str) -> list[dict]:
     """What the first rank of every stage holds and sends."""
     arguments = ["--config", str(CONFIG), "--register_path", str(ROOT / "research/deepseek3"), "--samples", "4", *flags]
-    arguments += [text for key, value in SMALL.items() for text in (f"--{key}", json.dumps(value))]
+    arguments += [text for key, value in (SMALL | other).items() for text in (f"--{key}", json.dumps(value))]
     jobs = rank_pool.RankJobs(
         module="mindformers_ext.rank_compiler.compile_run",
         arguments=lambda folder: ["--out", str(folder), *arguments],
-        world_size=4,
+        world_size=stages,
         devices_per_stage=1,
         out=out,
         level=COMPILE,
         python_path=(str(ROOT),),
     )
-    results = rank_pool.compile_ranks(jobs, [0, 2, 3], 2)
-    assert [result.status for result in results] == [rank_pool.COMPILED] * 3, [
+    ranks = [0, 2, 3] if stages == 4 else [0, 1]
+    results = rank_pool.compile_ranks(jobs, ranks, 2)
+    assert [result.status for result in results] == [rank_pool.COMPILED] * len(ranks), [
         (r.message, r.compiler_errors) for r in results
     ]
     return [result.compiled for result in results]
@@ -47,8 +60,14 @@ def as_set(collectives: list[dict]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_same_parameters_layouts_and_collectives(tmp_path):
-    for short, whole in zip(compiled(tmp_path / "short"), compiled(tmp_path / "whole", "--whole_model"), strict=True):
+@pytest.mark.parametrize("name", PIPELINES)
+def test_same_parameters_layouts_and_collectives(tmp_path, name):
+    pairs = zip(
+        compiled(tmp_path / "short", *PIPELINES[name]),
+        compiled(tmp_path / "whole", *PIPELINES[name], "--whole_model"),
+        strict=True,
+    )
+    for short, whole in pairs:
         for key in ("parameters", "weights", "inputs", "flops"):
             assert short[key] == whole[key], key
         assert as_set(short["collectives"]) == as_set(whole["collectives"])

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mindformers_ext.cpu_parallel import launch, verify
-from mindformers_ext.cpu_parallel.compare import last_stage_losses
+from mindformers_ext.cpu_parallel.compare import stage_losses
 from mindformers_ext.cpu_parallel.run_rank import rank_folder, read_batches, write_batches
+from mindformers_ext.rank_compiler.rank_pool import compile_ranks
 from mindformers_ext.sharded_checkpoint.layout import Meta, Piece, compiled_slots
 from mindformers_ext.sharded_checkpoint.reader import check_names, load, open_source
 from mindformers_ext.sharded_checkpoint.writer import Saver
@@ -17,12 +18,15 @@ TESTS = Path(__file__).parents[1]
 PYTHON_PATH = (str(TESTS.parent), str(TESTS), str(TESTS.parent / "research" / "deepseek3"))
 STEPS = 2  # before the change, and after it
 TRANSFORMER, DEEPSEEK = (
-    verify.Problem(f"collectives.{name}", PYTHON_PATH, steps=2 * STEPS)
+    verify.Problem(f"cpu_parallel.{name}", PYTHON_PATH, steps=2 * STEPS)
     for name in ("toy_transformer", "small_deepseek")
 )
 PAIRS = [
     (TRANSFORMER, "dp2-mp2-optimizer", "pp2"),
     (TRANSFORMER, "pp2", "mp2"),
+    (TRANSFORMER, "pp2-chunks2", "dp2-mp2-optimizer"),
+    (TRANSFORMER, "mp2", "pp2-zero_bubble_v"),
+    (TRANSFORMER, "pp2-zero_bubble_v", "pp2-chunks2"),
     (DEEPSEEK, "dp2-optimizer", "mp2"),
     (DEEPSEEK, "mp2", "ep2"),
     (DEEPSEEK, "ep2", "dp2-optimizer"),
@@ -47,7 +51,9 @@ def compiled_folder(problem: verify.Problem, single: Path, layout: verify.Layout
     """The folder of a layout's ranks, compiled when it is asked for first."""
     folder = single.parent / layout.name
     if not folder.exists():
-        problem.compile(layout, folder)
+        folder.mkdir(parents=True)
+        jobs = problem.jobs(layout, folder)
+        launch.lowered(jobs, compile_ranks(jobs, list(range(layout.world_size)), workers=2))
     return folder
 
 
@@ -56,7 +62,7 @@ def train(folder: Path, layout: verify.Layout, initial: dict[str, np.ndarray], b
     np.savez(folder / "initial.npz", **initial)
     write_batches(folder, batches)
     launch.run_ranks(folder, layout.world_size, layout.stages)
-    losses = last_stage_losses(folder, layout.world_size, layout.stages)
+    losses = stage_losses(folder, layout.world_size, layout.stages, layout.loss_stage)
     return [loss / layout.micro_batches for loss in losses]
 
 
