@@ -56,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--audit", action="store_true", help="list every operator that the ranks run, with its verdict")
     parser.add_argument("--jobs", type=positive, default=1, help="ranks compiled at a time")
     parser.add_argument("--out", type=Path, help="folder for report.json, report.html and the ranks' logs")
-    parser.add_argument("--device", default=DEFAULT_PROFILE, help="device profile (YAML)")
+    parser.add_argument(
+        "--device", default=DEFAULT_PROFILE, help="device profile: a YAML file, or a name as a2, a3, h100"
+    )
     parser.add_argument("--register_path", default="research/deepseek3", help="folder of the model's Python files")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds a rank may take")
     parser.add_argument("--compare", help="another YAML, estimated beside --config with its overrides")

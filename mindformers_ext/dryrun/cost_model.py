@@ -1,49 +1,69 @@
 """Estimated memory, step time and MFU of a plan: arithmetic over a device profile, a few milliseconds per plan.
 
-The estimate ranks strategies and says what bounds them; it is not a measurement. What V3 sends agrees with its compiled
-graph to 1 %, memory with MindSpore's plan (`--level memory`) to 10 %. Its errors in %, by stage (see the tests):
+The estimate ranks strategies and says what bounds them. What it was held against, and its errors: docs/plans.md.
+
+- operators.py: every operator of a layer is a product or moves bytes; both have a roofline.
+- transfers.py: collectives, over a node's links and the network.
+- pipeline.py: the passes of all stages in the order of the schedule.
+- Collectives stand in the way of computation but for the purposes in `Software.overlaps`. A stage's gradients are
+  exchanged when its last backward pass ends: while other stages still compute, that costs nothing.
+- Routing is balanced: every expert rank gets the same number of tokens.
+
+What V3 sends agrees with its compiled graph to 1 %, memory with MindSpore's plan (`--level memory`) to 10 %. Its errors
+in %, by stage (see the tests):
 
 - without fragments, the 671B YAML +4.0 (0), +2.1 (1), +0.2 (15); with capacity dispatch -1.6 (0), -0.5 (1), -1.3 (15);
   V2-Lite -6.3 (0);
 - with fragments, the 671B YAML +0.5 (0), -0.9 to +1.1 (1 to 13), -3.8 (14), -1.1 (15); with capacity dispatch -5.1 (0),
   -1.2 (1), -4.5 (8), -1.9 (15).
-
-What is assumed:
-
-- matmuls and attention run at the profile's efficiencies; every other operator is hidden in them;
-- tensor and expert parallel collectives are not hidden; gradients are hidden by the profile's share;
-- 1F1B pipeline: the slowest stage sets the pace, the others are passed once;
-- routing is balanced: every expert rank gets the same number of tokens.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import hypot
 from typing import Any
 
 from mindformers_ext.config import flops
 from mindformers_ext.config.run import DTYPE_BYTES, Run
 from mindformers_ext.dryrun.device_profile import DeviceProfile
+from mindformers_ext.dryrun.operators import (
+    HOST,
+    Part,
+    buffer_rows,
+    head_parts,
+    layer_parts,
+    part_seconds,
+    projection_parts,
+)
 from mindformers_ext.dryrun.parameters import (
     Weight,
+    first_weights,
     gathered_bytes,
     is_cast,
-    model_weights,
+    last_weights,
+    layer_weights,
     optimizer_ways,
     parameter_bytes,
+    prediction_weights,
 )
+from mindformers_ext.dryrun.pipeline import Timeline, in_flight, simulate
+from mindformers_ext.dryrun.plan import DATA, EXPERT, Plan
 from mindformers_ext.dryrun.transfers import (
     Transfer,
-    capacity_rows,
     embedding_step,
     gradient_exchange,
     head_step,
-    layer_step,
+    layer_backward,
+    layer_forward,
     mtp_embedding,
     stage_boundary,
 )
 
 FLOAT_BYTES = 4
 ADAM_STATES = 2  # first and second moment, float32
+RECOMPUTATION, BUBBLE, OPTIMIZER = "recomputation", "pipeline bubble", "optimizer"
 
 
 @dataclass
@@ -60,10 +80,9 @@ class StageCost:
     activation_bytes: float  # kept for the backward pass, all micro-batches in flight
     working_bytes: float  # most that lies beside them: of a layer's backward pass, or the update's clipped gradients
     flops_per_step: float  # forward and backward of the model's formula
-    compute_seconds: float  # one micro-batch, forward and backward, recomputation included
-    collective_seconds: dict[
-        str, float
-    ]  # one micro-batch, by purpose; "data parallel": once a step, what is not hidden
+    seconds: dict[str, float]  # of one micro-batch, forward and backward, by cause
+    exchange_seconds: float  # gradients and split weights, once a step
+    optimizer_seconds: float
     transfers: list[Transfer]  # of one step
 
     @property
@@ -75,7 +94,7 @@ class StageCost:
     @property
     def micro_batch_seconds(self) -> float:
         """One micro-batch through this stage, forward and backward."""
-        return self.compute_seconds + sum(t for p, t in self.collective_seconds.items() if p != "data parallel")
+        return sum(self.seconds.values())
 
 
 @dataclass
@@ -105,25 +124,24 @@ class PlanCost:
         return data
 
 
-def estimate(plan: Run, profile: DeviceProfile) -> PlanCost:
-    """Cost of a legal plan on a device."""
-    weights = list(model_weights(plan))
-    stages = [_stage_cost(plan, profile, stage, weights) for stage in range(plan.pp)]
-    slowest = max(stages, key=lambda s: s.micro_batch_seconds)
-    pace = slowest.micro_batch_seconds
-    pipeline = sum(s.micro_batch_seconds for s in stages) + (plan.micro_batches - 1) * pace
-    busy = plan.micro_batches * sum(s.micro_batch_seconds for s in stages) / plan.pp
-    causes = _causes(plan, profile, stages, slowest, pipeline)
+def estimate(plan: Run | Plan, profile: DeviceProfile, costs: "Costs | None" = None) -> PlanCost:
+    """Cost of a legal plan on a device; `costs` of it when they are known."""
+    plan = plan if isinstance(plan, Plan) else Plan.of(plan)
+    costs = costs or Costs(plan, profile)
+    passes = costs.all_passes
+    stages = [_stage_cost(costs, stage, [row[stage] for row in passes]) for stage in range(plan.pp)]
+    timeline = step_timeline(costs)
+    causes = _causes(costs, stages, timeline)
     step = sum(causes.values())
-    per_token = flops.flops_per_token(plan.model, plan.model.seq_length)
     memory = max(s.memory_bytes for s in stages)
     moe = plan.model.moe_config
     choices = plan.tokens_per_step * moe.num_experts_chosen
+    per_token = flops.flops_per_token(plan.model, plan.model.seq_length)
     return PlanCost(
         stages=stages,
-        parameters=sum(w.size for w in weights),
+        parameters=sum(s.parameters for s in stages),
         step_seconds=step,
-        bubble=1 - busy / pipeline,
+        bubble=timeline.bubble,
         tokens_per_s=plan.tokens_per_step / step,
         mfu=per_token * plan.tokens_per_step / step / plan.device_num / (profile.peak_tflops * 1e12),
         bound=max(causes, key=causes.get),
@@ -134,58 +152,283 @@ def estimate(plan: Run, profile: DeviceProfile) -> PlanCost:
     )
 
 
-def _causes(
-    plan: Run, profile: DeviceProfile, stages: list[StageCost], slowest: StageCost, pipeline: float
-) -> dict[str, float]:
-    """Seconds of one step by what they are spent on: micro-batches on the slowest stage, then the update.
+def step_timeline(costs: "Costs") -> Timeline:
+    """The pipeline of a step."""
+    plan = costs.plan
+    forward, backward = costs.pass_seconds
+    return simulate(plan.schedule, forward, backward, plan.micro_batches, stage_boundary(plan).seconds(costs.profile))
 
-    All wait for the stage whose gradient exchange and update end last.
+
+def _causes(costs: "Costs", stages: list[StageCost], timeline: Timeline) -> dict[str, float]:
+    """Seconds of one step by cause: micro-batches on the slowest stage, waiting, and what follows the pipeline.
+
+    The step ends with the stage whose gradient exchange and update end last.
     """
-    causes = {"compute": slowest.compute_seconds * plan.micro_batches}
-    for purpose, seconds in slowest.collective_seconds.items():
-        causes[purpose] = seconds * plan.micro_batches
-    causes["pipeline bubble"] = pipeline - slowest.micro_batch_seconds * plan.micro_batches
+    plan = costs.plan
+    overlapped = DATA in plan.software.overlaps
+    forward, backward = costs.pass_seconds
+    late, ends = 0.0, []
+    for stage, cost in enumerate(stages):
+        gathers, gradients = costs.exchange_seconds(stage)
+        first, last = (sum(row[stage] for row in rows) for rows in (forward, backward))
+        if overlapped:
+            passes = plan.micro_batches if plan.software.gathers > 1 else 1  # gathered for every pass, beside all
+            gathers = costs.left(gathers, first * passes, len(cost.layers) * plan.software.gathers)
+            gradients = costs.left(gradients, last * passes, len(cost.layers))
+        late = max(late, gathers - sum(forward[0][:stage]))
+        ends.append((timeline.ends[stage] + gradients + cost.optimizer_seconds, gradients, cost.optimizer_seconds))
+    end, gradients, optimizer = max(ends)
+    slowest = max(stages, key=lambda s: s.micro_batch_seconds)
+    causes = {cause: seconds * plan.micro_batches for cause, seconds in slowest.seconds.items()}
+    waiting = end - gradients - optimizer - sum(causes.values())
+    causes |= {BUBBLE: waiting, DATA: gradients + late, OPTIMIZER: optimizer}
+    return {cause: seconds for cause, seconds in causes.items() if seconds}
 
-    def update(stage: StageCost) -> tuple[float, float]:
-        moved = 3 * stage.optimizer_bytes + 2 * stage.weight_bytes  # read and write states and weights, read gradients
-        return stage.collective_seconds.get("data parallel", 0.0), moved / (profile.hbm_gb_per_s * 1e9)
 
-    causes["data parallel"], causes["optimizer"] = max(map(update, stages), key=sum)
-    return {cause: seconds for cause, seconds in causes.items() if seconds or cause == "compute"}
+class Costs:
+    """What the layers of a plan take on a device: layers of one kind are counted once."""
+
+    def __init__(self, plan: Plan, profile: DeviceProfile):
+        self.plan, self.profile = plan, profile
+        self.recomputed = plan.recomputed
+        self.groups: dict[int, list[tuple[int, list[Weight]]]] = {}
+        self.kinds: dict[tuple, Any] = {}
+
+    def like(self, plan: Plan) -> "Costs":
+        """The same for a plan whose layers are the same but lie elsewhere, or are computed again or not."""
+        costs = Costs(plan, self.profile)
+        costs.kinds = self.kinds
+        return costs
+
+    def _once(self, key: tuple, make):
+        if key not in self.kinds:
+            self.kinds[key] = make()
+        return self.kinds[key]
+
+    def kind(self, layer: int) -> tuple[bool, bool]:
+        """(has experts, is computed again)."""
+        return layer >= self.dense_layers, layer in self.recomputed
+
+    @cached_property
+    def dense_layers(self) -> int:
+        """Layers without experts, which come first."""
+        model = self.plan.model
+        return model.moe_config.first_k_dense_replace if model.moe_config.expert_num > 1 else model.layers_in_all
+
+    def counted(self, layers: Iterable[int]) -> dict[tuple[bool, bool], tuple[int, int]]:
+        """How many layers of each kind, and one of them."""
+        found: dict[tuple[bool, bool], tuple[int, int]] = {}
+        for layer in layers:
+            kind = self.kind(layer)
+            found[kind] = (found.get(kind, (0, layer))[0] + 1, layer)
+        return found
+
+    def passes(self, chunk: int, stage: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds by cause of a chunk's forward and backward pass."""
+        found = (defaultdict(float), defaultdict(float))
+
+        def add(pair, times: float = 1) -> None:
+            for total, seconds in zip(found, pair, strict=True):
+                for cause, value in seconds.items():
+                    total[cause] += value * times
+
+        for count, layer in self.counted(self.plan.layers[chunk][stage]).values():
+            add(self.layer(layer), count)
+        depth = self.plan.model.mtp_depth
+        if (chunk, stage) == (0, 0):
+            sums = self._collectives(embedding_step(self.plan))
+            add(({c: t / 2 for c, t in sums.items()},) * 2)
+        if (chunk, stage) == self.plan.last:
+            add(self._computed(head_parts(self.plan)), 1 + depth)
+            add(self._computed(projection_parts(self.plan)), depth)
+            sums = self._collectives(head_step(self.plan))
+            add(({c: t / 2 for c, t in sums.items()},) * 2)
+        return found
+
+    @cached_property
+    def all_passes(self) -> list[list[tuple[dict[str, float], dict[str, float]]]]:
+        """`passes` of [chunk][stage]."""
+        return [[self.passes(chunk, stage) for stage in range(self.plan.pp)] for chunk in range(self.plan.chunks)]
+
+    @cached_property
+    def pass_seconds(self) -> tuple[list[list[float]], list[list[float]]]:
+        """Seconds of the forward and of the backward passes of [chunk][stage]."""
+        return tuple([[sum(pair[i].values()) for pair in row] for row in self.all_passes] for i in (0, 1))
+
+    def layer(self, layer: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds by cause of a decoder layer's forward and backward pass."""
+        return self._once(("layer", *self.kind(layer)), lambda: self._layer(layer))
+
+    def sent(self, layer: int) -> list[Transfer]:
+        """Collectives of a decoder layer for one micro-batch."""
+        self.layer(layer)
+        return self.kinds[("sent", *self.kind(layer))]
+
+    def _layer(self, layer: int) -> tuple[dict[str, float], dict[str, float]]:
+        plan, (is_moe, recomputed) = self.plan, self.kind(layer)
+        parts = layer_parts(plan, is_moe)
+        forward, backward = self._computed(parts)
+        again = parts if recomputed else [part for part in parts if part.name in plan.parts]
+        backward[RECOMPUTATION] = 0.0
+        for cause, value in self._computed(again)[0].items():
+            backward[HOST if cause == HOST else RECOMPUTATION] += value
+        sent = layer_forward(plan, layer), layer_backward(plan, layer, recomputed)
+        self._once(("sent", is_moe, recomputed), lambda: sent[0] + sent[1])
+        return tuple(
+            self._beside(seconds, self._collectives(transfers))
+            for seconds, transfers in zip((forward, backward), sent, strict=True)
+        )
+
+    def _computed(self, parts: list[Part]) -> tuple[dict[str, float], dict[str, float]]:
+        totals = (defaultdict(float), defaultdict(float))
+        for part in parts:
+            seconds = part_seconds(self.plan, self.profile, part)
+            for total, each in zip(totals, (seconds.forward, seconds.backward), strict=True):
+                for cause, value in each.items():
+                    total[cause] += value
+        return totals
+
+    def _collectives(self, transfers: list[Transfer]) -> dict[str, float]:
+        found: dict[str, float] = defaultdict(float)
+        for t in transfers:
+            rate = self.plan.software.exchange_efficiency if t.purpose == EXPERT else 1.0
+            found[t.purpose] += t.seconds(self.profile) / rate
+        return found
+
+    def _beside(self, computed: dict[str, float], sent: dict[str, float]) -> dict[str, float]:
+        """Computation and collectives of a pass together: what overlaps is hidden, and the host may be slower."""
+        host = computed.pop(HOST)
+        work = sum(computed.values())
+        found = dict(computed)
+        for purpose, seconds in sent.items():
+            if purpose in self.plan.software.overlaps:
+                seconds = max(seconds - work, self.profile.overlap_cost * seconds)
+            found[purpose] = seconds
+        device = sum(found.values())
+        found[HOST] = hypot(device, host) - device  # some operators wait for the host, others keep it waiting
+        return found
+
+    def left(self, sent: float, beside: float, pieces: int) -> float:
+        """What is not hidden of collectives that run beside `beside` seconds of computation, in as many pieces."""
+        return max(sent - beside, sent / max(pieces, 1), self.profile.overlap_cost * sent)
+
+    def weights(self, stage: int) -> list[tuple[int, list[Weight]]]:
+        """Weights of a stage, those of equal layers once, with how often they are there."""
+        if stage in self.groups:
+            return self.groups[stage]
+        plan = self.plan
+        groups = self.groups[stage] = []
+        for is_moe in (False, True):
+            held = [layer for layer in plan.layers_of(stage) if (layer >= self.dense_layers) == is_moe]
+            if held:
+                make = lambda layer=held[0]: list(layer_weights(plan, "", layer, stage))  # noqa: E731
+                groups.append((len(held), self._once(("weights", is_moe), make)))
+        if stage == 0:
+            groups.append((1, self._once(("first",), lambda: list(first_weights(plan)))))
+        if stage == plan.pp - 1:
+            groups.append((1, self._once(("last",), lambda: list(last_weights(plan)))))
+            if depth := plan.model.mtp_depth:
+                groups.append((depth, self._once(("mtp",), lambda: list(prediction_weights(plan, 0)))))
+        return groups
+
+    def held(self, weights: list[Weight]) -> dict[str, float]:
+        """Bytes that one rank keeps of these weights during the whole step."""
+        return self._once(("held", id(weights)), lambda: _held_bytes(self.plan, weights))
+
+    def exchanges(self, weights: list[Weight]) -> list[Transfer]:
+        """Collectives of these weights and their gradients in a step."""
+        return self._once(("exchange", id(weights)), lambda: gradient_exchange(self.plan, weights))
+
+    def exchange_seconds(self, stage: int) -> tuple[float, float]:
+        """(split weights gathered, gradients exchanged): of a stage in a step when nothing hides them."""
+        gathers = gradients = 0.0
+        for count, weights in self.weights(stage):
+            for is_gather in (True, False):
+                seconds = self._once(
+                    ("exchange seconds", id(weights), is_gather),
+                    lambda weights=weights, is_gather=is_gather: sum(
+                        t.seconds(self.profile) for t in self.exchanges(weights) if (t.kind == "AllGather") == is_gather
+                    ),
+                )
+                gathers, gradients = (
+                    gathers + seconds * count * is_gather,
+                    gradients + seconds * count * (not is_gather),
+                )
+        return gathers, gradients
+
+    def largest_gradient(self, is_moe: bool) -> float:
+        """Bytes of the largest gradient of a layer with or without experts, as its backward pass makes it."""
+        weights = self.kinds[("weights", is_moe)]
+        return self._once(
+            ("gradient", is_moe), lambda: max((self._gradient(w) for w in weights if w.trainable), default=0.0)
+        )
+
+    def _gradient(self, weight: Weight) -> float:
+        return weight.size / weight.ways * gathered_bytes(weight, self.plan)
+
+    @cached_property
+    def embedding_gradient(self) -> float:
+        """Bytes of the embedding's gradient."""
+        return sum(self._gradient(w) for w in self.kinds[("first",)] if w.trainable)
+
+    def layer_bytes(self, layer: int) -> tuple[float, float]:
+        """(kept for the backward pass of a layer, what lies beside it then: computed again, and a gradient)."""
+        kind = self.kind(layer)
+        return self._once(("bytes", *kind), lambda: self._layer_bytes(*kind))
+
+    def _layer_bytes(self, is_moe: bool, recomputed: bool) -> tuple[float, float]:
+        plan = self.plan
+        parts = layer_activations(plan, is_moe)
+        again = sum(size for name, size in parts.items() if recomputed or name in plan.parts)
+        rows = plan.row_tokens * plan.model.hidden_size * DTYPE_BYTES[plan.model.compute_dtype]
+        kept = rows if recomputed else sum(parts.values()) - again
+        return kept, again + self.largest_gradient(is_moe)
 
 
-def _stage_cost(plan: Run, profile: DeviceProfile, stage: int, weights: list[Weight]) -> StageCost:
-    own = [w for w in weights if w.stage == stage]
+def _stage_cost(costs: Costs, stage: int, passes: list[tuple[dict[str, float], dict[str, float]]]) -> StageCost:
+    plan, profile = costs.plan, costs.profile
     layers = plan.layers_of(stage)
-    recomputed = recomputed_layers(plan, stage)
-    transfers = _step_transfers(plan, stage, layers, recomputed, own)
-    seconds: dict[str, float] = defaultdict(float)
-    for transfer in transfers:
-        share = 1 - profile.gradient_overlap if transfer.purpose == "data parallel" else 1 / plan.micro_batches
-        seconds[transfer.purpose] += transfer.seconds(profile) * share
-    kept, working = _activations(plan, stage, layers, recomputed, own)
-    held = _held_bytes(plan, own)
+    groups = costs.weights(stage)
+    held = dict.fromkeys(("weight_bytes", "gradient_bytes", "optimizer_bytes", "gathered_bytes"), 0.0)
+    for count, weights in groups:
+        for name, value in costs.held(weights).items():
+            held[name] += count * value
+    kept, working = _activations(costs, stage)
     clipped = held["optimizer_bytes"] / ADAM_STATES  # the update comes when all activations are gone
-    macs = _macs_per_token(plan, stage, layers)
-    per_rank = plan.tokens_per_step / plan.devices_per_stage
+    seconds: dict[str, float] = defaultdict(float)
+    for pair in passes:
+        for each in pair:
+            for cause, value in each.items():
+                seconds[cause] += value
+    states, buffers = plan.software.update_bytes
+    moved = states * held["optimizer_bytes"] / (ADAM_STATES * FLOAT_BYTES)
+    moved += buffers * held["gradient_bytes"] / DTYPE_BYTES[plan.model.param_init_type]
     return StageCost(
         stage=stage,
         layers=layers,
-        parameters=sum(w.size for w in own),
+        parameters=sum(count * sum(w.size for w in weights) for count, weights in groups),
         **held,
         activation_bytes=kept,
         working_bytes=max(working, clipped - kept),
-        flops_per_step=6 * macs * per_rank,
-        compute_seconds=_compute_seconds(plan, profile, stage, layers, recomputed),
-        collective_seconds=dict(seconds),
-        transfers=transfers,
+        flops_per_step=6 * _macs_per_token(costs, stage) * plan.tokens_per_step / plan.devices_per_stage,
+        seconds={cause: value for cause, value in seconds.items() if value},
+        exchange_seconds=sum(costs.exchange_seconds(stage)),
+        optimizer_seconds=moved / profile.memory_bytes_per_s,
+        transfers=_step_transfers(costs, stage),
     )
 
 
-def _held_bytes(plan: Run, own: list[Weight]) -> dict[str, float]:
-    """Bytes one rank keeps during the whole step."""
+def stage_memory(costs: Costs, stage: int) -> float:
+    """`StageCost.memory_bytes` alone."""
+    held = [count * sum(costs.held(weights).values()) for count, weights in costs.weights(stage)]
+    states = sum(count * costs.held(weights)["optimizer_bytes"] for count, weights in costs.weights(stage))
+    kept, working = _activations(costs, stage)
+    return sum(held) + kept + max(working, states / ADAM_STATES - kept)
+
+
+def _held_bytes(plan: Plan, weights: list[Weight]) -> dict[str, float]:
     held = dict.fromkeys(("weight_bytes", "gradient_bytes", "optimizer_bytes", "gathered_bytes"), 0.0)
-    for weight in own:
+    for weight in weights:
         ways, unit = optimizer_ways(weight, plan), parameter_bytes(weight, plan)
         values = weight.size / weight.ways
         held["weight_bytes"] += values / ways * unit
@@ -199,135 +442,109 @@ def _held_bytes(plan: Run, own: list[Weight]) -> dict[str, float]:
     return held
 
 
-def recomputed_layers(plan: Run, stage: int) -> int:
-    """How many layers of a stage run their forward pass again."""
-    return len(set(plan.layers_of(stage)) & set(plan.pipeline.covered(plan.recompute)))
-
-
-def _macs_per_token(plan: Run, stage: int, layers: list[int]) -> float:
+def _macs_per_token(costs: Costs, stage: int) -> float:
     """Multiply-adds of a token in one stage's forward pass, as the model's formula counts them."""
-    model = plan.model
-    macs = sum(flops.attention_macs(model, model.seq_length) + flops.ffn_macs(model, i) for i in layers)
-    return macs + _head_macs(plan, stage)
+    plan, model = costs.plan, costs.plan.model
+    macs = 0.0
+    for count, layer in costs.counted(plan.layers_of(stage)).values():
+        macs += count * (flops.attention_macs(model, model.seq_length) + flops.ffn_macs(model, layer))
+    if stage == plan.last[1]:
+        macs += model.vocab_size * model.hidden_size * (1 + model.mtp_depth)
+        macs += 2 * model.hidden_size**2 * model.mtp_depth
+    return macs
 
 
-def _head_macs(plan: Run, stage: int) -> float:
-    """Multiply-adds of a token in the output heads and MTP's eh_proj: on the last stage."""
-    model = plan.model
-    head = model.vocab_size * model.hidden_size * (1 + model.mtp_depth)
-    return head + 2 * model.hidden_size**2 * model.mtp_depth if stage == plan.pp - 1 else 0
-
-
-def _compute_seconds(plan: Run, profile: DeviceProfile, stage: int, layers: list[int], recomputed: int) -> float:
-    """One micro-batch on one rank: forward, backward, and forward again where a layer is recomputed."""
-    model, moe = plan.model, plan.model.moe_config
-    products = model.num_heads * (model.qk_head_dim + model.v_head_dim) * model.seq_length // 2
-    executed = products if model.use_flash_attention else 2 * products  # without it the masked half is computed too
-    tokens = plan.batch_size * model.seq_length / (plan.cp * plan.mp)
-    padding = 1.0 if moe.use_gmm else capacity_rows(plan) / (tokens * moe.num_experts_chosen)
-    routed = 3 * model.hidden_size * moe.moe_intermediate_size * moe.num_experts_chosen * (padding - 1)
-    total = 0.0
-    for i, layer in enumerate(layers):
-        matmuls = flops.attention_macs(model, model.seq_length) - products + flops.ffn_macs(model, layer)
-        matmuls += routed if model.is_moe_layer(layer) else 0
-        passes = 3 + (i < recomputed)
-        total += passes * matmuls / profile.matmul_efficiency + passes * executed / profile.attention_efficiency
-    total += 3 * _head_macs(plan, stage) / profile.matmul_efficiency
-    return total * 2 * tokens / (profile.peak_tflops * 1e12)
-
-
-def _step_transfers(plan: Run, stage: int, layers: list[int], recomputed: int, own: list[Weight]) -> list[Transfer]:
+def _step_transfers(costs: Costs, stage: int) -> list[Transfer]:
     """Every collective of one rank of a stage in one step, equal ones summed."""
-    micro = plan.micro_batches
+    plan, micro = costs.plan, costs.plan.micro_batches
     totals: dict[tuple, float] = defaultdict(float)
-    for i, layer in enumerate(layers):
-        for t in layer_step(plan, layer, i < recomputed):
-            totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls * micro
-    ends = (embedding_step(plan) if stage == 0 else []) + (head_step(plan) if stage == plan.pp - 1 else [])
-    for t in ends:
-        totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls * micro
-    edge = stage_boundary(plan)
-    for kind, neighbours in (("Send", (stage < plan.pp - 1, stage > 0)), ("Receive", (stage > 0, stage < plan.pp - 1))):
-        if any(neighbours):
-            totals[(edge.purpose, kind, edge.group_size, edge.span, edge.bytes)] += sum(neighbours) * micro
-    if plan.pp > 1 and plan.model.mtp_depth and stage in (0, plan.pp - 1):
+
+    def add(transfers: Iterable[Transfer], times: float) -> None:
+        for t in transfers:
+            totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls * times
+
+    for count, layer in costs.counted(plan.layers_of(stage)).values():
+        add(costs.sent(layer), count * micro)
+    ends = (embedding_step(plan) if stage == 0 else []) + (head_step(plan) if stage == plan.last[1] else [])
+    add(ends, micro)
+    parts = [chunk * plan.pp + stage for chunk in range(plan.chunks)]
+    edges = sum(part > 0 for part in parts) + sum(part < plan.chunks * plan.pp - 1 for part in parts)
+    if plan.pp > 1:
+        edge = stage_boundary(plan)
+        for kind in ("Send", "Receive"):  # activations one way, their gradients the other
+            totals[(edge.purpose, kind, edge.group_size, edge.span, edge.bytes)] += edges * micro
+    if plan.pp > 1 and plan.model.mtp_depth and stage in (0, plan.last[1]):
         t = mtp_embedding(plan)
         for kind in ("Send", "Receive"):  # the embedding one way, its gradient the other
             totals[(t.purpose, kind, t.group_size, t.span, t.bytes)] += t.calls * micro
-    for t in gradient_exchange(plan, own):
-        totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls
+    for count, weights in costs.weights(stage):
+        add(costs.exchanges(weights), count)
     return [Transfer(*key, calls) for key, calls in totals.items() if calls]
 
 
-def _activations(plan: Run, stage: int, layers: list[int], recomputed: int, own: list[Weight]) -> tuple[float, float]:
+def _activations(costs: Costs, stage: int) -> tuple[float, float]:
     """(bytes kept for the backward pass by the micro-batches in flight, most bytes beside them at any time).
 
     The backward pass goes from the last layer to the first: each layer's kept values are gone after it. A layer holds
     what it computed again, and the gradient of its largest weight until that is added to the buffer. With dropless
     dispatch rows of the experts are gone by then, and others are copied by a mask before: V3's sum is 1 GiB too high.
     """
-    model = plan.model
+    plan, model = costs.plan, costs.plan.model
     unit = DTYPE_BYTES[model.compute_dtype]
-    in_flight = min(plan.micro_batches, plan.pp - stage)
-    tokens = plan.batch_size * model.seq_length / plan.cp
-    share = plan.mp if plan.sequence_parallel else 1
-    sizes = [layer_activation_bytes(plan, layer) for layer in layers]
-    kept = [tokens / share * model.hidden_size * unit if i < recomputed else size for i, size in enumerate(sizes)]
-    if stage == 0 and recomputed:
-        kept[0] = tokens * model.hidden_size * unit  # the first layer keeps the looked up rows, and splits them again
-    working = 0.0
-    for i, layer in enumerate(layers):
-        again = sizes[i] if i < recomputed else 0.0
-        working = max(working, again + _largest_gradient(plan, own, _prefix(plan, layer)) - sum(kept[i + 1 :]))
+    working, chunks = 0.0, []
+    for chunk in range(plan.chunks):
+        later = 0.0
+        for layer in reversed(plan.layers[chunk][stage]):
+            kept, beside = costs.layer_bytes(layer)
+            working = max(working, beside - later)
+            later += kept
+        chunks.append(later)
+    first = plan.layers[0][0][0] if stage == 0 else None
+    if first is not None and costs.kind(first)[1]:
+        # the first layer keeps the looked up rows, and splits them again
+        chunks[0] += (plan.tokens - plan.row_tokens) * model.hidden_size * unit
     if stage == 0:
-        rows = tokens * model.hidden_size * FLOAT_BYTES
-        working = max(working, rows + _largest_gradient(plan, own, "model.embed_tokens.") - sum(kept))
-    if stage == plan.pp - 1:
+        looked_up = plan.tokens * model.hidden_size * FLOAT_BYTES
+        working = max(working, looked_up + costs.embedding_gradient - chunks[0])
+    if stage == plan.last[1]:
         # Logits and their gradient in float32 and compute dtype, for the main head and MTP's.
-        working = max(working, tokens * model.vocab_size / plan.mp * (unit + 2 * FLOAT_BYTES) * (1 + model.mtp_depth))
-    return sum(kept) * in_flight, working
+        working = max(
+            working, plan.tokens * model.vocab_size / plan.mp * (unit + 2 * FLOAT_BYTES) * (1 + model.mtp_depth)
+        )
+    flights = in_flight(plan.schedule, plan.pp, plan.chunks, min(plan.micro_batches, 4 * plan.pp), stage)
+    return max(sum(n * size for n, size in zip(flight, chunks, strict=True)) for flight in flights), working
 
 
-def _prefix(plan: Run, layer: int) -> str:
-    """What the names of a layer's weights begin with."""
-    depth = layer - plan.model.num_layers
-    return f"model.layers.{layer}." if depth < 0 else f"mtp.{depth}."
-
-
-def _largest_gradient(plan: Run, own: list[Weight], prefix: str) -> float:
-    """Bytes of the largest gradient among the weights of this prefix, as the backward pass makes it."""
-    trained = [w for w in own if w.trainable and w.name.startswith(prefix)]
-    return max((w.size / w.ways * gathered_bytes(w, plan) for w in trained), default=0.0)
-
-
-def layer_activation_bytes(plan: Run, layer: int) -> float:
+def layer_activation_bytes(plan: Run | Plan, layer: int) -> float:
     """Bytes that one layer keeps for its backward pass without recomputation, one micro-batch on one rank."""
+    plan = plan if isinstance(plan, Plan) else Plan.of(plan)
+    return sum(layer_activations(plan, plan.model.is_moe_layer(layer)).values())
+
+
+def layer_activations(plan: Plan, is_moe: bool) -> dict[str, float]:
+    """The same by part."""
     model, moe = plan.model, plan.model.moe_config
     unit = DTYPE_BYTES[model.compute_dtype]
-    tokens = plan.batch_size * model.seq_length / plan.cp
+    tokens, local = plan.tokens, plan.row_tokens
     heads = model.num_heads / plan.mp
-    local = tokens / (plan.mp if plan.sequence_parallel else 1)
     latents = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
-    norms = 2 * local * model.hidden_size * (FLOAT_BYTES + unit) + local * latents * (FLOAT_BYTES + unit)
-    attention = tokens * heads * (2 * 2 * model.qk_head_dim + 2 * 2 * model.v_head_dim) * unit
+    context = tokens * heads * 2 * model.v_head_dim * unit
     if not model.use_flash_attention:
-        attention += tokens * heads * model.seq_length * (2 * FLOAT_BYTES + unit)
-    size = norms + attention + 2 * local * model.hidden_size * unit
-    if not model.is_moe_layer(layer):
-        return size + tokens * 4 * model.intermediate_size / plan.mp * unit
-    size += tokens * 4 * moe.shared_expert_num * moe.moe_intermediate_size / plan.mp * unit
-    mine = tokens / plan.mp
-    rows = dropless_rows(plan, mine) if moe.use_gmm else capacity_rows(plan)
-    size += rows * (2 * model.hidden_size + 4 * moe.moe_intermediate_size) * unit
-    return size + mine * moe.expert_num * 4 * FLOAT_BYTES
-
-
-def dropless_rows(plan: Run, tokens: float) -> float:
-    """Rows of the grouped matmul's buffer: of balanced routing, or as many as could choose this rank's experts."""
-    moe = plan.model.moe_config
-    balanced = tokens * moe.num_experts_chosen
-    if moe.dropless_rows == "exact" or plan.ep == 1:
-        return balanced
-    if moe.dropless_rows == "bounded":
-        return balanced * moe.dropless_row_factor
-    return tokens * plan.ep * min(moe.num_experts_chosen, moe.expert_num // plan.ep)
+        context += tokens * heads * model.seq_length * (2 * FLOAT_BYTES + unit)
+    kept = {
+        "norm": 2 * local * model.hidden_size * (FLOAT_BYTES + unit) + local * latents * (FLOAT_BYTES + unit),
+        "mla_up": tokens * heads * (2 * 2 * model.qk_head_dim + 2 * model.v_head_dim) * unit,
+        "attention": context,
+        "residual": 2 * local * model.hidden_size * unit,
+    }
+    if not is_moe:
+        width = model.intermediate_size / plan.mp
+        return kept | {"mlp": tokens * 3 * width * unit, "swiglu": tokens * width * unit}
+    shared, width = moe.shared_expert_num * moe.moe_intermediate_size / plan.mp, moe.moe_intermediate_size
+    rows = buffer_rows(plan)
+    return kept | {
+        "shared": tokens * 3 * shared * unit,
+        "experts": rows * (2 * model.hidden_size + 3 * width) * unit,
+        "swiglu": (rows * width + tokens * shared) * unit,
+        "router": plan.own_tokens * moe.expert_num * 4 * FLOAT_BYTES,
+    }

@@ -7,26 +7,31 @@ from pathlib import Path
 from mindformers_ext.config.yaml_files import load_yaml
 from mindformers_ext.errors import ConfigError
 
-DEFAULT_PROFILE = Path(__file__).parent / "atlas_800t_a2.yaml"
+FOLDER = Path(__file__).parent / "devices"
+DEFAULT_PROFILE = FOLDER / "a2.yaml"
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """One kind of device in servers whose devices are connected pairwise; the YAML says where its numbers come from."""
+    """One kind of device in servers; the YAML says where its numbers come from."""
 
     name: str
     peak_tflops: float  # dense bfloat16
+    peak_fp8_tflops: float  # dense fp8; that of bfloat16 where there is none
     memory_gib: float
     usable_memory: float  # share of the memory that the framework may plan
-    devices_per_node: int
+    devices_per_node: int  # devices that the fast links join
     hbm_gb_per_s: float
-    node_link_gb_per_s: float  # between two devices of a node, one direction
+    node_link_gb_per_s: float  # one link to other devices of the node, one direction
+    node_links: int  # links of a device: one to each other device of a mesh, 1 to a switch that reaches all
     across_nodes_gb_per_s: float  # per device, one direction
     latency_us: float  # per collective call
-    matmul_efficiency: float  # share of the peak that matmuls reach
+    kernel_us: float  # per operator, on the device
+    matmul_efficiency: float  # share of the peak that large products reach
     attention_efficiency: float
+    memory_efficiency: float  # share of the memory's bandwidth
     network_efficiency: float  # share of the link bandwidth that collectives reach
-    gradient_overlap: float  # share of the gradient exchange hidden behind the backward pass
+    overlap_cost: float  # share of a hidden collective's time that computation takes longer beside it
     operators: list[dict] = field(default_factory=list)  # as measured, by scripts/first_hour.sh
     notes: dict[str, str] = field(default_factory=dict)  # the YAML's comment on each number
 
@@ -35,18 +40,37 @@ class DeviceProfile:
         """Bytes that a plan may use on one device."""
         return self.memory_gib * 2**30 * self.usable_memory
 
-    def link_bytes_per_s(self, across: bool, group_size: int) -> float:
-        """Bandwidth that a collective reaches, per device and direction: inside a node over the links of its group."""
-        inside = self.node_link_gb_per_s * (group_size - 1)
-        return (self.across_nodes_gb_per_s if across else inside) * 1e9 * self.network_efficiency
+    @property
+    def memory_bytes_per_s(self) -> float:
+        """Bandwidth that operators reach which only move values."""
+        return self.hbm_gb_per_s * 1e9 * self.memory_efficiency
+
+    def product_flops(self, low_precision: bool = False) -> float:
+        """FLOP/s that large products reach."""
+        return (self.peak_fp8_tflops if low_precision else self.peak_tflops) * 1e12 * self.matmul_efficiency
+
+    def node_bytes_per_s(self, members: int) -> float:
+        """Bandwidth of a device to `members` - 1 others of its node, one direction."""
+        links = min(self.node_links, max(members - 1, 1))
+        return self.node_link_gb_per_s * links * 1e9 * self.network_efficiency
+
+    @property
+    def across_bytes_per_s(self) -> float:
+        """Bandwidth of a device to other nodes, one direction."""
+        return self.across_nodes_gb_per_s * 1e9 * self.network_efficiency
 
 
 def load_profile(path: str | Path = DEFAULT_PROFILE) -> DeviceProfile:
-    """Read a device profile.
+    """Read a device profile: a file, or the name of one in `devices/`.
 
     Raises:
-        ConfigError: a key is missing or unknown, or a number is not above 0.
+        ConfigError: a name or key is unknown, a key is missing, or a number is below 0.
     """
+    if "/" not in str(path) and not str(path).endswith(".yaml"):
+        known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+        if path not in known:
+            raise ConfigError(f"--device {path}: name a YAML file, or one of {', '.join(known)}")
+        path = FOLDER / f"{path}.yaml"
     values = load_yaml(path)
     operators = values.pop("operators", [])
     known = {f.name for f in fields(DeviceProfile)} - {"notes", "operators"}

@@ -220,9 +220,8 @@ def _stage_times(axes, report: dict[str, Any]) -> None:
     stages = report["estimate"]["stages"]
     title = f"One micro-batch, forward and backward (pipeline idle {report['estimate']['bubble']:.1%})"
     x = _stages(axes, report, title, "ms")
-    purposes = sorted({p for s in stages for p in s["collective_seconds"]} - {"data parallel"})
-    parts = {"compute": [s["compute_seconds"] * 1e3 for s in stages]}
-    parts |= {p: [s["collective_seconds"].get(p, 0) * 1e3 for s in stages] for p in purposes}
+    causes = dict.fromkeys(cause for s in stages for cause in s["seconds"])
+    parts = {cause: [s["seconds"].get(cause, 0) * 1e3 for s in stages] for cause in causes}
     _stacked(axes, x, parts)
     _legend(axes)
 

@@ -4,12 +4,13 @@ Names and layouts are those of research/deepseek3/{deepseek2_model,deepseek3_mod
 compare them, name by name, with what MindSpore's compiler stores on a rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
 from mindformers_ext.config.model import LoraConfig
 from mindformers_ext.config.run import DTYPE_BYTES, Run
+from mindformers_ext.dryrun.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -35,54 +36,84 @@ class Weight:
         return tuple(d // self.ways if i == self.axis else d for i, d in enumerate(self.shape))
 
 
-def model_weights(plan: Run) -> Iterator[Weight]:
+def model_weights(plan: Run | Plan) -> Iterator[Weight]:
     """Every weight of the model once, in the order of the layers; with LoRA the adapters, and the rest frozen."""
+    for stage in range(plan.pp):
+        yield from first_weights(plan) if stage == 0 else ()
+        for layer in plan.layers_of(stage):
+            if layer < plan.model.num_layers:
+                yield from layer_weights(plan, f"model.layers.{layer}.", layer, stage)
+    yield from last_weights(plan)
+    for depth in range(plan.model.mtp_depth):
+        yield from prediction_weights(plan, depth)
+        yield from layer_weights(plan, f"mtp.{depth}.layer.", plan.model.num_layers + depth, plan.pp - 1)
+
+
+def first_weights(plan: Run | Plan) -> Iterator[Weight]:
+    """The embedding."""
+    model = plan.model
+    table = (model.vocab_size, model.hidden_size)
+    yield from _adapted(plan, [Weight("model.embed_tokens.weight", table, 0, 0, 1 if plan.vocab_emb_dp else plan.mp)])
+
+
+def last_weights(plan: Run | Plan) -> Iterator[Weight]:
+    """The last norm and the output head."""
+    model, last = plan.model, plan.pp - 1
+    weights = [Weight("model.norm.weight", (model.hidden_size,), last)]
+    if not model.tie_word_embeddings:
+        weights.append(Weight("lm_head.weight", (model.vocab_size, model.hidden_size), last, 0, plan.mp))
+    yield from _adapted(plan, weights)
+
+
+def prediction_weights(plan: Run | Plan, depth: int) -> Iterator[Weight]:
+    """What multi-token prediction has beside its decoder layer."""
+    hidden, last, prefix = plan.model.hidden_size, plan.pp - 1, f"mtp.{depth}."
+    norms = [Weight(f"{prefix}{n}.weight", (hidden,), last) for n in ("enorm", "hnorm", "shared_head_norm")]
+    yield from _adapted(plan, [*norms, Weight(f"{prefix}eh_proj.weight", (hidden, 2 * hidden), last)])
+
+
+def layer_weights(plan: Run | Plan, prefix: str, layer: int, stage: int) -> Iterator[Weight]:
+    """A decoder layer, adapters included."""
+    yield from _adapted(plan, _layer(plan, prefix, layer, stage))
+
+
+def _adapted(plan: Run | Plan, weights: Iterable[Weight]) -> Iterator[Weight]:
     lora = plan.model.lora
-    for weight in _base_weights(plan):
+    for weight in weights:
         yield replace(weight, trainable=False) if lora.lora_rank else weight
         if lora.lora_rank:
             yield from _adapters(weight, lora)
 
 
-def _base_weights(plan: Run) -> Iterator[Weight]:
-    model, last = plan.model, plan.pipeline.last.stage
-    table = (model.vocab_size, model.hidden_size)
-    yield Weight("model.embed_tokens.weight", table, 0, 0, 1 if plan.vocab_emb_dp else plan.mp)
-    for layer, place in enumerate(plan.pipeline.places[: model.num_layers]):
-        yield from _layer(plan, f"model.layers.{layer}.", layer, place.stage)
-    yield Weight("model.norm.weight", (model.hidden_size,), last)
-    if not model.tie_word_embeddings:
-        yield Weight("lm_head.weight", table, last, 0, plan.mp)
-    for depth in range(model.mtp_depth):
-        prefix = f"mtp.{depth}."
-        for name in ("enorm", "hnorm", "shared_head_norm"):
-            yield Weight(f"{prefix}{name}.weight", (model.hidden_size,), last)
-        yield Weight(f"{prefix}eh_proj.weight", (model.hidden_size, 2 * model.hidden_size), last)
-        yield from _layer(plan, f"{prefix}layer.", model.num_layers + depth, last)
+def count_parameters(plan: Run | Plan) -> tuple[int, int]:
+    """(values of the main model, values of multi-token prediction); shared weights once, router biases included."""
+    sizes = [(w.name.startswith("mtp."), w.size) for w in model_weights(plan)]
+    return sum(n for mtp, n in sizes if not mtp), sum(n for mtp, n in sizes if mtp)
 
 
-def stored_shape(weight: Weight, plan: Run) -> tuple[int, ...]:
+def stored_shape(weight: Weight, plan: Run | Plan) -> tuple[int, ...]:
     """Shape of `weight` on one rank after optimizer parallelism, which splits dimension 0 over the weight's copies."""
     first, *rest = weight.slice_shape
     return (first // optimizer_ways(weight, plan), *rest)
 
 
-def optimizer_ways(weight: Weight, plan: Run) -> int:
+def optimizer_ways(weight: Weight, plan: Run | Plan) -> int:
     """Over how many ranks optimizer parallelism splits the slice of a weight (1: not at all)."""
     if not plan.shard_optimizer or not weight.trainable:
         return 1
     copies = plan.devices_per_stage // weight.ways
     ways = copies if plan.optimizer_shard_size == -1 else min(plan.optimizer_shard_size, copies)
     too_small = weight.size * parameter_bytes(weight, plan) < plan.optimizer_threshold_bytes  # before any split
-    return 1 if too_small or copies % ways or weight.slice_shape[0] % ways else ways
+    indivisible = weight.slice_shape[0] % ways and not (isinstance(plan, Plan) and plan.software.splits_any_axis)
+    return 1 if too_small or copies % ways or indivisible else ways
 
 
-def parameter_bytes(weight: Weight, plan: Run) -> int:
+def parameter_bytes(weight: Weight, plan: Run | Plan) -> int:
     """Bytes of one stored value of a weight."""
     return DTYPE_BYTES[weight.dtype or plan.model.param_init_type]
 
 
-def gathered_bytes(weight: Weight, plan: Run) -> int:
+def gathered_bytes(weight: Weight, plan: Run | Plan) -> int:
     """Bytes of one value when a weight is gathered for use: matrices are cast before, the embedding's rows after."""
     return DTYPE_BYTES[plan.model.compute_dtype] if is_cast(weight) else parameter_bytes(weight, plan)
 
@@ -94,7 +125,7 @@ def is_cast(weight: Weight) -> bool:
     )
 
 
-def _layer(plan: Run, prefix: str, layer: int, stage: int) -> Iterator[Weight]:
+def _layer(plan: Run | Plan, prefix: str, layer: int, stage: int) -> Iterator[Weight]:
     model = plan.model
 
     def weight(name: str, *shape: int, axis: int = 0, ways: int = 1, trainable: bool = True) -> Weight:

@@ -12,6 +12,7 @@ from mindformers_ext.dryrun.device_profile import DeviceProfile
 from mindformers_ext.dryrun.parameters import Weight, model_weights, stored_shape
 from mindformers_ext.dryrun.rooflines import balanced_rows, roofline_record
 from mindformers_ext.dryrun.transfers import wire_factor
+from mindformers_ext.dryrun.uncertainty import likely, sensitivities
 from mindformers_ext.rank_compiler.operator_rules import VIOLATION
 from mindformers_ext.rank_compiler.rank_pool import COMPILED, REFUSED, RankResult
 from mindformers_ext.rank_compiler.roofline import Work
@@ -44,7 +45,7 @@ def make_report(
         "violations": [asdict(v) for v in violations],
         "assumptions": asdict(profile),
         "memory_limit_bytes": limit,
-        "estimate": estimate_record(plan, cost) if cost else None,
+        "estimate": estimate_record(plan, profile, cost) if cost else None,
         "ranks": ranks,
         "audit": joined_audit(results),
         "parameter_check": check_parameters(plan, results) if results else None,
@@ -86,9 +87,9 @@ def planned_for(result: RankResult) -> str:
     return f"MindSpore plans for rank {result.rank}{balanced}"
 
 
-def estimate_record(plan: Run, cost: PlanCost) -> dict[str, Any]:
-    """The cost model's numbers, with a readable list of each stage's layers."""
-    record = cost.to_json()
+def estimate_record(plan: Run, profile: DeviceProfile, cost: PlanCost) -> dict[str, Any]:
+    """The cost model's numbers, how far they may be off, and a readable list of each stage's layers."""
+    record = cost.to_json() | {"likely_mfu": likely(cost.mfu), "sensitivities": sensitivities(plan, profile)}
     for stage in record["stages"]:
         stage["layer_names"] = layer_names(plan, stage["stage"])
     return record

@@ -88,14 +88,20 @@ def estimate_text(report: dict[str, Any]) -> str:
         if e["tokens_per_expert_rank"]
         else "no experts"
     )
+    strongest = ", ".join(f"{words} {change:+.1%}" for words, change in e["sensitivities"][:SHOWN_SENSITIVITIES])
     return "\n".join(
         [
             f"step {duration(e['step_seconds'])}, {e['tokens_per_s']:,.0f} tokens/s, MFU {e['mfu']:.1%} on "
             f"{report['assumptions']['name']}; bound by {e['bound']}",
+            f"with the errors on published runs MFU {e['likely_mfu'][0]:.1%} to {e['likely_mfu'][1]:.1%}; 10 % more "
+            f"of a number changes the speed by: {strongest}",
             f"slowest stage: {causes}; pipeline ranks wait {e['bubble']:.1%} of the time",
             f"fullest rank {gib(e['memory_bytes'])} GiB of {gib(limit)}; {experts}",
         ]
     )
+
+
+SHOWN_SENSITIVITIES = 3
 
 
 def rank_table(report: dict[str, Any]) -> str:

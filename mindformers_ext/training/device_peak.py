@@ -7,7 +7,7 @@ import numpy as np
 
 from mindformers_ext.cpu_kernels import library
 
-# Dense bfloat16 TFLOP/s of one Ascend 910B, as in dryrun/atlas_800t_a2.yaml, which names the sources (376 is the figure
+# Dense bfloat16 TFLOP/s of one Ascend 910B, as in dryrun/devices/a2.yaml, which names the sources (376 is the figure
 # for float16). The vendor sells several bins: set device_peak_tflops in the YAML
 # to the figure of your card.
 ASCEND_910B_TFLOPS = 353.9
