@@ -88,8 +88,9 @@ class Rollout:
         """Prompts (N, P) with sampled completions, (N, P + T)."""
         ids = self.torch.from_numpy(prompts).long()
         options = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None)
+        options |= dict(attention_mask=self.torch.ones_like(ids), max_new_tokens=COMPLETION, min_new_tokens=COMPLETION)
         with self.torch.no_grad():
-            return self.model.generate(ids, max_new_tokens=COMPLETION, min_new_tokens=COMPLETION, **options).numpy()
+            return self.model.generate(ids, **options).numpy()
 
 
 class TokenLogProbs(nn.Cell):
