@@ -30,8 +30,9 @@ def test_the_site_is_built_and_its_links_hold(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    pages = {path.stem for path in (tmp_path / "site").glob("*.html")} - {"404", "search"}
-    assert pages == {path.stem for path in (ROOT / "docs").glob("*.md")}
+    site, sources = tmp_path / "site", ROOT / "docs"
+    pages = {path.relative_to(site).with_suffix("") for path in site.rglob("*.html")} - {Path("404"), Path("search")}
+    assert pages == {path.relative_to(sources).with_suffix("") for path in sources.rglob("*.md")}
 
 
 def commands_of(text: str) -> list[str]:
@@ -42,7 +43,9 @@ def commands_of(text: str) -> list[str]:
     return [line.strip() for line in [*lines, *inline] if line.strip() and not line.lstrip().startswith("#")]
 
 
-COMMANDS = sorted({(document.name, command) for document in DOCUMENTS for command in commands_of(document.read_text())})
+COMMANDS = sorted(
+    {(str(document.relative_to(ROOT)), line) for document in DOCUMENTS for line in commands_of(document.read_text())}
+)
 
 
 def script_of(words: list[str]) -> Path | None:
@@ -99,3 +102,34 @@ def test_every_command_is_one_that_the_program_takes(document: str, command: str
         for option, value in zip(paths, paths[1:], strict=False):
             if option == "--config" and "/" in value:
                 assert (ROOT / value).exists(), value
+
+
+def test_the_sentences_of_troubleshooting_are_said() -> None:
+    """Between what is filled in, their words stand in the sources."""
+    sources = [*ROOT.glob("mindformers_ext/**/*.py"), *ROOT.glob("scripts/*"), *ROOT.glob("research/deepseek3/*.py")]
+    said = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in sources if path.is_file()))
+    table = (ROOT / "docs/troubleshooting.md").read_text()
+    sentences = re.findall(r"^\| `([^`]+)`", table, re.M)
+    assert len(sentences) > 10
+    words = [max(re.split(r"\.\.\.|\bN\b|\bX\b|\b25 s\b", sentence), key=len).strip(" ;,()") for sentence in sentences]
+    assert [part for part in words if part not in said] == []
+
+
+CHINESE = [ROOT / "README.zh-CN.md", *sorted((ROOT / "docs/zh").glob("*.md"))]
+
+
+@pytest.mark.parametrize("chinese", CHINESE, ids=lambda path: path.name)
+def test_both_languages_name_the_same_commands_and_keys(chinese: Path) -> None:
+    front = chinese.name == "README.zh-CN.md"
+    english = ROOT / "README.md" if front else ROOT / "docs" / chinese.name
+    blocks, codes = {}, {}
+    for path in (english, chinese):
+        text = path.read_text(encoding="utf-8")
+        blocks[path] = [re.sub(r"\s*# .*", "", block) for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.S)]
+        codes[path] = set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)))
+    if front:  # the English one says more: a report, features, files
+        blocks[english] = [block for block in blocks[english] if "bash " in block or "python " in block]
+        assert codes[chinese] <= codes[english]
+    else:
+        assert codes[chinese] == codes[english]
+    assert blocks[chinese] == blocks[english]
