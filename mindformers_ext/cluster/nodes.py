@@ -98,14 +98,16 @@ def from_mindcluster(environ: Mapping[str, str], ranks: Callable[[], int]) -> Pl
     said = need(environ, told, "MS_SCHED_PORT", "MS_WORKER_NUM", "MS_LOCAL_WORKER")
     local = count("MS_LOCAL_WORKER", said["MS_LOCAL_WORKER"], 0)
     rank = count("MS_NODE_RANK", environ["MS_NODE_RANK"], 0)
+    total = count("MS_WORKER_NUM", said["MS_WORKER_NUM"])
+    alone = total == local
     # A Scheduler pod without cards is no machine of the job, and its Workers count from 0 themselves.
-    if local == 0 or (environ.get("MS_ROLE") == "MS_WORKER" and rank == 0):
+    if local == 0 or (environ.get("MS_ROLE") == "MS_WORKER" and rank == 0 and not alone):
         raise ConfigError(
             "MS_LOCAL_WORKER: the AscendJob's Scheduler has no NPU, but here it is machine 0; ask for as many NPUs as "
             "a Worker has (scripts/render_job.py --kind ascendjob writes such a job)"
         )
     port = port_number("MS_SCHED_PORT", said["MS_SCHED_PORT"])
-    return Place(told, count("MS_WORKER_NUM", said["MS_WORKER_NUM"]), local, environ["MS_SCHED_HOST"], port, rank)
+    return Place(told, total, local, ALONE if alone else environ["MS_SCHED_HOST"], port, rank)
 
 
 def from_slurm(environ: Mapping[str, str], ranks: Callable[[], int]) -> Place | None:
