@@ -158,8 +158,8 @@ def check_ports(place: nodes.Place, watched: bool) -> None:
         raise ConfigError(f"MASTER_PORT {place.master_port} is taken or not allowed on this machine; choose another")
     if watched and not port_is_free(place.master_port + 1):
         raise ConfigError(
-            f"MASTER_PORT is {place.master_port}, but over the next port machines watch each other, and that is taken on "
-            "this machine; choose another"
+            f"MASTER_PORT is {place.master_port}, but over the next port machines watch each other, and that is taken "
+            "on this machine; choose another"
         )
 
 
