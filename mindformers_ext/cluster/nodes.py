@@ -138,7 +138,7 @@ def from_slurm(environ: Mapping[str, str], ranks: Callable[[], int]) -> Place | 
 
 def from_modelarts(environ: Mapping[str, str], ranks: Callable[[], int]) -> Place | None:
     """MASTER_ADDR, NNODES and NODE_RANK, or the list of hosts that ModelArts and Volcano's plugins export."""
-    port = port_number("MASTER_PORT", environ["MASTER_PORT"]) if "MASTER_PORT" in environ else PORT
+    port = master_port(environ)
     if "NNODES" in environ and "NODE_RANK" in environ:
         told = "NODE_RANK of NNODES"
         nodes, rank = count("NNODES", environ["NNODES"]), count("NODE_RANK", environ["NODE_RANK"], 0)
@@ -168,9 +168,8 @@ def from_open_mpi(environ: Mapping[str, str], ranks: Callable[[], int]) -> Place
         )
     if nodes > 1 and not environ.get("MASTER_ADDR"):
         raise ConfigError("MASTER_ADDR is missing; give mpirun -x MASTER_ADDR=HOST, the machine of rank 0")
-    port = port_number("MASTER_PORT", environ["MASTER_PORT"]) if "MASTER_PORT" in environ else PORT
     rank = count("OMPI_COMM_WORLD_RANK", said["OMPI_COMM_WORLD_RANK"], 0)
-    return shared_out(told, nodes, rank, environ.get("MASTER_ADDR") or ALONE, port, ranks)
+    return shared_out(told, nodes, rank, environ.get("MASTER_ADDR") or ALONE, master_port(environ), ranks)
 
 
 def shared_out(told: str, nodes: int, rank: int, address: str, port: int, ranks: Callable[[], int]) -> Place:
@@ -215,6 +214,11 @@ def port_number(name: str, text: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,4}", text) or int(text) > 65535:
         raise ConfigError(f"{name} is {text!r}, but must be a number from 1 to 65535")
     return int(text)
+
+
+def master_port(environ: Mapping[str, str]) -> int:
+    """The port of those who export one."""
+    return port_number("MASTER_PORT", environ["MASTER_PORT"]) if environ.get("MASTER_PORT") else PORT
 
 
 def slurm_port(environ: Mapping[str, str]) -> int:
