@@ -14,11 +14,12 @@ from helpers.hf_reference import hf_model, load_from_hf
 from helpers.small_models import v3_config
 from helpers.small_yaml import small_sizes
 from hf_config import config_to_hf
+from mindformers.core.context.validators import validate_mf_ctx_run_mode
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mindformers_ext.config.run import read_run
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.training.run_modes import forward_logits
+from mindformers_ext.training.run_modes import forward_logits, mindformers_settings
 from mindformers_ext.training.scoring import Line, packed, read_lines, scores, write_scores
 
 LENGTH, ROWS = 24, 2
@@ -100,6 +101,14 @@ def test_lines_that_cannot_be_scored(text, words, tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     with pytest.raises(ConfigError, match="which need processor.tokenizer.tokenizer_file"):
         list(read_lines(tmp_path / "texts.jsonl", None, 128, 8))
+
+
+@pytest.mark.parametrize("mode", ["train", "finetune", "eval", "predict", "score", "compile"])
+def test_mindformers_takes_every_run_mode(mode):
+    run = read_run(
+        ROOT / "research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny.yaml", overrides=[("run_mode", mode)]
+    )
+    validate_mf_ctx_run_mode(mindformers_settings(run))
 
 
 @pytest.mark.slow
