@@ -129,7 +129,7 @@ def test_a_wrapper_that_renames_the_weights_is_a_sentence(operator_by_operator):
 
     network = DeepseekV3ForCausalLM(config)
     Wrapper(network)
-    with pytest.raises(ConfigError, match="embed_tokens.weight: the network has no such weight; make cells"):
+    with pytest.raises(ConfigError, match="embed_tokens.weight: the network has no such weight; make the cells"):
         next(huggingface_tensors(network, config))
 
 
