@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serve a HuggingFace folder with vLLM on CPU, in an environment of its own (vLLM pins other versions than MindSpore).
 #   bash scripts/serve_vllm.sh HF_DIR [PORT]
-# Answers on 127.0.0.1 only; VLLM_OPTIONS="--host 0.0.0.0 --api-key KEY" opens it to others (see scripts/serve.md).
+# Answers on 127.0.0.1 only; VLLM_OPTIONS="--host 0.0.0.0 --api-key KEY" opens it to others (see docs/serving.md).
 # VLLM_VENV: the environment, default .venv-vllm; made on the first call. More options for vllm serve: VLLM_OPTIONS.
 set -euo pipefail
 

@@ -8,7 +8,7 @@ set -euo pipefail
 [ $# -ge 2 ] || { echo "error: give CONFIG and OUTPUT_DIR" >&2; exit 2; }
 CONFIG=$1 OUTPUT_DIR=$2
 shift 2
-RUN=(run_mindformer.py --config "$CONFIG" --output_dir "$OUTPUT_DIR")
+RUN=(run_mindformer.py --config "$CONFIG" --output_dir "$OUTPUT_DIR" --use_graceful_exit True)
 if [ -e "$OUTPUT_DIR/checkpoint/latest" ]; then
   RUN+=(--load_checkpoint "$OUTPUT_DIR/checkpoint" --resume_training True)
 fi

@@ -18,7 +18,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "research/deepseek3")]
 
-from hf_config import LENGTHS, read_config, sections_from_hf  # noqa: E402 (after the project is on the path)
+from hf_config import config_from_hf, read_config, sections_from_hf  # noqa: E402 (after the project is on the path)
 
 from mindformers_ext.config.run import Run, read_run  # noqa: E402
 from mindformers_ext.config.run_rules import refuse  # noqa: E402
@@ -52,7 +52,7 @@ def recipe(hf_dir: Path, seq_length: int | None, data: str, lora: int) -> dict[s
     values, adapted = load_yaml(RECIPE), load_yaml(ADAPTED)
     given, experts = values["model"]["model_config"], values["moe_config"]
     model = sections["model"]["model_config"] | {key: given[key] for key in COMPUTED}
-    longest = hf.get("max_position_embeddings") or LENGTHS[hf["model_type"]]
+    longest = config_from_hf(hf, 0, hf_dir / "config.json").max_position_embeddings
     length = seq_length or min(4096, longest)
     model |= {"seq_length": length, "max_position_embeddings": max(longest, length), "offset": 0}
     if seq_length and seq_length > longest:

@@ -85,7 +85,7 @@ def port_is_free(port: int) -> bool:
     try:
         with socket.socket() as tried:
             tried.bind(("", port))
-    except OSError:
+    except (OSError, OverflowError):
         return False
     return True
 
@@ -96,17 +96,10 @@ def main(arguments: list[str]) -> int:
     Raises:
         ConfigError: what cannot work, before any process starts.
     """
-    options = long_form(arguments[1:])
-    if any(options[:5]):
-        nodes.find(options[:5], {}, int)  # its sentences before those of the YAML
-    log_dir, join, time_out = options[5:]
-    if join and join not in TRUE_OR_FALSE:
-        raise ConfigError(f"JOIN is {join!r}, but must be True or False")
-    if time_out:
-        nodes.count("CLUSTER_TIME_OUT", time_out)
+    given, log_dir, join, time_out = options_of(arguments[1:])
     words = words_of(arguments)
     plan = read_plan(words[1:])
-    place = nodes.find(options[:5], os.environ, lambda: ranks_of(plan))
+    place = nodes.find(given, os.environ, lambda: ranks_of(plan))
     if plan.is_semi_auto:
         plan.device_num = place.worker_num
         refuse(plan, check_plan(plan))
@@ -123,38 +116,51 @@ def main(arguments: list[str]) -> int:
                 f"LOCAL_WORKER_NUM is {place.local_worker_num}, but without NPUs all {place.worker_num} ranks run on "
                 "one machine"
             )
-        job = ["--worker_num", str(place.worker_num), "--log_dir", log_dir or LOG_DIR]
+        job = ["--worker_num", str(place.worker_num), "--log_dir", log_dir]
         os.execvp(sys.executable, [sys.executable, "-m", "mindformers_ext.cpu_parallel.job", *job, *words])
     if plan.is_semi_auto:
         use_compile_cache(plan)
-    if place.node_rank == 0 and not port_is_free(place.master_port):
-        raise ConfigError(f"MASTER_PORT {place.master_port} is taken or not allowed on this machine; choose another")
     waits = join in TRUE if join else place.of_a_cluster
     watched = waits and place.nodes > 1
-    if watched and place.node_rank == 0 and not port_is_free(place.master_port + 1):
-        raise ConfigError(
-            f"MASTER_PORT {place.master_port}: the next port, over which machines watch each other, is taken on this "
-            "machine; choose another"
-        )
-    print(f"Starting {place.local_worker_num} processes; their logs are in {log_dir or LOG_DIR}/worker_*.log")
-    sys.stdout.flush()
-    command = [
-        program("msrun"),
-        f"--bind_core={bool(cards)}",
-        f"--worker_num={place.worker_num}",
-        f"--local_worker_num={place.local_worker_num}",
-        f"--master_addr={place.master_addr}",
-        f"--master_port={place.master_port}",
-        f"--node_rank={place.node_rank}",
-        f"--log_dir={log_dir or LOG_DIR}",
-        f"--join={waits}",
-        f"--cluster_time_out={time_out or TIME_OUT}",
-        str(find_file(words[0])),
-        *words[1:],
-    ]
+    check_ports(place, watched)
+    print(f"Starting {place.local_worker_num} processes; their logs are in {log_dir}/worker_*.log", flush=True)
+    command = [program("msrun"), f"--bind_core={bool(cards)}", *msrun_place(place)]
+    command += [f"--log_dir={log_dir}", f"--join={waits}", f"--cluster_time_out={time_out}"]
+    command += [str(find_file(words[0])), *words[1:]]
     if watched:
         return watch.run(command, place, place.master_port + 1)
     os.execvp(command[0], command)
+
+
+def options_of(arguments: list[str]) -> tuple[list[str], str, str, str]:
+    """The place's five arguments, log folder, JOIN or "", and time out. Raises ConfigError for what they cannot be."""
+    *given, log_dir, join, time_out = long_form(arguments)
+    if any(given):
+        nodes.find(given, {}, int)  # its sentences before those of the YAML
+    if join and join not in TRUE_OR_FALSE:
+        raise ConfigError(f"JOIN is {join!r}, but must be True or False")
+    if time_out:
+        nodes.count("CLUSTER_TIME_OUT", time_out)
+    return given, log_dir or LOG_DIR, join, time_out or TIME_OUT
+
+
+def msrun_place(place: nodes.Place) -> list[str]:
+    """A place as msrun's options."""
+    names = ("worker_num", "local_worker_num", "master_addr", "master_port", "node_rank")
+    return [f"--{name}={getattr(place, name)}" for name in names]
+
+
+def check_ports(place: nodes.Place, watched: bool) -> None:
+    """On machine 0: raises ConfigError when its scheduler, or the watch, could not listen."""
+    if place.node_rank:
+        return
+    if not port_is_free(place.master_port):
+        raise ConfigError(f"MASTER_PORT {place.master_port} is taken or not allowed on this machine; choose another")
+    if watched and not port_is_free(place.master_port + 1):
+        raise ConfigError(
+            f"MASTER_PORT is {place.master_port}, but over the next port machines watch each other, and that is taken "
+            "on this machine; choose another"
+        )
 
 
 def use_compile_cache(plan: Run) -> None:

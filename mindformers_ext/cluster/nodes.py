@@ -98,14 +98,16 @@ def from_mindcluster(environ: Mapping[str, str], ranks: Callable[[], int]) -> Pl
     said = need(environ, told, "MS_SCHED_PORT", "MS_WORKER_NUM", "MS_LOCAL_WORKER")
     local = count("MS_LOCAL_WORKER", said["MS_LOCAL_WORKER"], 0)
     rank = count("MS_NODE_RANK", environ["MS_NODE_RANK"], 0)
+    total = count("MS_WORKER_NUM", said["MS_WORKER_NUM"])
+    alone = total == local
     # A Scheduler pod without cards is no machine of the job, and its Workers count from 0 themselves.
-    if local == 0 or (environ.get("MS_ROLE") == "MS_WORKER" and rank == 0):
+    if local == 0 or (environ.get("MS_ROLE") == "MS_WORKER" and rank == 0 and not alone):
         raise ConfigError(
             "MS_LOCAL_WORKER: the AscendJob's Scheduler has no NPU, but here it is machine 0; ask for as many NPUs as "
             "a Worker has (scripts/render_job.py --kind ascendjob writes such a job)"
         )
     port = port_number("MS_SCHED_PORT", said["MS_SCHED_PORT"])
-    return Place(told, count("MS_WORKER_NUM", said["MS_WORKER_NUM"]), local, environ["MS_SCHED_HOST"], port, rank)
+    return Place(told, total, local, ALONE if alone else environ["MS_SCHED_HOST"], port, rank)
 
 
 def from_slurm(environ: Mapping[str, str], ranks: Callable[[], int]) -> Place | None:
@@ -136,7 +138,7 @@ def from_slurm(environ: Mapping[str, str], ranks: Callable[[], int]) -> Place | 
 
 def from_modelarts(environ: Mapping[str, str], ranks: Callable[[], int]) -> Place | None:
     """MASTER_ADDR, NNODES and NODE_RANK, or the list of hosts that ModelArts and Volcano's plugins export."""
-    port = port_number("MASTER_PORT", environ["MASTER_PORT"]) if "MASTER_PORT" in environ else PORT
+    port = master_port(environ)
     if "NNODES" in environ and "NODE_RANK" in environ:
         told = "NODE_RANK of NNODES"
         nodes, rank = count("NNODES", environ["NNODES"]), count("NODE_RANK", environ["NODE_RANK"], 0)
@@ -166,9 +168,8 @@ def from_open_mpi(environ: Mapping[str, str], ranks: Callable[[], int]) -> Place
         )
     if nodes > 1 and not environ.get("MASTER_ADDR"):
         raise ConfigError("MASTER_ADDR is missing; give mpirun -x MASTER_ADDR=HOST, the machine of rank 0")
-    port = port_number("MASTER_PORT", environ["MASTER_PORT"]) if "MASTER_PORT" in environ else PORT
     rank = count("OMPI_COMM_WORLD_RANK", said["OMPI_COMM_WORLD_RANK"], 0)
-    return shared_out(told, nodes, rank, environ.get("MASTER_ADDR") or ALONE, port, ranks)
+    return shared_out(told, nodes, rank, environ.get("MASTER_ADDR") or ALONE, master_port(environ), ranks)
 
 
 def shared_out(told: str, nodes: int, rank: int, address: str, port: int, ranks: Callable[[], int]) -> Place:
@@ -213,6 +214,11 @@ def port_number(name: str, text: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,4}", text) or int(text) > 65535:
         raise ConfigError(f"{name} is {text!r}, but must be a number from 1 to 65535")
     return int(text)
+
+
+def master_port(environ: Mapping[str, str]) -> int:
+    """The port of those who export one."""
+    return port_number("MASTER_PORT", environ["MASTER_PORT"]) if environ.get("MASTER_PORT") else PORT
 
 
 def slurm_port(environ: Mapping[str, str]) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindformers_ext.collectives import collectives
+from mindformers_ext.errors import ConfigError
 from mindformers_ext.sharded_checkpoint.layout import Piece, intersect
 from mindformers_ext.sharded_checkpoint.network import is_lowered, is_split, pieces_of
 
@@ -67,5 +68,9 @@ class LiveWeights:
         return self.shapes
 
     def read(self, name: str) -> LiveParameter:
-        """One weight; nothing is gathered before it is indexed."""
+        """One weight; nothing is gathered before it is indexed. Raises ConfigError when the network has no such."""
+        if self.add is None and name not in self.pieces:
+            raise ConfigError(
+                f"{name}: the network has no such weight; make the cells around it with auto_prefix=False"
+            )
         return LiveParameter(self.pieces.get(name), self.shapes[name], self.add)

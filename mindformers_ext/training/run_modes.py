@@ -49,6 +49,7 @@ from mindformers_ext.training.text_generation import generate, pick_token
 # Keys of the YAML that MindFormers must not see: its own way of doing it is another, or it does not know them.
 OWN_KEYS = ("do_eval", "eval_step_interval", "use_graceful_exit", "data_skip_steps", "max_train_hours")
 OWN_KEYS += ("max_step_minutes",)
+AS_MINDFORMERS = {"compile": "train", "score": "predict"}  # run modes that it does not know
 # Keys of the context section that mean something on CPU; the others set up an NPU.
 CPU_CONTEXT = ("mode", "device_target", "max_call_depth", "save_graphs", "save_graphs_path")
 
@@ -97,7 +98,7 @@ def evaluation_of(run: Run) -> dict[str, Any] | None:
 def mindformers_settings(run: Run) -> MindFormerConfig:
     """The run as MindFormers reads it: its YAML, fitted to the device, over MindFormers' template."""
     values = copy.deepcopy(run.values)
-    values["run_mode"] = "train" if run.only_compiles else run.sections.run_mode
+    values["run_mode"] = AS_MINDFORMERS.get(run.sections.run_mode, run.sections.run_mode)
     if run.model is not None:
         # MindFormers' own MoEConfig knows only its keys and has other defaults: ours travel inside model_config.
         values["model"]["model_config"]["experts"] = asdict(run.model.moe_config)

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import mindspore as ms
 import pytest
-from helpers.command_line import ROOT
+from helpers.command_line import ROOT, run_command
+from helpers.small_yaml import small_sizes
 from mindspore import nn
 
 from mindformers_ext.cluster import launcher
@@ -76,3 +77,17 @@ def test_a_process_ends_where_training_would_begin(sinks, capsys):
     run_modes.compile_only(model, 3, dataset, [], dataset_sink_mode=sinks, sink_size=1)
     assert done == [("build", 1, 3) if sinks else ("compile", [(2, 2)])]
     assert "compiled" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_ranks_are_really_compiled_once(tmp_path):
+    """Without data: a compiler reads shapes. The second time nothing is compiled."""
+    sizes = small_sizes(32) | {"parallel_config.model_parallel": 1}
+    command = f"run_mindformer.py --config {ROOT}/{TINY}_4p.yaml --output_dir {tmp_path} --run_mode compile "
+    command += " ".join(f"--{key} {value}" for key, value in sizes.items())
+    for words in ("compiling the graphs of 2 ranks", "the graphs of all 2 ranks are in"):
+        launch = ["bash", str(ROOT / "scripts/msrun_launcher.sh"), command, "2", "", "", "", "", str(tmp_path / "log")]
+        done = run_command(launch, tmp_path)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert words in done.stdout and "2 ranks are compiled" in done.stdout
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -39,6 +39,7 @@ def place(environ, arguments=(), ranks=32):
         ({}, (8, 8, "127.0.0.1", 8118, 0)),
         (MINDCLUSTER, (32, 8, "10.96.0.7", 2222, 3)),
         (MINDCLUSTER | {"MS_ROLE": "MS_SCHED", "MS_NODE_RANK": "0"}, (32, 8, "10.96.0.7", 2222, 0)),
+        (MINDCLUSTER | {"MS_NODE_RANK": "0", "MS_WORKER_NUM": "8"}, (8, 8, "127.0.0.1", 2222, 0)),
         (SLURM, (32, 8, "npu011", 24567, 2)),
         ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}, (32, 32, "127.0.0.1", 20007, 0)),
         (MODELARTS, (32, 8, "job-0.example", 6060, 1)),

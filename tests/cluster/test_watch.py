@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -53,7 +53,7 @@ class Cable:
     """What lies between machine 0's port and the others: cut, nothing goes through, and nobody is told."""
 
     def __init__(self, port: int):
-        self.port, self.cut = port, threading.Event()
+        self.port, self.cut, self.ends = port, threading.Event(), []
         self.server = socket.create_server(("127.0.0.1", 0))
         self.own_port = self.server.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
@@ -62,14 +62,14 @@ class Cable:
         while True:
             near, _ = self.server.accept()
             far = socket.create_connection(("127.0.0.1", self.port))
+            self.ends += [near, far]  # which stay open
             for source, sink in ((near, far), (far, near)):
                 threading.Thread(target=self.carry, args=(source, sink), daemon=True).start()
 
     def carry(self, source: socket.socket, sink: socket.socket) -> None:
-        while data := source.recv(4096):
-            if self.cut.is_set():
-                time.sleep(60)
-            sink.sendall(data)
+        with suppress(OSError):
+            while (data := source.recv(4096)) and not self.cut.is_set():
+                sink.sendall(data)
 
 
 def test_a_cut_cable_ends_both_sides():

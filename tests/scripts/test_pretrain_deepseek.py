@@ -79,9 +79,9 @@ def test_a_yaml_of_ones_own_stays_but_for_what_is_set(capsys):
 
 def test_layers_of_the_first_and_last_stage(capsys):
     text = FOUR_NODES.replace("HL_PP=2", "HL_PP=4").replace("HL_DP=16", "HL_DP=8").replace("HL_EP=16", "HL_EP=8")
-    plan = launched(capsys, f"{text} HL_FISRT_PP_STAGE_LAYERS=5 HL_LAST_PP_STAGE_LAYERS=1")[1]
-    assert plan.layers_per_stage == [5, 5, 5, 1]
-    assert launched(capsys, f"{text} HL_LAST_PP_STAGE_LAYERS=1")[1].layers_per_stage == [5, 5, 5, 1]
+    for more in ("HL_FISRT_PP_STAGE_LAYERS=5 HL_LAST_PP_STAGE_LAYERS=1", "HL_LAST_PP_STAGE_LAYERS=1"):
+        plan = launched(capsys, f"{text} {more} HL_MOE_SKIP_FIRST_LAYERS=1", "--model.model_config.mtp_depth", "0")[1]
+        assert [len(plan.layers_of(stage)) for stage in range(4)] == [5, 5, 5, 1]
     with pytest.raises(ConfigError, match="leave 13 of 16 layers for 3 stages"):
         launched(capsys, f"{text} HL_FIRST_PP_STAGE_LAYERS=3")
 
@@ -136,3 +136,8 @@ def test_the_shell_script(tmp_path):
     assert result.returncode == 0 and "The plan is legal: 8 ranks, 8 sequences a step." in result.stdout, result.stderr
     result = run_command(["bash", "-c", f"HL_TPP=1 bash {ROOT}/scripts/pretrain_deepseek.sh"], tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
+
+
+def test_the_kill_switch(capsys):
+    plan = launched(capsys, f"{EIGHT} HL_KILL_SWITCH=/shared/stop")[1]
+    assert plan.sections.use_graceful_exit is True

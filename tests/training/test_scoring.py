@@ -1,18 +1,25 @@
 """run_mode score: packed log-probabilities equal transformers' of each completion alone."""
 
 import json
+import sys
 
 import mindspore as ms
 import numpy as np
 import pytest
 import torch
 from deepseek3_model import DeepseekV3ForCausalLM
+from helpers.command_line import ROOT, run_command
+from helpers.hf_folders import random_tensors, write_folder
 from helpers.hf_reference import hf_model, load_from_hf
 from helpers.small_models import v3_config
+from helpers.small_yaml import small_sizes
+from hf_config import config_to_hf
+from mindformers.core.context.validators import validate_mf_ctx_run_mode
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from mindformers_ext.config.run import read_run
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.training.run_modes import forward_logits
+from mindformers_ext.training.run_modes import forward_logits, mindformers_settings
 from mindformers_ext.training.scoring import Line, packed, read_lines, scores, write_scores
 
 LENGTH, ROWS = 24, 2
@@ -94,3 +101,36 @@ def test_lines_that_cannot_be_scored(text, words, tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     with pytest.raises(ConfigError, match="which need processor.tokenizer.tokenizer_file"):
         list(read_lines(tmp_path / "texts.jsonl", None, 128, 8))
+
+
+@pytest.mark.parametrize("mode", ["train", "finetune", "eval", "predict", "score", "compile"])
+def test_mindformers_takes_every_run_mode(mode):
+    run = read_run(
+        ROOT / "research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny.yaml", overrides=[("run_mode", mode)]
+    )
+    validate_mf_ctx_run_mode(mindformers_settings(run))
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    """run_mindformer.py --run_mode score of a HuggingFace folder, several completions in a row."""
+    tiny = ROOT / "research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny.yaml"
+    sizes = small_sizes(LENGTH) | {"model.model_config.mtp_depth": 0}
+    config = config_to_hf(read_run(tiny, overrides=sizes.items()).model, 0, "float32")
+    write_folder(tmp_path / "hf", config, random_tensors(config, torch.float32))
+    lines = [{"prompt_ids": line.prompt, "completion_ids": line.completion} for line in some_lines(9)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def scored(rows: int) -> list[dict]:
+        command = [sys.executable, str(ROOT / "run_mindformer.py"), "--config", str(tiny), "--run_mode", "score"]
+        command += ["--load_checkpoint", str(tmp_path / "hf"), "--input_data", "in.jsonl", "--batch_size", str(rows)]
+        command += [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+        done = run_command([*command, "--processor", "null", "--output_dir", f"out{rows}"], tmp_path)
+        assert done.returncode == 0 and "9 completions" in done.stdout, done.stderr[-3000:]
+        return [json.loads(line) for line in (tmp_path / f"out{rows}/scores.jsonl").read_text().splitlines()]
+
+    one, four = scored(1), scored(4)
+    for line, first, second in zip(lines, one, four, strict=True):
+        assert first | line == first and len(first["token_logprobs"]) == len(line["completion_ids"])
+        np.testing.assert_allclose(first["token_logprobs"], second["token_logprobs"], atol=1e-5)
+        assert first["logprob"] == pytest.approx(sum(first["token_logprobs"]), abs=1e-5)

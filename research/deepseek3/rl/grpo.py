@@ -87,16 +87,17 @@ class Rollout:
     def generate(self, prompts: np.ndarray) -> np.ndarray:
         """Prompts (N, P) with sampled completions, (N, P + T)."""
         ids = self.torch.from_numpy(prompts).long()
-        options = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None)
+        options = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=None)
+        options |= dict(attention_mask=self.torch.ones_like(ids), max_new_tokens=COMPLETION, min_new_tokens=COMPLETION)
         with self.torch.no_grad():
-            return self.model.generate(ids, max_new_tokens=COMPLETION, min_new_tokens=COMPLETION, **options).numpy()
+            return self.model.generate(ids, **options).numpy()
 
 
 class TokenLogProbs(nn.Cell):
     """log p of every token of the completion: (N, T) <- ids (N, P + T)."""
 
     def __init__(self, network: nn.Cell):
-        super().__init__()
+        super().__init__(auto_prefix=False)  # weights keep their names
         self.network = network
 
     def construct(self, ids):
@@ -109,7 +110,7 @@ class Loss(nn.Cell):
     """GRPO's (eq. 3): clipped ratios times advantages, and the distance to the first model (eq. 4)."""
 
     def __init__(self, network: nn.Cell):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.log_probs = TokenLogProbs(network)
 
     def construct(self, ids, advantages, old, first):
