@@ -274,7 +274,7 @@ def _activations(plan: Run, stage: int, layers: list[int], recomputed: int, own:
     sizes = [layer_activation_bytes(plan, layer) for layer in layers]
     kept = [tokens / share * model.hidden_size * unit if i < recomputed else size for i, size in enumerate(sizes)]
     if stage == 0 and recomputed:
-        kept[0] = tokens * model.hidden_size * unit  # the first layer keeps the looked up rows, and splits them again
+        kept[0] = tokens * model.hidden_size * unit  # planned when the looked up rows were whole on each rank of mp
     working = 0.0
     for i, layer in enumerate(layers):
         again = sizes[i] if i < recomputed else 0.0
