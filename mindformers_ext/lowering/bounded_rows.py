@@ -61,8 +61,10 @@ def _shapes(shape: pb.AttributeProto | None) -> Iterator:
 
 
 def take_rows(graph: Graph, node: pb.NodeProto) -> None:
-    """IndexSelect(x, 0, index)."""
-    x, _, index = node.input
+    """IndexSelect(x, axis 0, index)."""
+    x, axis, index = node.input
+    if graph.constant(axis) != 0:
+        raise ValueError(f"'{node.name}' takes columns of a table, which CPU does not know")
     graph.kernel(node, "TakeRows", [x, index])
 
 

@@ -96,14 +96,6 @@ def turning(graph: Graph, node: pb.NodeProto, direction: int, mode: int) -> dict
     return {"direction": direction, "halves": pairs == HALVES}
 
 
-def look_up(graph: Graph, node: pb.NodeProto) -> None:
-    """IndexSelect(table, axis 0, ids)."""
-    table, axis, ids = node.input
-    if graph.constant(axis) != 0:
-        raise ValueError(f"'{node.name}' takes columns of a table, which CPU does not know")
-    graph.kernel(node, "Embedding", [table, ids])
-
-
 def largest(graph: Graph, node: pb.NodeProto) -> None:
     """TopkExt(x, k, dim, largest, sorted): CPU has TopK, which gives places as int32."""
     dim, *rest = (graph.constant(name) for name in node.input[2:5])
@@ -124,7 +116,6 @@ FUSED_REWRITES: dict[str, Callable] = {
     "FlashAttentionScore": flash_attention,
     "FlashAttentionScoreGrad": flash_attention_grad,
     "GroupedMatmul": grouped_matmul,
-    "IndexSelect": look_up,
     "EmbeddingDenseBackward": Same("EmbeddingGrad", (0, 1)),
     "TopkExt": largest,
     "MoeTokenPermute": Same("TokenPermute", (0, 1)),
