@@ -126,7 +126,8 @@ class SplitColumns(Kernel):
         def shapes(x):
             return (*x[:-1], width), (*x[:-1], x[-1] - width)
 
-        super().__init__("SplitColumns", shapes, lambda x: (x, x), bprop)
+        # The width is an attribute because MindSpore remembers shapes by an operator's name, attributes and inputs.
+        super().__init__("SplitColumns", shapes, lambda x: (x, x), bprop, width=width)
 
 
 class Rotary(Kernel):

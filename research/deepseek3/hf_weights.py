@@ -316,9 +316,9 @@ def as_text(tensors: dict[str, Any], where: str | Path) -> dict[str, Any]:
 
 def weight_of(name: str) -> str:
     """The weight that a tensor scales or describes; the name itself for a weight."""
-    for suffix in (SCALE, PACKED_SCALE, PACKED_SHAPE):
-        if name.endswith(f".weight{suffix}"):
-            return name.removesuffix(suffix)
+    for suffix in (SCALE, f".weight{PACKED_SCALE}", f".weight{PACKED_SHAPE}"):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix.removeprefix(".weight"))
     return name
 
 
