@@ -100,8 +100,24 @@ def audit_names(entries: list[Entry], names: Iterable[str], where: str | Path, s
     )
 
 
+class ScaledMatrix:
+    """What numbers of few bits and their scales have in common: a float32 matrix, made of the asked part only."""
+
+    shape: tuple[int, ...]  # (rows, columns)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float32."""
+        return np.dtype(np.float32)
+
+    def window(self, slices: tuple[slice, ...]) -> Iterator[tuple[int, int]]:
+        """First row and one after the last, first column and one after the last."""
+        slices = slices + (slice(None),) * (2 - len(slices))
+        return (part.indices(size)[:2] for part, size in zip(slices, self.shape, strict=True))
+
+
 @dataclass(frozen=True)
-class Dequantised:
+class Dequantised(ScaledMatrix):
     """An FP8 matrix and its scales, as float32: W = block * scale, edge blocks cropped (facts 12)."""
 
     weight: StoredTensor
@@ -112,14 +128,8 @@ class Dequantised:
         """(rows, columns)."""
         return self.weight.shape
 
-    @property
-    def dtype(self) -> np.dtype:
-        """float32."""
-        return np.dtype(np.float32)
-
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
-        slices = slices + (slice(None),) * (2 - len(slices))
-        (top, bottom), (left, right) = (part.indices(size)[:2] for part, size in zip(slices, self.shape, strict=True))
+        (top, bottom), (left, right) = self.window(slices)
         result = self.weight[top:bottom, left:right].astype(np.float32)
         columns = np.arange(left, right) // BLOCK
         scale = self.scale[:].astype(np.float32)
@@ -134,21 +144,15 @@ class Dequantised:
 
 
 @dataclass(frozen=True)
-class Unpacked:
+class Unpacked(ScaledMatrix):
     """An INT4 matrix as float32: eight numbers of -8..7 in an int32, a scale for GROUP columns (compressed-tensors)."""
 
     words: StoredTensor  # (rows, ceil(columns / 8)) int32
     scale: StoredTensor  # (rows, ceil(columns / 32))
     shape: tuple[int, ...]  # (rows, columns)
 
-    @property
-    def dtype(self) -> np.dtype:
-        """float32."""
-        return np.dtype(np.float32)
-
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
-        slices = slices + (slice(None),) * (2 - len(slices))
-        (top, bottom), (left, right) = (part.indices(size)[:2] for part, size in zip(slices, self.shape, strict=True))
+        (top, bottom), (left, right) = self.window(slices)
         first = left // IN_A_WORD
         words = self.words[top:bottom, first : -(-right // IN_A_WORD)]
         numbers = (words[:, :, None] >> (4 * np.arange(IN_A_WORD, dtype=np.int32))) & 15  # of two's complement: 0..15
@@ -166,7 +170,7 @@ class LazyParameter:
     """One of our parameters in a HuggingFace folder; indexing reads only what the slices need."""
 
     entry: Entry
-    load: Callable[[str], StoredTensor | Dequantised | Unpacked]
+    load: Callable[[str], StoredTensor | ScaledMatrix]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -225,7 +229,7 @@ class HuggingFaceWeights(Source):
         """Our names of all parameters."""
         return list(self.entries)
 
-    def load(self, name: str) -> StoredTensor | Dequantised | Unpacked:
+    def load(self, name: str) -> StoredTensor | ScaledMatrix:
         """A HuggingFace tensor by its own name."""
         words = self.tensors.get(name + PACKED)
         if words is not None:
