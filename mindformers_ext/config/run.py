@@ -142,8 +142,27 @@ def said(dotted_key: str) -> property:
     return property(attrgetter(f"sections.{dotted_key}"))
 
 
+class Degrees:
+    """What follows from the degrees and the batch of a run, or of a plan of the dry run."""
+
+    @property
+    def devices_per_stage(self) -> int:
+        """dp * cp * mp; stages are blocks of consecutive ranks."""
+        return self.dp * self.cp * self.mp
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per optimizer step."""
+        return self.batch_size * self.dp * self.micro_batches
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step."""
+        return self.global_batch * self.model.seq_length
+
+
 @dataclass
-class Run:
+class Run(Degrees):
     """What one YAML asks for.
 
     Args:
@@ -231,26 +250,11 @@ class Run:
         return self.sections.run_mode == "compile"
 
     @property
-    def devices_per_stage(self) -> int:
-        """dp * cp * mp; stages are blocks of consecutive ranks."""
-        return self.dp * self.cp * self.mp
-
-    @property
     def micro_batches(self) -> int:
         """Micro-batches of a step: MindFormers reads another key without a pipeline."""
         if self.pp > 1:
             return self.sections.parallel_config.micro_batch_num
         return self.sections.runner_config.gradient_accumulation_steps
-
-    @property
-    def global_batch(self) -> int:
-        """Sequences per optimizer step."""
-        return self.batch_size * self.dp * self.micro_batches
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens per optimizer step."""
-        return self.global_batch * self.model.seq_length
 
     @property
     def vocab_emb_dp(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from mindformers_ext.config.model import ModelConfig
-from mindformers_ext.config.run import Run
+from mindformers_ext.config.run import Degrees, Run
 from mindformers_ext.dryrun.pipeline import SCHEDULES
 from mindformers_ext.files.json_files import read_object
 
@@ -60,7 +60,7 @@ class Software:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Degrees):
     """A model, how it is split, and what is kept or computed again.
 
     Args:
@@ -112,21 +112,6 @@ class Plan:
     def chunks(self) -> int:
         """Runs of layers in each stage."""
         return len(self.layers)
-
-    @property
-    def devices_per_stage(self) -> int:
-        """dp * cp * mp."""
-        return self.dp * self.cp * self.mp
-
-    @property
-    def global_batch(self) -> int:
-        """Sequences per optimizer step."""
-        return self.batch_size * self.dp * self.micro_batches
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens per optimizer step."""
-        return self.global_batch * self.model.seq_length
 
     @property
     def tokens(self) -> float:
