@@ -4,7 +4,7 @@ Extends: nothing in MindFormers; mindir.py reads the parts, this file gives an o
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mindformers_ext.rank_compiler import mind_ir as pb
@@ -56,8 +56,37 @@ SHOWN = words("input_layout sparse_mode mode split_item group_type transpose_a t
 STRUCTURE = {"Constant", "Depend", "Load", "UpdateState", "MakeTuple", "TupleGetItem", "Partial", "Switch"}
 
 
+UNKNOWN_RANK = -2  # in MindSpore's shapes
+
+
 class Undecided(Exception):
     """The graph does not say what a rule asks for."""
+
+
+class DynamicShape(tuple):
+    """A shape with axes that only the device knows (below 0): its rank and its other axes can be asked for.
+
+    Raises Undecided for any other question.
+    """
+
+    def __getitem__(self, index: int | slice) -> Any:
+        found = super().__getitem__(index)
+        if isinstance(index, slice):
+            return DynamicShape(found)
+        if found < 0:
+            raise Undecided(f"axis {index} is known on the device only")
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        return (self[i] for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
 
 
 @dataclass(frozen=True)
@@ -108,15 +137,15 @@ class Operator:
         return value
 
     def tensor(self, name: str, optional: bool = False) -> Tensor | None:
-        """A tensor input of known shape; a tuple of one counts as it. Raises Undecided."""
+        """A tensor input of known rank; a tuple of one counts as it. Raises Undecided, as asking an unknown axis does."""
         value = self.value(name)
         if isinstance(value, tuple) and len(value) == 1:
             value = value[0]
         if value is None and optional:
             return None
-        if not isinstance(value, Tensor) or any(d < 0 for d in value.shape):
+        if not isinstance(value, Tensor) or UNKNOWN_RANK in value.shape:
             raise Undecided(f"the shape of {name} of {self.name} is not known")
-        return value
+        return replace(value, shape=DynamicShape(value.shape)) if min(value.shape, default=0) < 0 else value
 
     def known(self) -> list[Tensor]:
         """All its tensors."""

@@ -43,9 +43,10 @@ def test_on_cards_the_cache_is_named_by_what_decides_the_graph(tmp_path, monkeyp
     monkeypatch.setattr(launcher, "program", lambda name: name)
     monkeypatch.setattr(os, "execvp", lambda *_: None)
 
+    clean = dict(os.environ)
+
     def cache(*more: str) -> str | None:
-        for name in ("MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"):
-            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(os, "environ", dict(clean))  # of this call: a later test must not find its cache
         command = f"run_mindformer.py --config {ROOT}/{TINY}_8p.yaml --output_dir {tmp_path} {' '.join(more)}"
         launcher.main([command, "8", "8", "", "18999"])
         return os.environ.get("MS_COMPILER_CACHE_PATH")

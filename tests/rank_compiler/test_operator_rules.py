@@ -223,6 +223,17 @@ def test_doubtful_uses_name_a_replacement_or_a_reason():
 def test_shapes_that_only_a_device_knows_are_doubtful():
     found = verdicts(graph("MoeTokenPermute", {"indices": ("int32", (-1, 8))}), "MoeTokenPermute")
     assert found[VIOLATION] == [] and found[DOUBTFUL]
+    found = verdicts(graph("Swiglu", {"input": (BF16, (512, -1))}), "Swiglu")
+    assert found == {VIOLATION: [], DOUBTFUL: ["the axis that is split is even"], DOCUMENTED: []}
+
+
+def test_rows_that_only_a_device_counts_decide_no_rule_about_columns():
+    """Experts' buffers are as long as their tokens: Swiglu's width is known all the same, and an odd one is found."""
+    found = verdicts(graph("Swiglu", {"input": (BF16, (-1, 64))}, [(-1, 32)]), "Swiglu")
+    assert found == {VIOLATION: [], DOUBTFUL: [], DOCUMENTED: [""]}
+    assert verdicts(graph("Swiglu", {"input": (BF16, (-1, 65))}), "Swiglu")[VIOLATION]
+    wide = {"x": [(BF16, (-1, 70_000))]}
+    assert verdicts(graph("GroupedMatmul", wide), "GroupedMatmul")[VIOLATION]
 
 
 def test_a_violation_names_the_models_line_and_ends_the_dry_run_with_1():
