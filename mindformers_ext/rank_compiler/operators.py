@@ -86,7 +86,8 @@ class DynamicShape(tuple):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = None
+    def __hash__(self) -> int:
+        return hash(tuple(self))
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Operator:
         return value
 
     def tensor(self, name: str, optional: bool = False) -> Tensor | None:
-        """A tensor input of known rank; a tuple of one counts as it. Raises Undecided, as asking an unknown axis does."""
+        """A tensor input of known rank; a tuple of one counts as it. Raises Undecided, also for axes asked for later."""
         value = self.value(name)
         if isinstance(value, tuple) and len(value) == 1:
             value = value[0]
