@@ -138,7 +138,7 @@ class Operator:
         return value
 
     def tensor(self, name: str, optional: bool = False) -> Tensor | None:
-        """A tensor input of known rank; a tuple of one counts as it. Raises Undecided, also for axes asked for later."""
+        """A tensor input of known rank; a tuple of one counts as it. Raises Undecided, its unknown axes later."""
         value = self.value(name)
         if isinstance(value, tuple) and len(value) == 1:
             value = value[0]
