@@ -115,16 +115,16 @@ class LatentAttention(Attention):
 
 
 class SplitColumns(Kernel):
-    """The first `width` columns of x (T, D) and the rest, (T, width) and (T, D - width)."""
+    """The first `width` columns of x (..., D) and the rest."""
 
     def __init__(self, width: int):
-        join = custom("JoinColumns", lambda a, b: (a[0], a[1] + b[1]), lambda a, b: a)
+        join = custom("JoinColumns", lambda a, b: (*a[:-1], a[-1] + b[-1]), lambda a, b: a)
 
         def bprop(x, out, dout):
             return (join(dout[0], dout[1]),)
 
         def shapes(x):
-            return (x[0], width), (x[0], x[1] - width)
+            return (*x[:-1], width), (*x[:-1], x[-1] - width)
 
         # The width is an attribute because MindSpore remembers shapes by an operator's name, attributes and inputs.
         super().__init__("SplitColumns", shapes, lambda x: (x, x), bprop, width=width)

@@ -46,13 +46,14 @@ void embedding(const Call& call) {
   parallel_rows(ids.size(), 64, [&](int64_t t) { std::copy_n(w + ids[t] * width, width, y + t * width); });
 }
 
-// Inputs dy (T, H), ids (T,) and W, which only gives its shape; output dW (V, H).
+// Inputs dy (T, H), ids (T,) and perhaps W, which nothing reads; output dW (V, H).
 void embedding_grad(const Call& call) {
   const Input dy(call[0]);
-  Output dw(call[3]);
+  const Tensor& gradient = call[call.size() - 1];
+  Output dw(gradient);
   const std::vector<int32_t> ids = integers(call[1]);
   const int64_t width = call[0].columns();
-  parallel_ranges(call[3].rows(), 1024, [&](int64_t begin, int64_t end) {
+  parallel_ranges(gradient.rows(), 1024, [&](int64_t begin, int64_t end) {
     std::fill(dw + begin * width, dw + end * width, 0.0f);
     for (size_t t = 0; t < ids.size(); ++t) {
       if (ids[t] >= begin && ids[t] < end) add_scaled(dw + ids[t] * width, dy + t * width, 1.0f, width);

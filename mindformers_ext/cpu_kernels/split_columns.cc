@@ -1,4 +1,4 @@
-// The columns of x in two parts, x = [a ; b]; the backward joins their gradients. And any range of columns alone.
+// The columns of x in two parts, x = [a ; b]; the backward joins their gradients.
 #include "kernel.h"
 
 namespace cpu_kernels {
@@ -6,7 +6,7 @@ namespace {
 
 constexpr int64_t kRows = 256;  // of a task
 
-// Inputs or outputs a (T, A) and b (T, B), beside each other in x (T, A+B), whatever their type.
+// Inputs or outputs a (..., A) and b (..., B), beside each other in x (..., A+B), whatever their type.
 void copy(const Tensor& a, const Tensor& b, const Tensor& x, bool join) {
   const int64_t item = x.type == DType::kFloat32 ? 4 : 2, width = x.columns() * item;
   check(a.columns() + b.columns() == x.columns(), "the parts must have the columns of the whole");
@@ -21,16 +21,6 @@ void copy(const Tensor& a, const Tensor& b, const Tensor& x, bool join) {
   }
 }
 
-// Input x (..., D), output y (..., W): the columns from attribute `first` on.
-void cut_columns(const Call& call) {
-  const Tensor &x = call[0], &y = call[1];
-  check(x.type == DType::kFloat32 || x.type == DType::kBFloat16, "columns are cut from float32 or bfloat16");
-  const int64_t item = x.type == DType::kFloat32 ? 4 : 2, width = x.columns() * item, own = y.columns() * item;
-  const char* source = static_cast<const char*>(x.data) + static_cast<int64_t>(call.number("first")) * item;
-  parallel_rows(x.rows(), kRows,
-                [&](int64_t i) { std::memcpy(static_cast<char*>(y.data) + i * own, source + i * width, own); });
-}
-
 // Input x, outputs a, b.
 void split_columns(const Call& call) { copy(call[1], call[2], call[0], false); }
 
@@ -40,6 +30,5 @@ void join_columns(const Call& call) { copy(call[0], call[1], call[2], true); }
 }  // namespace
 }  // namespace cpu_kernels
 
-CPU_KERNEL(CutColumns, cpu_kernels::cut_columns, "first")
 CPU_KERNEL(SplitColumns, cpu_kernels::split_columns)
 CPU_KERNEL(JoinColumns, cpu_kernels::join_columns)

@@ -105,12 +105,13 @@ EXCHANGES = ("AlltoAll", "AlltoAllV")
 
 
 def embedding_step(plan: Plan) -> list[Transfer]:
-    """Sums over the parts of a vocabulary split on mp, float32: forward and backward, for the model and MTP."""
+    """Sums over the parts of a vocabulary split on mp, and of their gradient: for the model and MTP."""
     model = plan.model
     if plan.mp == 1 or plan.vocab_emb_dp:
         return []
-    size = plan.batch_size * model.seq_length / plan.cp * model.hidden_size * FLOAT_BYTES
-    return [Transfer("tensor parallel", "AllReduce", plan.mp, plan.mp, size, 2 * (1 + model.mtp_depth))]
+    size = plan.batch_size * model.seq_length / plan.cp * model.hidden_size * DTYPE_BYTES[model.compute_dtype]
+    kinds = ("ReduceScatter", "AllGather") if plan.sequence_parallel else ("AllReduce", "AllReduce")
+    return [Transfer("tensor parallel", kind, plan.mp, plan.mp, size, 1 + model.mtp_depth) for kind in kinds]
 
 
 def head_step(plan: Plan) -> list[Transfer]:
@@ -223,9 +224,7 @@ def capacity_rows(plan: Plan) -> float:
 
 def mtp_embedding(plan: Plan) -> Transfer:
     """What the first stage, which holds the embedding, sends to the last for multi-token prediction."""
-    model = plan.model
-    size = plan.batch_size * model.seq_length / plan.cp * model.hidden_size * DTYPE_BYTES[model.compute_dtype]
-    return Transfer("pipeline parallel", "Send", 2, plan.device_num, size, model.mtp_depth)
+    return replace(stage_boundary(plan), span=plan.device_num, calls=plan.model.mtp_depth)
 
 
 def stage_boundary(plan: Plan) -> Transfer:

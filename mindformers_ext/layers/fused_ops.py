@@ -12,13 +12,19 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import (
+    EmbeddingDenseBackward,
     GroupedMatmul,
+    IndexSelect,
     MoeTokenPermute,
     MoeTokenUnpermute,
     RmsNorm,
     RotaryPositionEmbedding,
+    ScatterAddExt,
+    ScatterValue,
     SiLU,
+    SplitWithSize,
     Swiglu,
+    TopkExt,
 )
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
@@ -83,32 +89,19 @@ class BasicAttention(nn.Cell):
 
 
 class FlashAttention(nn.Cell):
-    """Ascend's FlashAttentionScore, which wants values as wide as keys: they borrow the keys' first columns.
-
-    What these columns become is cut away, and so is their gradient. Zeros would do too, but the compiler keeps such a
-    constant in its own memory, in the shape of the whole cluster's batch.
-    """
+    """Ascend's FlashAttentionScore; values may be narrower than keys (CANN: aclnnFlashAttentionScore.md)."""
 
     def __init__(self, config, scale: float):
         super().__init__()
-        self.padding, self.value_dim = config.qk_head_dim - config.v_head_dim, config.v_head_dim
         common = dict(head_num=config.num_heads, scale_value=scale, input_layout="BNSD")
         self.causal = FlashAttentionScore(sparse_mode=2, **common)  # its mask is always the 2048 x 2048 triangle
         self.masked = FlashAttentionScore(sparse_mode=0, **common)
         self.triangle = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
-        self.borrow, self.pad_value, self.cut_value = ops.StridedSlice(), ops.Concat(-1), ops.StridedSlice()
 
     def construct(self, query, key, value, mask):
-        if self.padding > 0:
-            borrowed = self.borrow(key, (0, 0, 0, 0), key.shape[:-1] + (self.padding,), (1, 1, 1, 1))
-            value = self.pad_value((value, borrowed))
         if mask is None:
-            context = self.causal(query, key, value, None, None, None, self.triangle, None)[3]
-        else:
-            context = self.masked(query, key, value, None, None, None, mask, None)[3]
-        if self.padding > 0:
-            context = self.cut_value(context, (0, 0, 0, 0), context.shape[:-1] + (self.value_dim,), (1, 1, 1, 1))
-        return context
+            return self.causal(query, key, value, None, None, None, self.triangle, None)[3]
+        return self.masked(query, key, value, None, None, None, mask, None)[3]
 
 
 class BasicRotary(nn.Cell):
@@ -175,15 +168,66 @@ class BasicSwiGlu(nn.Cell):
         return self.gate_mul(self.silu(gate), up)
 
 
-class BasicEmbedding(nn.Cell):
-    """Rows of a table."""
+class TableRows(nn.Cell):
+    """Rows of a table, with the operators that Ascend has for it both ways."""
 
     def __init__(self):
         super().__init__()
-        self.gather = ops.Gather()
+        self.select, self.add_rows = IndexSelect(), EmbeddingDenseBackward()
 
     def construct(self, weight, ids):
-        return self.gather(weight, ids, 0)
+        return self.select(weight, 0, ids)
+
+    def bprop(self, weight, ids, out, dout):
+        return self.add_rows(dout, ids, weight.shape[0], None, False), ops.zeros_like(ids)
+
+
+class AddAt(nn.Cell):
+    """x (T, V) with `values` (T, 1) added in the columns `place` (T, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.add = ScatterAddExt() if fused(True) else None
+
+    def construct(self, x, place, values):
+        if self.add is not None:
+            return self.add(x, 1, place, values)
+        return ops.tensor_scatter_elements(x, place, values, 1, "add")
+
+
+class Topk(nn.Cell):
+    """The k largest of the last axis, the largest first, and their places, int32. They are kept for the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.select = (TopkExt() if fused(True) else ops.TopK(sorted=True)).recompute(False)
+
+    def construct(self, x, k):
+        values, places = self.select(x, k)
+        return values, ops.cast(places, mstype.int32)
+
+
+class Chosen(nn.Cell):
+    """(T, width) float32 with 1.0 where a row has chosen a column, ids (T, K), else 0.0."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width, self.mark = width, ScatterValue()
+
+    def construct(self, ids):
+        empty = ops.zeros((ids.shape[0], self.width), mstype.float32)
+        return self.mark(empty, 1, ops.stop_gradient(ids), 1.0)
+
+
+class ColumnSplit(nn.Cell):
+    """The first `width` columns of x (..., D) and the rest; the gradient joins the two."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width, self.split = width, SplitWithSize()
+
+    def construct(self, x):
+        return self.split(x, (self.width, x.shape[-1] - self.width), -1)
 
 
 class BasicPermute(nn.Cell):
@@ -367,8 +411,8 @@ def latent_attention(config, scale: float) -> nn.Cell | None:
 
 
 def split_columns(width: int) -> nn.Cell:
-    """Cell x (T, D) -> its first `width` columns and the rest."""
-    return cells.SplitColumns(width)
+    """Cell x (..., D) -> its first `width` columns and the rest."""
+    return cells.SplitColumns(width) if on_cpu() else ColumnSplit(width)
 
 
 def activation_type(config):
@@ -428,9 +472,9 @@ def matrix_product():
     return cells.Linear() if on_cpu() else ops.MatMul(transpose_b=True)
 
 
-def embedding() -> nn.Cell:
+def table_rows() -> nn.Cell:
     """Cell (weight (V, H), ids (T,)) -> (T, H)."""
-    return cells.Embedding() if on_cpu() else BasicEmbedding()
+    return cells.Embedding() if on_cpu() else TableRows()
 
 
 def head_loss(config) -> nn.Cell | None:

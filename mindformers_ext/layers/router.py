@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
 
-from mindformers_ext.layers.fused_ops import matrix_product, topk_select
+from mindformers_ext.layers.fused_ops import Chosen, Topk, matrix_product, topk_select
 
 TINY = 1e-20  # keeps the normalisation finite when every gate is 0 (HF modeling_deepseek_v3.py)
 
@@ -46,12 +46,11 @@ class TopkRouterV2(nn.Cell):
 
         self.gate = matrix_product()
         self.score = ops.Sigmoid() if moe.use_gating_sigmoid else ops.Softmax()
-        self.select = ops.TopK(sorted=True)
+        self.select = Topk()
         self.gather = ops.GatherD()
         self.sum_group = ops.ReduceSum()
         self.max_group = ops.ReduceMax()
-        self.one_hot = ops.OneHot()
-        self.one, self.zero = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+        self.selected, self.keep_groups = Chosen(self.num_experts), Chosen(self.n_group)
         self.minus_inf = Tensor(-np.inf, mstype.float32)
 
     def _per_expert(self, name: str, size: int = 0) -> Parameter:
@@ -100,10 +99,6 @@ class TopkRouterV2(nn.Cell):
             topk_weights = topk_weights / (topk_weights.sum(-1, keepdims=True) + TINY)
         return topk_weights * self.scaling, topk_ids, scores
 
-    def selected(self, topk_ids):
-        """1.0 where a token uses an expert: (T, E) float32 <- (T, K)."""
-        return self.one_hot(topk_ids, self.num_experts, self.one, self.zero).sum(1)
-
     def unbiased_selected(self, scores):
         """`selected` for the K highest scores themselves, as the sequence-wise loss counts (eq. 18)."""
         _, ids = self.select(ops.stop_gradient(scores), self.topk)
@@ -119,9 +114,8 @@ class TopkRouterV2(nn.Cell):
         else:
             group_scores = self.max_group(grouped, -1)
         _, groups = self.select(group_scores, self.topk_group)
-        keep = self.one_hot(groups, self.n_group, self.one, self.zero).sum(1)  # (T, G)
-        grouped = ops.select(ops.broadcast_to(keep.expand_dims(-1), grouped.shape) > 0, grouped, self.minus_inf)
-        return grouped.reshape((tokens, self.num_experts))
+        loses = self.keep_groups(groups).expand_dims(-1) == 0  # (T, G, 1)
+        return ops.masked_fill(grouped, loses, self.minus_inf).reshape((tokens, self.num_experts))
 
     def update_bias(self) -> None:
         """Move the bias one step towards balance and start counting anew (arXiv 2412.19437, section 2.1.2).

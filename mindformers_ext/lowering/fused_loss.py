@@ -1,8 +1,7 @@
-"""Cross entropy in a rank's graph: five kernels in place of MindFormers' two dozen operators over all logits.
+"""Cross entropy in a rank's graph (layers/vocabulary.py): a kernel for each part that reads all logits.
 
-Extends lowering.py. MindFormers' CrossEntropyLoss writes exponentials, one-hot labels and their products out, each as
-large as the logits; between them stand the collectives of a split vocabulary. See cpu_kernels/split_cross_entropy.cc.
-A part that is not as written here stays as it is.
+Extends lowering.py. Between the parts stand the collectives of a split vocabulary, and arithmetic on a number a token,
+which stays. See cpu_kernels/split_cross_entropy.cc. A part that is not as written here stays as it is.
 """
 
 from collections.abc import Callable
@@ -12,15 +11,12 @@ from mindformers_ext.lowering.graph import Graph
 from mindformers_ext.lowering.patterns import Is, NoMatch, op
 from mindformers_ext.rank_compiler import mind_ir as pb
 
-SHIFTED = op("Sub", "logits", "highest")
-LOG_PROBABILITY = op("Sub", SHIFTED, "log_sum")
-CHOSEN = op("OneHot", "label", "depth", "one", "zero", "last")
 HIGHEST = op("ReduceMax", "logits", "axis", "keep")
-EXP_SUM = op("ReduceSum", op("Exp", SHIFTED), "axis", "keep", "skip")
-LOSS = op("ReduceSum", op("Neg", op("Mul", LOG_PROBABILITY, CHOSEN)), "axis", "keep", "skip")
-GRADIENT = op("Mul", op("Sub", op("Exp", LOG_PROBABILITY), CHOSEN), "gradient")
-SCALED_GRADIENT = op("Muls", GRADIENT, "factor")
-ADDED_ZERO = op("Add", "logits", "zero")
+EXP_SUM = op("ReduceSum", op("Exp", op("Sub", "logits", "highest")), "axis", "keep", "skip")
+PICKED = op("GatherD", "logits", "axis", "place")
+GRADIENT = op(
+    "ScatterAddExt", op("Mul", op("Exp", op("Sub", "logits", "log_sum")), "gradient"), "axis", "place", "addend"
+)
 
 
 def fuse_losses(graph: Graph) -> None:
@@ -31,62 +27,39 @@ def fuse_losses(graph: Graph) -> None:
                 kernel(graph, node, graph.match(node.output[0], pattern))
 
 
-def _logits(graph: Graph, found: dict[str, str]) -> str:
-    """The logits (T, V'), without the zero that MindFormers adds. Raises NoMatch for another shape."""
-    name = found["logits"]
-    if len(graph.dims(name)) != 2 or not graph.is_float(name):
-        raise NoMatch("not (T, V')")
-    try:
-        added = graph.match(name, ADDED_ZERO)
-        same = graph.dims(added["logits"]) == graph.dims(name) and graph.number(added["zero"]) == 0
-        return added["logits"] if same else name
-    except NoMatch:
-        return name
-
-
-def _check_last_axis(graph: Graph, found: dict[str, str]) -> None:
-    if graph.integers(found["axis"]) not in ([1], [-1]):
+def _check(graph: Graph, found: dict[str, str], *rows: str) -> None:
+    """Raises NoMatch unless all is over the last axis of logits (T, V'), and `rows` have one number a token."""
+    shape = graph.dims(found["logits"])
+    if len(shape) != 2 or not graph.is_float(found["logits"]) or graph.integers(found["axis"]) not in ([1], [-1]):
         raise NoMatch("not over the vocabulary")
-
-
-def _check_label(graph: Graph, found: dict[str, str]) -> None:
-    values = [graph.number(found[name]) for name in ("one", "zero")]
-    if values != [1, 0] or graph.integers(found["last"]) not in ([1], [-1]):
-        raise NoMatch("no one-hot label")
+    if any(graph.dims(found[name]) != [shape[0], 1] for name in rows):
+        raise NoMatch("not a number per token")
 
 
 def _row_max(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
-    _check_last_axis(graph, found)
-    graph.kernel(node, "RowMax", [_logits(graph, found)])
+    _check(graph, found)
+    graph.kernel(node, "RowMax", [found["logits"]])
 
 
 def _row_exp_sum(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
-    _check_last_axis(graph, found)
-    graph.kernel(node, "RowExpSum", [_logits(graph, found), found["highest"]])
+    _check(graph, found, "highest")
+    graph.kernel(node, "RowExpSum", [found["logits"], found["highest"]])
 
 
-def _loss(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
-    _check_last_axis(graph, found)
-    _check_label(graph, found)
-    inputs = [_logits(graph, found), *(found[name] for name in ("highest", "log_sum", "label"))]
-    graph.kernel(node, "SplitCrossEntropy", inputs)
+def _picked(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
+    _check(graph, found, "place")
+    graph.kernel(node, "PickColumn", [found["logits"], found["place"]])
 
 
 def _gradient(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
-    _check_label(graph, found)
-    logits = _logits(graph, found)
-    if graph.dims(found["gradient"]) != [graph.dims(logits)[0], 1]:
-        raise NoMatch("not a gradient per token")
-    inputs = [logits, *(found[name] for name in ("highest", "log_sum", "label", "gradient"))]
-    factor = graph.number(found["factor"]) if "factor" in found else 1.0
-    graph.kernel(node, "SplitCrossEntropyGrad", inputs, factor=factor)
+    names = ("log_sum", "gradient", "place", "addend")
+    _check(graph, found, *names)
+    graph.kernel(node, "SplitCrossEntropyGrad", [found["logits"], *(found[name] for name in names)])
 
 
-# A scaled gradient comes before the gradient itself, whose node then has no user left.
 KERNELS: tuple[tuple[Is, Callable], ...] = (
-    (SCALED_GRADIENT, _gradient),
     (GRADIENT, _gradient),
-    (LOSS, _loss),
     (EXP_SUM, _row_exp_sum),
     (HIGHEST, _row_max),
+    (PICKED, _picked),
 )

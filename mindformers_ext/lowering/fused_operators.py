@@ -96,6 +96,16 @@ def turning(graph: Graph, node: pb.NodeProto, direction: int, mode: int) -> dict
     return {"direction": direction, "halves": pairs == HALVES}
 
 
+def largest(graph: Graph, node: pb.NodeProto) -> None:
+    """TopkExt(x, k, dim, largest, sorted): CPU has TopK, which gives places as int32."""
+    dim, *rest = (graph.constant(name) for name in node.input[2:5])
+    if dim not in (-1, len(graph.dims(node.input[0])) - 1) or not all(rest):
+        raise ValueError(f"'{node.name}' does not choose the largest of the last axis, sorted: CPU knows only that")
+    del node.input[2:]
+    mindir.attribute(node, "shape").values[1].tensors[0].data_type = pb.TensorProto.INT32
+    graph.use(node, "TopK", sorted=True)
+
+
 FUSED_REWRITES: dict[str, Callable] = {
     "RmsNorm": Same("RmsNorm", (0, 1), lambda graph, node: {"eps": graph.constant(node.input[2])}),
     "RmsNormGrad": Same("RmsNormGrad", (0, 1, 2, 3)),
@@ -106,6 +116,8 @@ FUSED_REWRITES: dict[str, Callable] = {
     "FlashAttentionScore": flash_attention,
     "FlashAttentionScoreGrad": flash_attention_grad,
     "GroupedMatmul": grouped_matmul,
+    "EmbeddingDenseBackward": Same("EmbeddingGrad", (0, 1)),
+    "TopkExt": largest,
     "MoeTokenPermute": Same("TokenPermute", (0, 1)),
     "MoeTokenPermuteGrad": Same("TokenPermuteGrad", (0, 1)),
     "InnerMoeTokenUnpermute": Same("TokenUnpermute", (0, 1, 2)),

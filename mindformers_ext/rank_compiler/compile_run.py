@@ -12,8 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from mindformers_ext.config.command_line import build_parser, find
-from mindformers_ext.config.run import read_run
+from mindformers_ext.config.command_line import all_overrides, build_parser, find
+from mindformers_ext.config.run import Run, read_run
 from mindformers_ext.rank_compiler.compile_rank import add_rewrite, compile_cell, guarded, launch
 from mindformers_ext.training.start import prepare_environment, run
 
@@ -105,15 +105,15 @@ def prepare(arguments: list[str], samples: int | None, out: Path) -> list[str]:
     if samples is not None:
         settings["train_dataset.data_loader.sizes"] = f"[{samples}, 0, 0]"
     arguments = arguments + [text for key, value in settings.items() for text in (f"--{key}", value)]
-    options, _ = build_parser().parse_known_args(arguments)
+    options, rest = build_parser().parse_known_args(arguments)
     prepare_environment(options.register_path, options.output_dir)
-    return arguments + _absolute_paths(find(options.config))
+    return arguments + _absolute_paths(read_run(find(options.config), overrides=all_overrides(options, rest)))
 
 
-def _absolute_paths(config: Path) -> list[str]:
-    """Overrides for paths in the YAML that are relative to the project: this process has a folder of its own."""
+def _absolute_paths(asked: Run) -> list[str]:
+    """Overrides for paths that are relative to the project: this process has a folder of its own."""
     key = "context.ascend_config.parallel_speed_up_json_path"
-    ascend = read_run(config).sections.context.ascend_config
+    ascend = asked.sections.context.ascend_config
     given = ascend and ascend.parallel_speed_up_json_path
     if given is None or Path(given).is_absolute():
         return []

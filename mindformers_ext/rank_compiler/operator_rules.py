@@ -325,7 +325,7 @@ RULES = (
          f"{FLASH}; {WHEEL}", attention_widths),
     Rule(ATTENTION, "key and value have equal shapes", WHEEL,
          lambda o: o.tensor("key").shape == o.tensor("value").shape, DOUBTFUL,
-         "CANN's document allows narrower values; run it on a card, or pad them (layers/fused_ops.py)"),
+         "stays: CANN's document allows narrower values, and MindSpore gives the result their width (docs/graph.md)"),
     Rule(ATTENTION, "1 to 256 heads, a multiple of the key's; at most 2048 samples and 524288 tokens", WHEEL,
          attention_counts),
     Rule(ATTENTION, "batch, heads and length of key and value are equal, and all batches", FLASH, same_rows),
@@ -405,5 +405,5 @@ HAVE_KERNELS = words(
     "MeanExt ReduceAll Concat SplitWithSize SplitTensor Tile BroadcastTo Transpose TransposeExtView Reshape ExpandDims "
     "Squeeze GatherD GatherDGradV2 IndexAddExt IndexSelect TopkExt OneHotExt CumsumExt AllFinite FloorDiv ReduceMax "
     "ReduceMin Softmax SoftmaxBackward Rsqrt Abs Floor Embedding EmbeddingDenseBackward SliceExt SortExt DropoutExt "
-    "DropoutGradExt NonZero Zeros ZerosLike MoveTo"
+    "DropoutGradExt NonZero Zeros ZerosLike MoveTo ScatterValue ScatterAddExt"
 )

@@ -43,15 +43,15 @@ class BalanceLoss(nn.Cell):
         frequency = frequency * (self.num_experts / self.topk) / count  # f (B, E)
         probability = self._per_sequence(self.mask_mul(scores, token_mask), batch) / count  # P (B, E)
         if "expert" in self.factors:
-            loss = loss + self.factors["expert"] * (frequency * probability).sum(-1).mean()
+            loss = loss + self.factors["expert"] * (frequency * probability).sum() / batch
         if "device" in self.factors:
-            groups = frequency.reshape((batch, self.n_group, -1)).mean(-1)
-            loss = loss + self.factors["device"] * (groups * self._by_group(probability, batch)).sum(-1).mean()
+            mean = self._by_group(frequency, batch) * (self.n_group / self.num_experts)
+            loss = loss + self.factors["device"] * (mean * self._by_group(probability, batch)).sum() / batch
         if "comm" in self.factors:
             hit = counted.reshape((-1, self.n_group, self.num_experts // self.n_group)).sum(-1) > 0
             hit = ops.cast(hit, mstype.float32)  # token sent to a group of experts
             sent = self._per_sequence(hit * token_mask, batch) * (self.n_group / self.topk_group) / count
-            loss = loss + self.factors["comm"] * (sent * self._by_group(probability, batch)).sum(-1).mean()
+            loss = loss + self.factors["comm"] * (sent * self._by_group(probability, batch)).sum() / batch
         if self.z_factor > 0:
             z = ops.logsumexp(logits, -1, True)
             loss = loss + self.z_factor * (z * z * token_mask).sum() / token_mask.sum()
@@ -61,8 +61,9 @@ class BalanceLoss(nn.Cell):
         """Sum over the tokens of each sequence: (B, X) <- (T, X)."""
         return self.sum_tokens(x.reshape((batch, -1, x.shape[-1])), 1)
 
-    def _by_group(self, probability, batch):
-        return probability.reshape((batch, self.n_group, -1)).sum(-1)
+    def _by_group(self, per_expert, batch):
+        """Sum over the experts of each group: (B, G) <- (B, E)."""
+        return per_expert.reshape((batch, self.n_group, -1)).sum(-1)
 
 
 def no_loss():

@@ -9,20 +9,29 @@ import numpy as np
 from balance_loss import BalanceLoss, no_loss
 from deepseek2_config import DeepseekV2Config
 from lora import ExpertAdapters, LoraAdapter, freeze_base
-from mindformers.core.loss import CrossEntropyLoss
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
 from rope import RotaryEmbedding, softmax_scale
-from sharding import expert_group, experts_plan, loss_axes, place, put, run_locally, shard, share_graph
+from sharding import (
+    embedding_plan,
+    expert_group,
+    experts_plan,
+    losses_plan,
+    place,
+    put,
+    run_locally,
+    shard,
+    share_graph,
+    vocabulary_group,
+)
 from training_interface import TrainingInterface
 
 from mindformers_ext.layers.fused_ops import (
     activation_type,
     core_attention,
-    embedding,
     feed_forward,
     head_loss,
     latent_attention,
@@ -34,6 +43,7 @@ from mindformers_ext.layers.fused_ops import (
 )
 from mindformers_ext.layers.moe_dispatch import expert_dispatch
 from mindformers_ext.layers.router import TopkRouterV2
+from mindformers_ext.layers.vocabulary import CrossEntropy, LookUp
 
 __all__ = ["DeepseekV2ForCausalLM", "DeepseekV2Model"]
 
@@ -112,11 +122,12 @@ class MultiHeadLatentAttention(nn.Cell):
         self.key_rotary = RotaryEmbedding(config, "key_rotary")
         self.core_attention = core_attention(config, softmax_scale(config))
         shard(self.core_attention, "core_attention", config)
-        self.attention_at_once, self.split_kv_a = latent_attention(config, softmax_scale(config)), None
-        if self.attention_at_once is not None:
-            self.split_kv_a = split_columns(self.latent)
-        self.q_nope, self.q_pe, self.k_nope, self.value = (ops.StridedSlice() for _ in range(4))
-        self.compressed_kv, self.k_pe = ops.StridedSlice(), ops.StridedSlice()
+        self.attention_at_once = latent_attention(config, softmax_scale(config))
+        self.split_kv_a = split_columns(self.latent)
+        self.split_query, self.split_kv = split_columns(self.nope), split_columns(self.nope)
+        shard(self.split_kv_a, "split_tokens", config)
+        shard(self.split_query, "split_heads", config)
+        shard(self.split_kv, "split_heads", config)
         self.to_heads, self.from_heads = ops.Transpose(), ops.Transpose()
         self.share_key = ops.Tile()
         self.cat_query, self.cat_key = ops.Concat(-1), ops.Concat(-1)
@@ -126,21 +137,15 @@ class MultiHeadLatentAttention(nn.Cell):
         """x (T, H) of sequences of `seq` tokens; mask from `score_mask`."""
         query_latent = self.q_a_layernorm(self.q_a_proj(x)) if self.has_q_lora else x
         query = self.q_b_proj(query_latent) if self.has_q_lora else self.q_proj(x)
-        kv_a = self.kv_a_proj_with_mqa(x)  # (T, latent + rope)
+        compressed_kv, k_pe = self.split_kv_a(self.kv_a_proj_with_mqa(x))  # (T, latent), (T, rope)
+        kv = self.kv_b_proj(self.kv_a_layernorm(compressed_kv))
         if self.attention_at_once is not None:
-            compressed_kv, k_pe = self.split_kv_a(kv_a)
-            kv = self.kv_b_proj(self.kv_a_layernorm(compressed_kv))
             cos, sin = self.query_rotary.tables(seq, position_ids)
             return self.o_proj(self.attention_at_once(query, kv, k_pe, cos, sin, mask))
-        query = self._heads(query, seq)  # (B, N, S, nope + rope)
-        compressed_kv = part(self.compressed_kv, kv_a, 0, self.latent)
-        kv = self._heads(self.kv_b_proj(self.kv_a_layernorm(compressed_kv)), seq)  # (B, N, S, nope + Dv)
-        q_nope = part(self.q_nope, query, 0, self.nope)
-        q_pe = self.query_rotary(part(self.q_pe, query, self.nope, self.rope), position_ids)
-        k_nope = part(self.k_nope, kv, 0, self.nope)
-        value = part(self.value, kv, self.nope, self.value_dim)
-        k_pe = part(self.k_pe, kv_a, self.latent, self.rope).reshape((-1, 1, seq, self.rope))
-        k_pe = self.key_rotary(k_pe, position_ids)  # one head, shared
+        q_nope, q_pe = self.split_query(self._heads(query, seq))  # (B, N, S, nope), (B, N, S, rope)
+        k_nope, value = self.split_kv(self._heads(kv, seq))  # (B, N, S, nope), (B, N, S, Dv)
+        q_pe = self.query_rotary(q_pe, position_ids)
+        k_pe = self.key_rotary(k_pe.reshape((-1, 1, seq, self.rope)), position_ids)  # one head, shared
         query = self.cat_query((q_nope, q_pe))  # (B, N, S, nope + rope)
         key = self.cat_key((k_nope, self.share_key(k_pe, (1, self.num_heads, 1, 1))))
         context = self.core_attention(query, key, value, mask)  # (B, N, S, Dv)
@@ -150,16 +155,6 @@ class MultiHeadLatentAttention(nn.Cell):
     def _heads(self, x, seq):
         """(B, N, S, D) <- (T, N*D)."""
         return self.to_heads(x.reshape((-1, seq, self.num_heads, x.shape[-1] // self.num_heads)), (0, 2, 1, 3))
-
-
-def part(strided_slice, x, start, width):
-    """x[..., start : start + width], as an operator that sharding.py can reach.
-
-    Not SplitWithSize, whose views give wrong gradients in MindSpore 2.9's PyNative mode on CPU.
-    """
-    rank = len(x.shape)
-    begin = (0,) * (rank - 1) + (start,)
-    return strided_slice(x, begin, x.shape[:-1] + (start + width,), (1,) * rank)
 
 
 class FeedForward(nn.Cell):
@@ -305,12 +300,19 @@ class Embedding(nn.Cell):
         super().__init__()
         self.weight = weight(config, config.vocab_size, config.hidden_size)
         self.out_type = activation_type(config)
-        self.look_up = embedding()
-        shard(self.look_up, "embedding", config)
+        group = vocabulary_group(config, not config.parallel_config.vocab_emb_dp)
+        self.rows = LookUp(group, self.out_type, config.parallel_config.use_seq_parallel)
+        self.look_up = run_locally(self.rows, self._shape, self._type, embedding_plan(config), config)
 
     def construct(self, ids):
         """(T, H) <- ids (T,)."""
-        return ops.cast(self.look_up(self.weight, ids), self.out_type)
+        return self.look_up(self.weight, ids)
+
+    def _shape(self, table, ids):
+        return [ids[0], table[1]]
+
+    def _type(self, table, ids):
+        return self.out_type
 
 
 class DeepseekV2Model(nn.Cell):
@@ -358,7 +360,9 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         put(self.lm_head, config.placed().last)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.loss, self.head_loss = CrossEntropyLoss(loss_axes(config)), head_loss(config)
+        self.cross_entropy, self.head_loss = CrossEntropy(vocabulary_group(config)), head_loss(config)
+        self.losses = run_locally(self._losses, self._losses_shape, self._losses_type, losses_plan(), config)
+        self.weigh, self.total = ops.Mul(), ops.ReduceSum()
         self.loss_parts = Parameter(
             Tensor(np.zeros(4), mstype.float32), name="loss_parts", requires_grad=False, parallel_optimizer=False
         )
@@ -422,7 +426,17 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         if self.training and self.head_loss is not None:
             head, dtype = self.lm_head.weight, self.lm_head.compute_dtype
             return self.head_loss(ops.cast(hidden, dtype), ops.cast(head, dtype), labels, loss_mask)
-        return self.loss(self.lm_head(hidden), labels, loss_mask).reshape((1,))
+        losses = self.total(self.weigh(self.losses(self.lm_head(hidden), labels), loss_mask))
+        return (losses / (self.total(loss_mask) + 1e-8)).reshape((1,))
+
+    def _losses(self, logits, labels):
+        return self.cross_entropy(logits, labels)[0]
+
+    def _losses_shape(self, logits, labels):
+        return labels
+
+    def _losses_type(self, logits, labels):
+        return mstype.float32
 
     def _token_mask(self, input_ids, labels):
         """0 on padding, (T, 1): a pad token that is followed by another or by nothing (pad is also end of text)."""

@@ -14,12 +14,12 @@ import functools
 import math
 
 import mindspore as ms
-from mindformers.modules.transformer import OpParallelConfig
 from mindspore import Layout, lazy_inline, nn, ops
 from mindspore.communication import get_rank
 
 from mindformers_ext.config.pipeline import FOLDED, Place
 from mindformers_ext.layers.moe_dispatch import ExpertGroup
+from mindformers_ext.layers.vocabulary import VocabularyGroup
 
 ALL = ("dp", "cp", "mp")  # every device of the stage
 ROWS = ("dp", "cp")  # tokens where heads or widths take mp
@@ -45,7 +45,6 @@ def plans(config) -> dict[str, dict[str, tuple]]:
     """Every plan by name; see the file's head for how to read one."""
     tokens, width, flat = (token_axes(config), NONE), (ROWS, "mp"), (ALL, NONE)
     batch = ("dp", NONE)
-    vocab = NONE if config.parallel_config.vocab_emb_dp else "mp"
     return {
         "token_norm": rms_norm_plan(tokens),
         "latent_norm": rms_norm_plan(tokens),
@@ -54,18 +53,16 @@ def plans(config) -> dict[str, dict[str, tuple]]:
         "row_parallel": {"matmul": (width, (NONE, "mp"), "->", tokens)},
         "latent": {"matmul": (tokens, (NONE, NONE))},
         "lm_head": {"matmul": ((ROWS, NONE), ("mp", NONE))},
-        "embedding": {"gather": ((vocab, NONE), (ROWS,))},
         # attention: (B, N, S, D)
         "latent_attention": {
-            "compressed_kv": (tokens,),
-            "k_pe": (tokens,),
-            **dict.fromkeys(("q_nope", "q_pe", "k_nope", "value"), (heads(),)),
             "to_heads": (("dp", "cp", "mp", NONE), "->", heads()),
             "from_heads": (heads(), "->", ("dp", "cp", "mp", NONE)),
             "share_key": (heads(),),
             "cat_query": (heads(), heads()),
             "cat_key": (heads(), heads()),
         },
+        "split_tokens": {"split": (tokens, "->", tokens, tokens)},
+        "split_heads": {"split": (heads(), "->", heads(), heads())},
         "core_attention": attention_plan(),
         "query_rotary": rotary_plan(heads()),
         "query_rotary_at": rotary_plan(heads(), "dp"),
@@ -86,7 +83,7 @@ def plans(config) -> dict[str, dict[str, tuple]]:
             "add_dropped": ((NONE,), (NONE,)),
             **({"add_shared": (tokens, tokens)} if config.moe_config.shared_expert_num else {}),
         },
-        "causal_lm": {"add_loss_parts": ((NONE,), (NONE,))},
+        "causal_lm": {"add_loss_parts": ((NONE,), (NONE,)), "weigh": ((NONE,), (NONE,)), "total": ((NONE,),)},
         "balance_loss": {
             "sum_experts": (flat,),
             "normalize": (flat, flat),
@@ -116,6 +113,20 @@ def experts_plan(outputs: int) -> tuple:
     """Layouts of the per-device MoE program on the grid (edp, ep): inputs, then outputs."""
     tokens, experts = (("edp", "ep"), NONE), ("ep", NONE, NONE)
     return (tokens, (NONE, NONE), (NONE,), experts, experts), (tokens,) * outputs
+
+
+def embedding_plan(config) -> tuple:
+    """Layouts of the look-ups: the table, whole or split on mp, and ids; then the rows.
+
+    A device with the whole table looks its own tokens up; of a split one it gives what it has for the whole group's.
+    """
+    whole, tokens = config.parallel_config.vocab_emb_dp, token_axes(config)
+    return ((NONE if whole else "mp", NONE), (tokens if whole else ROWS,)), ((tokens, NONE),)
+
+
+def losses_plan() -> tuple:
+    """Layouts of the cross entropy: logits and labels, then the tokens' losses."""
+    return ((ROWS, "mp"), (ROWS,)), ((ROWS,),)
 
 
 def adapter_plan() -> tuple:
@@ -148,9 +159,6 @@ def attention_plan() -> dict[str, tuple]:
         "weigh_value": (heads(), whole),
         "causal": (heads(), whole, whole, (NONE, NONE)),
         "masked": (heads(), whole, whole, ("dp", NONE, "cp", NONE)),
-        "borrow": (whole,),
-        "pad_value": (whole, whole),
-        "cut_value": (heads(),),
     }
 
 
@@ -170,9 +178,9 @@ def rotary_plan(x: tuple, batch: str = NONE) -> dict[str, tuple]:
 
 
 # Operators that take layouts by name only as self-defined local programs, outputs included.
-TAKES_NUMBERS = ("StridedSlice", "Concat", "Transpose", "Tile", "RotaryPositionEmbedding")
+TAKES_NUMBERS = ("StridedSlice", "SplitWithSize", "Concat", "Transpose", "Tile", "RotaryPositionEmbedding")
 
-OPERATOR_CHOICES = set(rms_norm_plan(())) | set(rotary_plan((NONE,) * 4)) | set(attention_plan())
+OPERATOR_CHOICES = {"split"} | set(rms_norm_plan(())) | set(rotary_plan((NONE,) * 4)) | set(attention_plan())
 
 
 def shard(cell: nn.Cell, plan: str, config) -> None:
@@ -251,17 +259,25 @@ def in_grid_order(axes: tuple, sizes: dict[str, int]) -> bool:
     return split == sorted(split)
 
 
+def axis_names(layouts: tuple) -> set[str]:
+    """The grid axes that layouts name."""
+    axes = [axis for layout in layouts for axis in layout]
+    return {name for axis in axes for name in (axis if isinstance(axis, tuple) else (axis,))} - {NONE}
+
+
 def run_locally(function, shapes, types, plan: tuple, config):
     """`function` as every device runs it on its own part of the MoE's inputs; itself where nothing is split.
 
-    `shapes` and `types` give those of the results from the inputs', `plan` is one of the plans on the grid (edp, ep).
+    `shapes` and `types` give those of the results from the inputs', `plan` the layouts, all on one of the two grids.
     """
     if not is_sharded():
         return function
     p = config.parallel_config
-    devices = p.data_parallel * p.context_parallel * p.model_parallel
-    grid = Layout((devices // p.expert_parallel, p.expert_parallel), ("edp", "ep"))
+    sizes = {"dp": p.data_parallel, "cp": p.context_parallel, "mp": p.model_parallel}
     inputs, outputs = plan
+    if "ep" in axis_names(outputs):
+        sizes = {"edp": math.prod(sizes.values()) // p.expert_parallel, "ep": p.expert_parallel}
+    grid = Layout(tuple(sizes.values()), tuple(sizes))
     morph = ops.Morph(function, shapes, types).add_prim_attr("self_define_shard", True)
     morph.shard(in_strategy=tuple(grid(*x) for x in inputs), out_strategy=tuple(grid(*x) for x in outputs))
     return morph
@@ -276,10 +292,10 @@ def expert_group(config) -> ExpertGroup:
     return ExpertGroup(p.expert_parallel, get_rank(), inner) if is_sharded() else ExpertGroup()
 
 
-def loss_axes(config) -> OpParallelConfig:
-    """How MindFormers' cross entropy splits logits: tokens on dp and cp, vocabulary on mp."""
-    p = config.parallel_config
-    return OpParallelConfig(data_parallel=p.data_parallel * p.context_parallel, model_parallel=p.model_parallel)
+def vocabulary_group(config, split: bool = True) -> VocabularyGroup:
+    """The devices that share this one's vocabulary: the model-parallel group, or it alone."""
+    parts = config.parallel_config.model_parallel if split and is_sharded() else 1
+    return VocabularyGroup(parts, get_rank()) if parts > 1 else VocabularyGroup()
 
 
 def put(cell: nn.Cell, where: Place) -> None:

@@ -92,8 +92,8 @@ KERNEL(AdamW) KERNEL(TokenPermute) KERNEL(TokenPermuteGrad) KERNEL(TokenUnpermut
 KERNEL(GroupedMatmul) KERNEL(GroupedMatmulInputGrad) KERNEL(GroupedMatmulWeightGrad) KERNEL(RoutedExperts)
 KERNEL(RoutedExpertsGrad) KERNEL(TopkRouter) KERNEL(TopkRouterGrad) KERNEL(LinearCrossEntropy) KERNEL(Linear)
 KERNEL(LinearGrad) KERNEL(Embedding) KERNEL(EmbeddingGrad) KERNEL(FeedForward) KERNEL(FeedForwardGrad)
-KERNEL(LatentAttention) KERNEL(LatentAttentionGrad) KERNEL(SplitColumns) KERNEL(JoinColumns) KERNEL(CutColumns)
-KERNEL(MatMul) KERNEL(MaskedRows) KERNEL(RowMax) KERNEL(RowExpSum) KERNEL(SplitCrossEntropy)
+KERNEL(LatentAttention) KERNEL(LatentAttentionGrad) KERNEL(SplitColumns) KERNEL(JoinColumns)
+KERNEL(MatMul) KERNEL(MaskedRows) KERNEL(RowMax) KERNEL(RowExpSum) KERNEL(PickColumn)
 KERNEL(SplitCrossEntropyGrad) KERNEL(WeightedSquareSum)
 extern "C" void cpu_kernels_set_threads(int);
 
@@ -135,17 +135,18 @@ void dense(int64_t n, int64_t d, const char* t) {
 }
 
 void of_ranks(int64_t n, int64_t d, const char* t) {
-  const Values none, cut = {{"first", "1"}}, factor = {{"factor", "2"}};
+  const Values none;
   const Values turn_a = {{"transpose_a", "1"}, {"transpose_b", "0"}};
   const Values turn_b = {{"transpose_a", "0"}, {"transpose_b", "1"}};
-  CALL(CutColumns, cut, T({2, n, d + 2}, t), T({2, n, d}, t));
+  CALL(SplitColumns, none, T({2, n, d + 2}, t), T({2, n, d}, t), T({2, n, 2}, t));
+  CALL(EmbeddingGrad, none, T({n, d}, t), T({n}, "int32", 9), T({9, d}, t));
   CALL(MatMul, turn_a, T({d, n}, t), T({d, 7}, t), T({n, 7}, t));
   CALL(MatMul, turn_b, T({n, d}, t), T({7, d}, t), T({n, 7}, t));
   CALL(MaskedRows, none, T({n, d}, t), T({n, 1}, "uint8", 2), T({}, t), T({n, d}, t));
   CALL(RowMax, none, T({n, d}, t), T({n, 1}, t));
   CALL(RowExpSum, none, T({n, d}, t), T({n, 1}, t), T({n, 1}, t));
-  CALL(SplitCrossEntropy, none, T({n, d}, t), T({n, 1}, t), T({n, 1}, t), T({n}, "int32", d + 1), T({n}, t));
-  CALL(SplitCrossEntropyGrad, factor, T({n, d}, t), T({n, 1}, t), T({n, 1}, t), T({n}, "int32", d + 1), T({n, 1}, t),
+  CALL(PickColumn, none, T({n, d}, t), T({n, 1}, "int32", d), T({n, 1}, t));
+  CALL(SplitCrossEntropyGrad, none, T({n, d}, t), T({n, 1}, t), T({n, 1}, t), T({n, 1}, "int32", d), T({n, 1}, t),
        T({n, d}, t));
   CALL(WeightedSquareSum, none, T({2}), T({n, d}, t), T({1}), T({1}));
 }

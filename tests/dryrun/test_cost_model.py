@@ -70,7 +70,9 @@ def test_stage_boundary_and_wire_bytes():
 
 def test_dense_stage_moves_what_the_compiler_moves():
     """Megabytes of all calls by kind and group size, as read from the graph that MindSpore 2.9.0 compiled for rank 0
-    of a slice of the 671B YAML on 1024 devices (two dense layers, MTP on stage 1, 2 micro-batches)."""
+    of a slice of the 671B YAML on 1024 devices (two dense layers, MTP on stage 1, 2 micro-batches). Look-ups were
+    AllReduces in float32 then, and MTP's embeddings whole: their ReduceScatters, AllGathers and messages are those of
+    rank 0 of the 1B YAML (docs/graph.md) in the sizes of this one."""
     plan = cluster(
         ("model.model_config.num_layers", 4),
         ("model.model_config.offset", 0),
@@ -83,11 +85,10 @@ def test_dense_stage_moves_what_the_compiler_moves():
     for t in estimate(plan, load_profile()).stages[0].transfers:
         found[t.kind, t.group_size] += t.bytes * t.calls / 1e6
     assert {key: round(megabytes, 1) for key, megabytes in found.items()} == {
-        ("AllReduce", 4): 939.5,
-        ("AllGather", 4): 1077.9,  # the compiler's other 0.1 are token positions
-        ("ReduceScatter", 4): 1008.7,
-        ("Send", 2): 146.8,
-        ("Receive", 2): 146.8,
+        ("AllGather", 4): 1312.8,  # the compiler's other 0.1 are token positions
+        ("ReduceScatter", 4): 1243.6,
+        ("Send", 2): 58.7,
+        ("Receive", 2): 58.7,
         ("AllReduce", 128): 926.7,
         ("ReduceScatter", 128): 1136.7,
         ("AllGather", 128): 568.3,  # the compiler's other 16.8 are token ids and positions
@@ -107,8 +108,8 @@ def test_last_stage_moves_what_the_compiler_moves():
         ("ReduceScatter", 8): 19752.0 + 14797.5,
         ("AllGather", 4): 16752.2,
         ("ReduceScatter", 4): 16747.9,
-        ("Send", 2): 2348.8,
-        ("Receive", 2): 2348.8,
+        ("Send", 2): 939.5,  # embeddings are split over mp now as the hidden states are, as in docs/graph.md
+        ("Receive", 2): 939.5,
         ("ReduceScatter", 64): 605.1,
         ("AllGather", 64): 313.4,
     }
@@ -119,14 +120,13 @@ def test_every_depth_gets_its_embedding_from_the_first_stage():
     """As in the ranks that MindSpore 2.9.0 compiled for two depths: three messages a micro-batch each way between the
     first and the last stage, one of them the first stage's hidden states, which here go to its neighbour."""
     plan = cluster(("model.model_config.mtp_depth", 2))
-    embedding = 4096 * 7168 * 2  # of a sequence, whole on each rank of mp
     for stage in (0, plan.pp - 1):
         calls = Counter()
         for t in estimate(plan, load_profile()).stages[stage].transfers:
             if t.purpose == "pipeline parallel":
                 calls[t.kind, t.bytes] += t.calls / plan.micro_batches
-        boundary = stage_boundary(plan).bytes
-        assert calls == {(kind, size): n for kind in ("Send", "Receive") for size, n in ((embedding, 2), (boundary, 1))}
+        boundary = stage_boundary(plan).bytes  # embeddings are split over mp as hidden states are
+        assert calls == {(kind, boundary): 3 for kind in ("Send", "Receive")}
 
 
 CAPACITY = [("moe_config.use_gmm", False)]

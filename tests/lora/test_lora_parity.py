@@ -189,6 +189,9 @@ def test_adapters_are_split_like_their_projections(monkeypatch, use_seq_parallel
     import sharding
     from mindformers.modules.transformer import TransformerOpParallelConfig
 
+    from mindformers_ext.layers import vocabulary
+
+    monkeypatch.setattr(vocabulary, "create_group", lambda *_: None)
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", device_num=8)
     monkeypatch.setattr(sharding, "get_rank", lambda: 0)
     try:

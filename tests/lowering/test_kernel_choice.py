@@ -18,58 +18,23 @@ def test_matmul_takes_its_transposes():
     assert (float(attributes["transpose_a"]), float(attributes["transpose_b"])) == (0, 1)
 
 
-def sliced(begin: tuple, end: tuple, strides: tuple, out: tuple, mask: int = 0) -> str:
-    """Kernel of a slice of x (4, 8); "" where MindSpore's stays."""
+@pytest.mark.parametrize(("sizes", "axis", "kernel"), [((3, 5), -1, "SplitColumns"), ((3, 5), 1, "SplitColumns"),
+                                                       ((2, 2), 0, ""), ((2, 2, 4), -1, "")])  # fmt: skip
+def test_columns_are_split_in_two(sizes, axis, kernel):
     model = Model()
-    limits = [model.constant(name, numbers) for name, numbers in dict(b=begin, e=end, s=strides).items()]
-    masks = [model.constant(f"mask{i}", mask) for i in range(5)]
-    model.apply("StridedSlice", [value(model, "x", 4, 8), *limits, *masks], "out", out)
-    kernel, inputs, attributes = model.lowered("out")
-    if kernel:
-        assert inputs == ["x"] and float(attributes["first"]) == begin[1]
-    return kernel
-
-
-def test_slices_of_columns():
-    assert sliced((0, 3), (4, 7), (1, 1), (4, 4)) == "CutColumns"
-    assert sliced((0, 3), (16, 7), (1, 1), (4, 4)) == "CutColumns"  # an end of the whole cluster's tensor
-
-
-@pytest.mark.parametrize(
-    ("begin", "end", "strides", "out", "mask"),
-    [
-        ((1, 3), (4, 7), (1, 1), (3, 4), 0),  # rows too
-        ((0, 0), (4, 8), (1, 2), (4, 4), 0),  # every other column
-        ((0, -4), (4, 8), (1, 1), (4, 4), 0),  # counted from the end
-        ((0, 3), (4, 7), (1, 1), (4, 4), 1),  # masks
-    ],
-)
-def test_other_slices_stay(begin, end, strides, out, mask):
-    assert sliced(begin, end, strides, out, mask) == ""
-
-
-@pytest.mark.parametrize(
-    ("limits", "kernel"),
-    [
-        (((0, 3), (3, 8)), "JoinColumns"),
-        (((3, 8), (0, 3)), "JoinColumns"),
-        (((0, 4), (3, 8)), ""),  # a column twice
-        (((0, 3), (3, 7)), ""),  # the last one never
-    ],
-)
-def test_gradients_of_columns_are_joined(limits, kernel):
-    model = Model()
-    shape, strides = model.constant("shape", (4, 8)), model.constant("strides", (1, 1))
-    masks = [model.constant(f"mask{i}", 0) for i in range(5)]
-    for first, last in limits:
-        ends = [model.constant(f"{kind}{first}", end) for kind, end in (("b", (0, first)), ("e", (4, last)))]
-        gradient = value(model, f"d{first}", 4, last - first)
-        model.apply("StridedSliceGrad", [gradient, shape, *ends, strides, *masks], f"whole{first}", (4, 8))
-    model.apply("MakeTuple", [f"whole{first}" for first, _ in limits], "both", (4, 8))
-    model.apply("AddN", ["both"], "out", (4, 8))
+    inputs = [value(model, "x", 4, 8), model.constant("sizes", sizes), model.constant("axis", axis)]
+    model.apply("SplitWithSize", inputs, "out", *((4, size) for size in sizes))
     found, inputs, _ = model.lowered("out")
-    assert found == kernel
-    assert not kernel or inputs == ["d0", "d3"]
+    assert found == kernel and (not kernel or inputs == ["x"])
+
+
+@pytest.mark.parametrize(("axis", "kernel"), [(-1, "JoinColumns"), (1, "JoinColumns"), (0, "")])
+def test_columns_of_two_are_joined(axis, kernel):
+    model = Model()
+    model.apply("MakeTuple", [value(model, "a", 4, 8), value(model, "b", 4, 8)], "both", (4, 8))
+    model.apply("Concat", ["both", model.constant("axis", axis)], "out", (4, 16) if axis else (8, 8))
+    found, inputs, _ = model.lowered("out")
+    assert found == kernel and (not kernel or inputs == ["a", "b"])
 
 
 @pytest.mark.parametrize(("mask", "kernel"), [((4, 1), "MaskedRows"), ((4, 8), ""), ((1, 8), "")])
@@ -81,46 +46,33 @@ def test_masked_rows(mask, kernel):
 
 
 class Loss(Model):
-    """MindFormers' cross entropy of logits (6, 8) as MindSpore writes it, and its gradient."""
+    """Cross entropy of logits (6, 8) as layers/vocabulary.py has it, and its gradient."""
 
-    def __init__(self, on: float = 1.0, axis: int = -1):
+    def __init__(self, axis: int = -1):
         super().__init__()
         self.axis = self.constant("axis", (axis,))
-        self.last = self.constant("last", -1)
-        self.yes, self.no, self.depth = (self.constant(n, v) for n, v in dict(yes=1, no=0, depth=8).items())
-        self.zero, self.one = self.tensor("zero", 0.0), self.tensor("one", on)
-        logits = self.apply("Add", [value(self, "z", 6, 8), self.zero], "logits", (6, 8))
+        self.yes, self.no, self.dim = (self.constant(n, v) for n, v in dict(yes=1, no=0, dim=1).items())
+        logits, place, row = value(self, "z", 6, 8), value(self, "place", 6, 1), value(self, "log_sum", 6, 1)
         self.apply("ReduceMax", [logits, self.axis, self.yes], "highest", (6, 1))
-        self.apply("Sub", [logits, "highest"], "shifted", (6, 8))
-        self.apply("Exp", ["shifted"], "powers", (6, 8))
+        self.apply("Exp", [self.apply("Sub", [logits, "highest"], "shifted", (6, 8))], "powers", (6, 8))
         self.apply("ReduceSum", ["powers", self.axis, self.yes, self.no], "sum", (6, 1))
-        self.apply("Log", ["sum"], "log_sum", (6, 1))
-        self.apply("Sub", ["shifted", "log_sum"], "log_p", (6, 8))
-        self.apply("OneHot", ["label", self.depth, self.one, self.zero, self.last], "chosen", (6, 8))
-        self.apply("Mul", ["log_p", "chosen"], "picked", (6, 8))
-        self.apply("Neg", ["picked"], "negative", (6, 8))
-        self.apply("ReduceSum", ["negative", self.axis, self.no, self.no], "loss", (6,))
-        self.apply("Exp", ["log_p"], "p", (6, 8))
-        self.apply("Sub", ["p", "chosen"], "difference", (6, 8))
-        self.apply("Mul", ["difference", value(self, "g", 6, 1)], "dz", (6, 8))
-        self.apply("Muls", ["dz", self.constant("two", 2)], "scaled", (6, 8))
+        self.apply("GatherD", [logits, self.dim, place], "picked", (6, 1))
+        self.apply("Exp", [self.apply("Sub", [logits, row], "log_p", (6, 8))], "p", (6, 8))
+        self.apply("Mul", ["p", value(self, "g", 6, 1)], "scaled", (6, 8))
+        self.apply("ScatterAddExt", ["scaled", self.dim, place, value(self, "minus", 6, 1)], "dz", (6, 8))
 
 
 def test_cross_entropy_is_four_kernels():
-    kernels = {name: Loss().lowered(name) for name in ("highest", "sum", "loss", "scaled")}
-    row = ["z", "highest", "log_sum", "label"]
+    kernels = {name: Loss().lowered(name) for name in ("highest", "sum", "picked", "dz")}
     assert {name: (kernel, inputs) for name, (kernel, inputs, _) in kernels.items()} == {
         "highest": ("RowMax", ["z"]),
         "sum": ("RowExpSum", ["z", "highest"]),
-        "loss": ("SplitCrossEntropy", row),
-        "scaled": ("SplitCrossEntropyGrad", [*row, "g"]),
+        "picked": ("PickColumn", ["z", "place"]),
+        "dz": ("SplitCrossEntropyGrad", ["z", "log_sum", "g", "place", "minus"]),
     }
-    assert float(kernels["scaled"][2]["factor"]) == 2
 
 
 def test_what_is_no_cross_entropy_stays():
-    smoothed = Loss(on=0.9)  # smoothed labels
-    assert smoothed.lowered("loss")[0] == "" and smoothed.lowered("scaled")[0] == ""
     assert Loss(axis=0).lowered("sum")[0] == ""
 
 

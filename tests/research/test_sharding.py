@@ -8,12 +8,15 @@ from deepseek3_model import DeepseekV3ForCausalLM
 from helpers.small_models import v3_config
 from mindformers.modules.transformer import TransformerOpParallelConfig
 
+from mindformers_ext.layers import vocabulary
+
 
 @pytest.fixture
 def semi_auto(monkeypatch):
     """Semi-automatic parallelism without a cluster, as rank 0."""
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", device_num=8)
     monkeypatch.setattr(sharding, "get_rank", lambda: 0)
+    monkeypatch.setattr(vocabulary, "create_group", lambda *_: None)
     yield
     ms.reset_auto_parallel_context()
 
