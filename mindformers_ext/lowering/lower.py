@@ -24,7 +24,7 @@ from mindformers_ext.lowering.inlining import inline_functions
 from mindformers_ext.lowering.merging import Placed, merge
 from mindformers_ext.lowering.patterns import NoMatch
 from mindformers_ext.rank_compiler import mind_ir as pb
-from mindformers_ext.rank_compiler.mindir import DTYPE_BYTES, attribute, attributes_of
+from mindformers_ext.rank_compiler.mindir import DTYPE_BYTES, WORLD_GROUP, attribute, attributes_of
 
 
 def lower_into(folder: Path, model: pb.ModelProto, rank: int, world_size: int) -> None:
@@ -105,7 +105,7 @@ def group_ranks(graph: Graph, node: pb.NodeProto, attributes: dict) -> tuple[int
     """Global ranks of a communication operator's group."""
     if "group_rank_ids" in attributes:
         return tuple(attributes["group_rank_ids"])
-    if attributes.get("group") == "hccl_world_group":
+    if attributes.get("group") == WORLD_GROUP:
         return tuple(range(graph.world_size))
     primitive = graph.primitive(node)
     raise ValueError(f"'{primitive.op_type}' ({primitive.instance_name}) does not say which ranks its group has")

@@ -20,6 +20,7 @@ COLLECTIVES = {"AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AlltoAllV
 GENERATED_SUFFIX = re.compile(r"_\d{6,}$")
 NUMBER_FORMATS = {pb.TensorProto.FLOAT: "<f", pb.TensorProto.INT32: "<i", pb.TensorProto.INT64: "<q"}
 PASS_THROUGH = {"Depend", "Load", "UpdateState"}  # their first input is their value
+WORLD_GROUP = "hccl_world_group"
 DTYPE_BYTES = {
     name: size
     for size, names in {
@@ -136,17 +137,19 @@ def correct_groups(model: pb.ModelProto, ranks_of: Callable[[str], list[int]]) -
     """Make `group_rank_ids` of every collective the ranks of its group; True when any was wrong.
 
     The compiler knows the members of its own groups only: for one that the model made (expert parallelism) it may
-    write all ranks of the cluster. `rank_size`, the number of members, is right; AlltoAllV has none.
+    write all ranks of the cluster. `rank_size`, the number of members, is right; AllReduce and AlltoAllV have none.
     """
     wrong = False
     for primitive in model.primitives:
         attributes = {a.name: a for a in primitive.attribute}
         if primitive.op_type not in COLLECTIVES or not {"group", "group_rank_ids"} <= attributes.keys():
             continue
-        ranks = attributes["group_rank_ids"].values
+        ranks, group = attributes["group_rank_ids"].values, attributes["group"].s.decode()
         size = attributes.get("rank_size")
-        if primitive.op_type == "AlltoAllV" or (size is not None and len(ranks) != size.i):
-            members = ranks_of(attributes["group"].s.decode())
+        if group == WORLD_GROUP or size is not None and len(ranks) == size.i:
+            continue
+        members = ranks_of(group)
+        if [value.ints[0] for value in ranks] != members:
             del ranks[len(members) :]
             for value, member in zip(ranks, members, strict=True):
                 value.ints[0] = member

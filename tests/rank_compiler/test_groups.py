@@ -15,6 +15,8 @@ WORLD = tuple(range(8))
         ("AllGather", 2, WORLD, (2, 3)),  # a group that the model made: the compiler writes all ranks
         ("AllGather", 2, (4, 5), (4, 5)),  # its own
         ("AlltoAllV", None, WORLD, (2, 3)),  # never says how many
+        ("AllReduce", None, WORLD, (2, 3)),
+        ("AllReduce", None, (2, 3), (2, 3)),
     ],
 )
 def test_groups_of_the_model_get_their_own_ranks(operator, size, written, right):
