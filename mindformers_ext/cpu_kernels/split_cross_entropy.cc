@@ -1,6 +1,8 @@
 // Cross entropy of logits z (T, V') whose vocabulary is split over devices (layers/vocabulary.py), the parts as large as
-// the logits:
-//   m_t = max_v z_tv,  s_t = sum_v e^(z_tv - m_t),  y_t = z_t,place,  dz_tv = g_t e^(z_tv - l_t) + c_t [v = place]
+// the logits, with l_t = ln sum_v e^z_tv over this device's columns:
+//   y_t = z_t,place,  dz_tv = g_t e^(z_tv - l_t) + c_t [v = place]
+#include <cmath>
+
 #include "kernel.h"
 #include "vector_math.h"
 
@@ -9,28 +11,18 @@ namespace {
 
 constexpr int64_t kRows = 8;  // of a task
 
-// Input z (T, V'), output m (T elements).
-void row_max(const Call& call) {
+// Input z (T, V'), output l (T elements).
+void row_log_sum_exp(const Call& call) {
   const Input z(call[0]);
-  Output m(call[1]);
+  Output l(call[1]);
   const int64_t width = call[0].columns();
   parallel_rows(call[0].rows(), kRows, [&](int64_t t) {
     const float* row = z + t * width;
-    m[t] = maximum_of(row, width, row[0]);
-  });
-}
-
-// Inputs z, m, output s (T elements).
-void row_exp_sum(const Call& call) {
-  const Input z(call[0]), m(call[1]);
-  Output s(call[2]);
-  const int64_t width = call[0].columns();
-  parallel_rows(call[0].rows(), kRows, [&](int64_t t) {
-    const float *row = z + t * width, shift = m[t];
+    const float shift = maximum_of(row, width, row[0]);
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t v = 0; v < width; ++v) sum += exponential(row[v] - shift);
-    s[t] = sum;
+    l[t] = shift + std::log(sum);
   });
 }
 
@@ -42,16 +34,22 @@ void pick_column(const Call& call) {
   for (size_t t = 0; t < places.size(); ++t) y[t] = z[t * call[0].columns() + places[t]];
 }
 
-// Inputs z, l, g, places, c (T elements each but z), output dz (T, V').
+// Inputs z, g, places, c (T elements each but z), output dz (T, V').
 void split_cross_entropy_grad(const Call& call) {
-  const Input z(call[0]), l(call[1]), g(call[2]), c(call[4]);
-  const std::vector<int32_t> places = integers(call[3]);
-  Output dz(call[5]);
+  const Input z(call[0]), g(call[1]), c(call[3]);
+  const std::vector<int32_t> places = integers(call[2]);
+  Output dz(call[4]);
   const int64_t width = call[0].columns();
   parallel_rows(call[0].rows(), kRows, [&](int64_t t) {
-    const float *row = z + t * width, log_sum = l[t], scale = g[t];
-    float* out = dz + t * width;
-    for (int64_t v = 0; v < width; ++v) out[v] = scale * exponential(row[v] - log_sum);
+    const float *row = z + t * width, shift = maximum_of(row, width, row[0]);
+    float *out = dz + t * width, sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t v = 0; v < width; ++v) {
+      out[v] = exponential(row[v] - shift);
+      sum += out[v];
+    }
+    const float scale = g[t] / sum;
+    for (int64_t v = 0; v < width; ++v) out[v] *= scale;
     out[places[t]] += c[t];
   });
 }
@@ -59,7 +57,6 @@ void split_cross_entropy_grad(const Call& call) {
 }  // namespace
 }  // namespace cpu_kernels
 
-CPU_KERNEL(RowMax, cpu_kernels::row_max)
-CPU_KERNEL(RowExpSum, cpu_kernels::row_exp_sum)
+CPU_KERNEL(RowLogSumExp, cpu_kernels::row_log_sum_exp)
 CPU_KERNEL(PickColumn, cpu_kernels::pick_column)
 CPU_KERNEL(SplitCrossEntropyGrad, cpu_kernels::split_cross_entropy_grad)

@@ -26,6 +26,7 @@ from mindspore.ops.auto_generate import (
     Swiglu,
     TopkExt,
 )
+from mindspore.ops.auto_generate import LogSumExp as RowsLogSumExp
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 from mindformers_ext.cpu_kernels import cells
@@ -46,28 +47,29 @@ def on_cpu(flag: bool = True) -> bool:
 
 
 class BasicRmsNorm(nn.Cell):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in x's dtype (HF DeepseekV3RMSNorm)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in `dtype` (HF DeepseekV3RMSNorm)."""
 
-    def __init__(self, eps: float):
+    def __init__(self, eps: float, dtype):
         super().__init__()
-        self.eps = eps
+        self.eps, self.dtype = eps, dtype
         self.square, self.mean, self.rsqrt = ops.Square(), ops.ReduceMean(keep_dims=True), ops.Rsqrt()
         self.add_eps, self.normalize, self.scale = ops.Add(), ops.Mul(), ops.Mul()
 
     def construct(self, x, weight):
-        scale = self.rsqrt(self.add_eps(self.mean(self.square(x), -1), self.eps))
-        return self.scale(self.normalize(x, scale), weight)
+        value = ops.cast(x, self.dtype)
+        scale = self.rsqrt(self.add_eps(self.mean(self.square(value), -1), self.eps))
+        return ops.cast(self.scale(self.normalize(value, scale), ops.cast(weight, self.dtype)), x.dtype)
 
 
 class FusedRmsNorm(nn.Cell):
-    """Ascend's RmsNorm."""
+    """Ascend's RmsNorm, which computes in float32 whatever it reads (CANN: aclnnRmsNorm.md)."""
 
     def __init__(self, eps: float):
         super().__init__()
         self.norm = RmsNorm(eps)
 
     def construct(self, x, weight):
-        return self.norm(x, weight)[0]
+        return self.norm(x, ops.cast(weight, mstype.float32))[0]
 
 
 class BasicAttention(nn.Cell):
@@ -193,6 +195,20 @@ class AddAt(nn.Cell):
         if self.add is not None:
             return self.add(x, 1, place, values)
         return ops.tensor_scatter_elements(x, place, values, 1, "add")
+
+
+class LogSumExp(nn.Cell):
+    """log sum exp of each row of x (T, V) float32: (T, 1). Its users give the gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.at_once = RowsLogSumExp() if fused(True) else None
+
+    def construct(self, x):
+        if self.at_once is not None:
+            return self.at_once(x, (-1,), True)
+        highest = x.max(-1, keepdims=True)
+        return highest + ops.log(ops.exp(x - highest).sum(-1, keepdims=True))
 
 
 class Topk(nn.Cell):
@@ -388,10 +404,12 @@ def block_rows(rows: int, experts: int) -> int:
 
 
 def rms_norm(config, eps: float) -> nn.Cell:
-    """Cell (x, weight) -> x's shape."""
+    """Cell (x, weight) -> x's shape and dtype; computed in `layernorm_compute_type`, fused always in float32."""
     if on_cpu(config.use_fused_rms_norm):
         return cells.RmsNorm(eps)
-    return FusedRmsNorm(eps) if fused(config.use_fused_rms_norm) else BasicRmsNorm(eps)
+    if fused(config.use_fused_rms_norm):
+        return FusedRmsNorm(eps)
+    return BasicRmsNorm(eps, getattr(mstype, config.layernorm_compute_type))
 
 
 def core_attention(config, scale: float) -> nn.Cell:

@@ -11,7 +11,7 @@ from mindspore import dtype as mstype
 from mindspore import nn, ops
 from mindspore.communication import create_group
 
-from mindformers_ext.layers.fused_ops import AddAt, table_rows
+from mindformers_ext.layers.fused_ops import AddAt, LogSumExp, table_rows
 
 
 class VocabularyGroup:
@@ -68,13 +68,13 @@ class LookUp(VocabularyPart):
 class CrossEntropy(VocabularyPart):
     """-log softmax(logits)[label] of each token, (T,) float32 <- logits (T, V'), labels (T,) int32.
 
-    Its second result, (T, 1), is log sum exp(logits), from which the backward computes the probabilities again: no
-    tensor as large as the logits is kept besides them.
+    Its other results, (T, 1) each, are log sum exp of all logits and of this device's own, from which the backward has
+    the probabilities again: no tensor as large as the logits is kept besides them.
     """
 
     def __init__(self, group: VocabularyGroup):
         super().__init__(group)
-        self.highest, self.total = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True)
+        self.log_sum_exp, self.softmax = LogSumExp(), ops.Softmax(-1)
         self.pick, self.add_at = ops.GatherD(), AddAt()
         if self.parts > 1:
             self.highest_part = ops.AllReduce(ops.ReduceOp.MAX, group.name)
@@ -83,17 +83,14 @@ class CrossEntropy(VocabularyPart):
     def construct(self, logits, labels):
         place, own = self.place(labels.expand_dims(-1), logits.shape[1])
         picked = ops.cast(self.pick(logits, 1, place), mstype.float32)  # (T, 1)
-        logits = ops.cast(logits, mstype.float32)
-        highest = self.highest(logits, -1)
-        if self.parts > 1:
-            highest = self.highest_part(highest)
+        own_total = self.log_sum_exp(ops.cast(logits, mstype.float32))
+        if self.parts == 1:
+            return (own_total - picked).reshape((-1,)), own_total, own_total
+        highest = self.highest_part(own_total)
         picked = (picked - highest) * ops.cast(own, mstype.float32)
-        total = self.total(ops.exp(logits - highest), -1)
-        if self.parts > 1:
-            both = self.add_parts(ops.concat((total, picked), -1))
-            total, picked = both[:, :1], both[:, 1:]
-        log_total = ops.log(total)
-        return (log_total - picked).reshape((-1,)), log_total + highest
+        both = self.add_parts(ops.concat((ops.exp(own_total - highest), picked), -1))
+        log_total = ops.log(both[:, :1])
+        return (log_total - both[:, 1:]).reshape((-1,)), log_total + highest, own_total
 
     def bprop(self, logits, labels, out, dout):
         """p - 1 at the label, p elsewhere, times the gradient of the token's loss.
@@ -103,6 +100,6 @@ class CrossEntropy(VocabularyPart):
         """
         place, own = self.place(labels.expand_dims(-1), logits.shape[1])
         gradient = dout[0].expand_dims(-1) * self.parts  # (T, 1)
-        logits_gradient = ops.exp(ops.cast(logits, mstype.float32) - out[1]) * gradient
+        logits_gradient = self.softmax(ops.cast(logits, mstype.float32)) * (gradient * ops.exp(out[2] - out[1]))
         logits_gradient = self.add_at(logits_gradient, place, -gradient * ops.cast(own, mstype.float32))
         return ops.cast(logits_gradient, logits.dtype), ops.zeros_like(labels)

@@ -11,12 +11,9 @@ from mindformers_ext.lowering.graph import Graph
 from mindformers_ext.lowering.patterns import Is, NoMatch, op
 from mindformers_ext.rank_compiler import mind_ir as pb
 
-HIGHEST = op("ReduceMax", "logits", "axis", "keep")
-EXP_SUM = op("ReduceSum", op("Exp", op("Sub", "logits", "highest")), "axis", "keep", "skip")
+LOG_SUM_EXP = op("LogSumExp", "logits", "axis", "keep")
 PICKED = op("GatherD", "logits", "axis", "place")
-GRADIENT = op(
-    "ScatterAddExt", op("Mul", op("Exp", op("Sub", "logits", "log_sum")), "gradient"), "axis", "place", "addend"
-)
+GRADIENT = op("ScatterAddExt", op("Mul", op("Softmax", "logits", "last"), "gradient"), "axis", "place", "addend")
 
 
 def fuse_losses(graph: Graph) -> None:
@@ -36,14 +33,9 @@ def _check(graph: Graph, found: dict[str, str], *rows: str) -> None:
         raise NoMatch("not a number per token")
 
 
-def _row_max(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
+def _log_sum_exp(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
     _check(graph, found)
-    graph.kernel(node, "RowMax", [found["logits"]])
-
-
-def _row_exp_sum(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
-    _check(graph, found, "highest")
-    graph.kernel(node, "RowExpSum", [found["logits"], found["highest"]])
+    graph.kernel(node, "RowLogSumExp", [found["logits"]])
 
 
 def _picked(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
@@ -52,14 +44,14 @@ def _picked(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
 
 
 def _gradient(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
-    names = ("log_sum", "gradient", "place", "addend")
+    names = ("gradient", "place", "addend")
     _check(graph, found, *names)
+    _check(graph, found | {"axis": found["last"]})
     graph.kernel(node, "SplitCrossEntropyGrad", [found["logits"], *(found[name] for name in names)])
 
 
 KERNELS: tuple[tuple[Is, Callable], ...] = (
     (GRADIENT, _gradient),
-    (EXP_SUM, _row_exp_sum),
-    (HIGHEST, _row_max),
+    (LOG_SUM_EXP, _log_sum_exp),
     (PICKED, _picked),
 )

@@ -57,6 +57,7 @@ WAITS = "libwaits_for_callbacks.so"
 WAITS_SOURCE = """#include <unistd.h>
 int _ZN9mindspore6device6ascend27SimuFuncIaclrtProcessReportIiEET_i(int timeout) { usleep(5000); return 0; }
 """
+GRAPH_KERNEL_FLAGS = "MS_DEV_GRAPH_KERNEL_FLAGS"
 RECIPE = 2  # raise when the generated libraries change, so that old caches are not used
 
 
@@ -88,7 +89,7 @@ def ascend_environment(rank: int, world_size: int, level: int = COMPILE) -> dict
     if level == MEMORY:
         env["GLOG_v"] = "2"  # MindSpore prints its memory plan as a warning
         # Fused kernels of jit_level O1 are built by a compiler that only CANN has; unfused ones keep no less memory.
-        env["MS_DEV_GRAPH_KERNEL_FLAGS"] = "--opt_level=0"
+        env[GRAPH_KERNEL_FLAGS] = f"{env.get(GRAPH_KERNEL_FLAGS, '')} --opt_level=0".strip()
     for name in ("MS_ROLE", "MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_NODE_ID"):
         env.pop(name, None)  # a child of an msrun worker must not join the parent's cluster
     return env

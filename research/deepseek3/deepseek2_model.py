@@ -62,13 +62,11 @@ class RMSNorm(nn.Cell):
     def __init__(self, config, dim: int, axes: str, eps: float | None = None):
         super().__init__()
         self.weight = Parameter(initializer("ones", (dim,), getattr(mstype, config.param_init_type)), name="weight")
-        self.compute_type = getattr(mstype, config.layernorm_compute_type)
         self.norm = rms_norm(config, config.rms_norm_eps if eps is None else eps)
         shard(self.norm, axes, config)
 
     def construct(self, x):
-        y = self.norm(ops.cast(x, self.compute_type), ops.cast(self.weight, self.compute_type))
-        return ops.cast(y, x.dtype)
+        return self.norm(x, self.weight)
 
 
 class Linear(nn.Cell):
