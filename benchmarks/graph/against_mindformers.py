@@ -2,13 +2,16 @@
 
 Compiles one rank of each for Ascend, without a card, memory plan included: hidden 7168, 128 heads, 256 experts, four
 layers and MTP, sequence 4096, bfloat16, everything recomputed, the first rank of the last stage. Ours is the 671B YAML,
-MindFormers' the 671B YAML of its wheel. Counted for one micro-batch: products and attention at 60 % of 354 TFLOP/s,
+MindFormers' the 671B YAML of its wheel, both with our YAML's graph_kernel_flags (what these join is counted so, and
+held against the execution order). Counted for one micro-batch: products and attention at 60 % of 354 TFLOP/s,
 other operators by bytes at 1.6 TB/s (rank_compiler/roofline.py), collectives at 70 % of the links of an Atlas 800T A2.
 What was compiled is kept in --out, and read again unless --again.
 """
 
 import argparse
 import json
+import os
+import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from mindformers_ext.config.yaml_files import load_yaml  # noqa: E402
 from mindformers_ext.dryrun.rooflines import roofline_record  # noqa: E402
 from mindformers_ext.dryrun.terminal_report import table  # noqa: E402
 from mindformers_ext.dryrun.transfers import wire_factor  # noqa: E402
@@ -29,6 +33,7 @@ from mindformers_ext.rank_compiler.operator_rules import distinct_uses  # noqa: 
 from mindformers_ext.rank_compiler.rank_pool import COMPILED, RankJobs, compile_ranks  # noqa: E402
 from mindformers_ext.rank_compiler.roofline import ATTENTION, MEMORY, PRODUCT, count_operators  # noqa: E402
 from mindformers_ext.rank_compiler.stand_in_cann import MEMORY as PLAN_MEMORY  # noqa: E402
+from mindformers_ext.training.start import GRAPH_KERNEL_FLAGS  # noqa: E402
 
 OUR_YAML = ROOT / "research/deepseek3/deepseek3_671b/pretrain_deepseek3_671b.yaml"
 THEIR_YAML = Path(find_spec("mindformers").origin).parents[1] / "configs/deepseek3/pretrain_deepseek3_671b.yaml"
@@ -63,6 +68,8 @@ class Layout:
 
 ACROSS = (("moe_config.moe_token_dispatcher_type", "alltoall"),)  # what the YAML advises beyond a server
 LAYOUTS = {"pp2": Layout(4, 4, 2, 8), "pp1": Layout(4, 4, 1, 8), "ep32": Layout(8, 4, 2, 32, ACROSS)}
+FLAGS = load_yaml(OUR_YAML)["context"]["graph_kernel_flags"]  # for both
+JOINED = re.compile(r"Inplace\w*Mat[Mm]ulAdd")
 MEMORY_LIMIT = {"context.max_device_memory": "200GB", "context.mempool_block_size": "200GB"}
 
 
@@ -149,7 +156,14 @@ def counted(layout: Layout, graph: Path) -> dict[str, float]:
     """One micro-batch of a compiled rank: milliseconds, bytes and kernels."""
     model = mindir.load_model(graph.read_bytes())
     rows = SEQUENCE // layout.mp * CHOSEN
-    works = [work.balanced(rows) for work in count_operators(model)]
+    works = [work.balanced(rows) for work in count_operators(model, FLAGS)]
+    joined = sum(work.count for work in works if JOINED.fullmatch(work.operator))
+    (order,) = graph.parent.rglob("execute_order.csv")
+    run = len(re.findall(rf"/{JOINED.pattern}-op", order.read_text(), re.IGNORECASE))
+    if joined != run:
+        raise SystemExit(
+            f"error: {graph}: {joined} products are counted as adding to their buffers, {order} runs {run}"
+        )
     roofline = roofline_record(works, RATES, rows, MICRO_BATCHES)
     kinds = {kind: seconds * 1e3 for kind, seconds in roofline["seconds_by_kind"].items()}
     experts = [w for w in works if w.repeated and w.kind == MEMORY and moves_choices(w, rows)]
@@ -250,6 +264,7 @@ def main() -> None:
     parser.add_argument("--again", nargs="*", choices=JOBS, default=[], help="compile these anew")
     parser.add_argument("--write_signatures", action="store_true", help=f"write {SIGNATURES.name} anew")
     options = parser.parse_args()
+    os.environ[GRAPH_KERNEL_FLAGS] = FLAGS
     graphs = []
     for name in options.layouts:
         both = {who: compiled(name, who, options.out, who in options.again) for who in JOBS}

@@ -222,6 +222,8 @@ class Context:
     max_device_memory: GigaBytes | None = None
     jit_config: JitConfig | None = None
     ascend_config: AscendConfig | None = None
+    graph_kernel_flags: Text | None = None  # MindSpore's MS_DEV_GRAPH_KERNEL_FLAGS
+    own = ("graph_kernel_flags",)  # that MindFormers does not hand on
     passed_on = {
         Literal[0, 1, "GRAPH_MODE", "PYNATIVE_MODE"]: "mode",
         GigaBytes: "mempool_block_size",

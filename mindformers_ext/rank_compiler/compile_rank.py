@@ -34,6 +34,7 @@ from typing import Any
 from mindformers_ext.files.atomic import whole_file, write_json
 from mindformers_ext.rank_compiler.stand_in_cann import MEMORY
 from mindformers_ext.sharded_checkpoint.shards import LAYOUT_FIELDS
+from mindformers_ext.training.start import GRAPH_KERNEL_FLAGS
 
 RESULTS = ("graph.mindir", "compiled.json", "failure.json", "cpu.mindir", "calls.json")
 # "In file /path/model.py:123, 4~9/    the code/" (or only the place), and Python's tracebacks, name the model's lines;
@@ -96,7 +97,7 @@ def compile_cell(cell, inputs: tuple, out: Path, values: bool = False, rewrite: 
         "weights": [p.name for p in cell.optimizer.parameters if p.name in parameters],
         "collectives": [asdict(c) for c in mindir.collectives(model, rank, device_num)],
         "audit": [asdict(f) for f in audit(model, cell_lines(cell), ms.get_context("deterministic") == "ON")],
-        "operators": [asdict(work) for work in count_operators(model)],
+        "operators": [asdict(work) for work in count_operators(model, os.environ.get(GRAPH_KERNEL_FLAGS, ""))],
         "flops": {"model": flops[0], "hardware": flops[1]},
         "balanced_experts": balanced,
         "compile_seconds": seconds,

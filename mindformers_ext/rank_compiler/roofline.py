@@ -13,6 +13,9 @@ Extends: nothing in MindFormers; MindSpore's own count of FLOPs has no grouped m
 `rows` is what a rank's experts get when routing is balanced: its tokens times the experts that each chooses. `profile`
 is a DeviceProfile, or anything with the fields of `Rates`. Collectives are not here (`mindir.collectives`).
 
+MindSpore's backend can add a gradient to its buffer inside the product that makes it (`joined_additions`): the flags of
+graph kernels enable it, and a rank's execution order shows it. Those that it joins are counted as one product.
+
 The counting: a kernel reads all its inputs and writes all its results once; kernels that read a part (slices, gathers)
 or change a buffer in place move what they touch. Reshapes and transposed views move nothing. Products take the longer
 of arithmetic and memory.
@@ -60,6 +63,9 @@ PARTS = (  # of the model, by the cells in an operator's scope; the first that i
     ("between cells", r""),
 )
 ACCUMULATION = "gradient accumulation"
+JOINED = {"GroupedMatmul": "grouped_matmul_assignadd_fusion", "MatMul": "matmul_assignadd_fusion"}  # passes
+JOINED_ELEMENTS = 10_000_000
+RESULT_TYPE, FLOAT_BYTES = "BFLOAT16", 4
 PASSES_FIRST = words("Depend Load TupleGetItem")  # other inputs are waited for, or say which
 PATTERNS = [(part, re.compile(pattern)) for part, pattern in PARTS]
 
@@ -109,14 +115,16 @@ class Work:
         return max(moved, self.flops / (rates.peak_tflops * 1e12 * shares[self.kind]))
 
 
-def count_operators(model: pb.ModelProto) -> list[Work]:
-    """Every distinct use of an operator in a step of a compiled rank."""
+def count_operators(model: pb.ModelProto, flags: str = "") -> list[Work]:
+    """Every distinct use of an operator in a step of a compiled rank; `flags` are those of graph kernels."""
+    joined = joined_additions(model, flags)
     times = mindir.call_counts(model)
     several = max(times.values()) > 1
     totals: dict[Work, int] = defaultdict(int)
     saved = fusion_bytes(model)
     for function, operator in operators(model):
-        if not times[function] or operator.name in mindir.COLLECTIVES:
+        place = function, operator.output
+        if not times[function] or operator.name in mindir.COLLECTIVES or place in joined.values():
             continue
         part = part_of(operator)
         repeated = times[function] > 1 if several else part != "optimizer"
@@ -131,10 +139,14 @@ def count_operators(model: pb.ModelProto) -> list[Work]:
             repeated,
             flops_of(operator),
             bytes_of(operator),
-            saved.get((function, operator.output), 0.0),
+            saved.get(place, 0.0),
             rows,
             row_bytes,
         )
+        if place in joined:  # reads and writes a float32 buffer in place of writing its result
+            result = size(operator.result)
+            moved = work.bytes - result + 2 * FLOAT_BYTES * result / mindir.DTYPE_BYTES[RESULT_TYPE]
+            work = replace(work, operator=f"Inplace{operator.name}Add", bytes=moved, fusion_bytes=0.0)
         totals[work] += times[function]
     return [replace(work, count=count) for work, count in totals.items()]
 
@@ -225,14 +237,55 @@ def bytes_of(operator: Operator, unknown: int = 1) -> float:
     return size(inputs, unknown) + result
 
 
+def joined_additions(model: pb.ModelProto, flags: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """{(function, product): (function, addition)} that MindSpore's backend joins.
+
+    Its passes of these names take AssignAdd(float32 buffer, bfloat16 gradient of a weight): of a grouped product whose
+    first input is transposed beside it, and of a matrix product of up to 10 million elements (MindSpore 2.9.0,
+    plugin/ascend/graph_optimizer/pass/ir_fusion/).
+    """
+    found, enabled = {}, set(re.findall(r"\w+_fusion", flags))
+    names = {primitive.name: primitive.op_type for primitive in model.primitives}
+    made = made_by(model)
+    for function, graph in mindir.functions(model).items():
+        nodes = {output: node for node in graph.node for output in node.output}
+        for name, operator in made[function].items():
+            if operator.name != "AssignAdd" or [t.dtype for t in operator.known()[:2]] != [
+                "float",
+                RESULT_TYPE.lower(),
+            ]:
+                continue
+            value = nodes[name].input[1]
+            if value in nodes and names.get(mindir.reference(nodes[value])) == "TupleGetItem":
+                value = nodes[value].input[0]
+            product = made[function].get(value)
+            if product is not None and JOINED.get(product.name) in enabled and joins(product):
+                found[function, value] = function, name
+    return found
+
+
+def made_by(model: pb.ModelProto) -> dict[str, dict[str, Operator]]:
+    """The operator that makes each value of each function."""
+    made: dict[str, dict[str, Operator]] = defaultdict(dict)
+    for function, operator in operators(model):
+        made[function][operator.output] = operator
+    return made
+
+
+def joins(product: Operator) -> bool:
+    """True for a weight's gradient that takes its addition in."""
+    if product.name == "MatMul":
+        turns = product["transpose_a"], product["transpose_b"]
+        return turns == (1, 0) and prod(tensors(product.result)[0].shape) <= JOINED_ELEMENTS
+    return product["group_type"] == 2 and product.tensor("x").made_by == "TransposeExtView"
+
+
 def fusion_bytes(model: pb.ModelProto) -> dict[tuple[str, str], float]:
     """{(function, value): bytes} that fusion leaves out, for each value that only kernels read which its own can join.
 
     Element-wise kernels join each other. A product joins the sum that accumulates its gradient.
     """
-    made: dict[str, dict[str, Operator]] = defaultdict(dict)
-    for function, operator in operators(model):
-        made[function][operator.output] = operator
+    made = made_by(model)
     names = {primitive.name: primitive.op_type for primitive in model.primitives}
     found = {}
     for function, graph in mindir.functions(model).items():

@@ -30,6 +30,8 @@ import numpy as np
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
+from mindformers_ext.training.start import GRAPH_KERNEL_FLAGS
+
 COMPILE = 0  # MS_SIMULATION_LEVEL: graph compilation only
 MEMORY = 1  # graph compilation and the memory plan of the device
 SUPPORTED_VERSIONS = ("2.9.0",)
@@ -57,7 +59,6 @@ WAITS = "libwaits_for_callbacks.so"
 WAITS_SOURCE = """#include <unistd.h>
 int _ZN9mindspore6device6ascend27SimuFuncIaclrtProcessReportIiEET_i(int timeout) { usleep(5000); return 0; }
 """
-GRAPH_KERNEL_FLAGS = "MS_DEV_GRAPH_KERNEL_FLAGS"
 RECIPE = 2  # raise when the generated libraries change, so that old caches are not used
 
 

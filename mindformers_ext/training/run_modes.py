@@ -36,7 +36,7 @@ from mindformers_ext.config.data_check import check_tokenizer
 from mindformers_ext.config.model import MoeConfig
 from mindformers_ext.config.one_process import as_rank
 from mindformers_ext.config.run import Run
-from mindformers_ext.config.sections import MonitorConfig
+from mindformers_ext.config.sections import Context, MonitorConfig
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files import run_lock
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
@@ -115,8 +115,9 @@ def take_over(run: Run, values: dict[str, Any]) -> None:
     """Take out OWN_KEYS, and give MindFormers' step the limit of the gradient norm that it begins with."""
     for key in OWN_KEYS:
         values.pop(key, None)
-    for key in MoeConfig.own:
-        (values.get("moe_config") or {}).pop(key, None)
+    for section, own in (("moe_config", MoeConfig.own), ("context", Context.own)):
+        for key in own:
+            (values.get(section) or {}).pop(key, None)
     monitor = values.setdefault("monitor_config", {}) if run.sections.use_skip_data_by_global_norm else {}
     for key in MonitorConfig.own:
         monitor.pop(key, None)

@@ -15,6 +15,8 @@ from mindformers_ext.config.command_line import all_overrides, build_parser, fin
 STARTED = time.monotonic()
 signals: list[signal.Signals] = []  # that asked this process to end after its step (training/steering.py)
 
+GRAPH_KERNEL_FLAGS = "MS_DEV_GRAPH_KERNEL_FLAGS"  # MindSpore's
+
 # What launchers and platforms export and MindSpore or MindFormers read, to find out which of several processes this is.
 PLACE_IN_A_CLUSTER = (
     "RANK_ID RANK_SIZE RANK_TABLE_FILE LOCAL_RANK LOCAL_RANK_SIZE MS_ROLE MS_WORKER_NUM MS_NODE_ID MS_SCHED_HOST "
@@ -53,6 +55,12 @@ def prepare_environment(register_path: str, output_dir: str) -> None:
         sys.path.insert(0, os.environ["REGISTER_PATH"])
 
 
+def enable_graph_kernels(flags: str | None) -> None:
+    """Hand context.graph_kernel_flags to MindSpore, behind those that the environment has."""
+    if flags:
+        os.environ[GRAPH_KERNEL_FLAGS] = " ".join(filter(None, (os.environ.get(GRAPH_KERNEL_FLAGS), flags)))
+
+
 def run(arguments: list[str], description: str = "", register: Sequence[str] = ()) -> None:
     """Parse run_mindformer.py's arguments, check the YAML and run its mode.
 
@@ -76,6 +84,7 @@ def run(arguments: list[str], description: str = "", register: Sequence[str] = (
     if asked.trains and asked.sections.use_graceful_exit:
         listen()
     prepare_environment(options.register_path, asked.sections.output_dir)
+    enable_graph_kernels(asked.sections.context.graph_kernel_flags)
     logging.raiseExceptions = False  # a log that cannot be written is no page of tracebacks
     logging.disable(logging.WARNING)  # MindFormers tells of optional packages that are missing
     # After the environment, which MindFormers reads while it is imported.
