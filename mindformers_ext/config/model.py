@@ -377,6 +377,9 @@ class ModelConfig:
             require(value < self.vocab_size, f"{MODEL}.{key}", value, rule)
         rule = f"a depth k predicts token k + 1 after each, so it must be below seq_length = {self.seq_length}"
         require(self.mtp_depth < self.seq_length, f"{MODEL}.mtp_depth", self.mtp_depth, rule)
+        rule = "a fused norm computes in float32: leave the key out, or set use_fused_rms_norm: False"
+        fits = self.layernorm_compute_type == "float32" or not self.use_fused_rms_norm
+        require(fits, f"{MODEL}.layernorm_compute_type", self.layernorm_compute_type, rule)
         extends = self.extend_method == "YARN" or self.scaling_factor is None
         require(extends, f"{MODEL}.scaling_factor", self.scaling_factor, "only extend_method: YARN uses it")
 

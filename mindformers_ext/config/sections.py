@@ -45,6 +45,7 @@ Formats = Literal["log", "tensorboard"] | list[Literal["log", "tensorboard"]] | 
 Betas = Annotated[list[Fraction], Meta(min_length=2, max_length=2)]
 Sizes = Annotated[list[NotNegative], Meta(min_length=3, max_length=3)]
 Columns = Annotated[list[str], Meta(min_length=1)]
+Flags = Annotated[str, Meta(pattern=r"^\s*--\w", description="flags as '--enable_pass=NAME,NAME'")]
 GigaBytes = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)?GB$", description="a text like '55GB'")]
 SEARCH = "only a search for strategies reads it, which these models are not split by"
 NO_EVALUATION = "do_eval evaluates while training, and its callback keeps the best checkpoint"
@@ -222,7 +223,7 @@ class Context:
     max_device_memory: GigaBytes | None = None
     jit_config: JitConfig | None = None
     ascend_config: AscendConfig | None = None
-    graph_kernel_flags: Text | None = None  # MindSpore's MS_DEV_GRAPH_KERNEL_FLAGS
+    graph_kernel_flags: Flags | None = None  # MindSpore's MS_DEV_GRAPH_KERNEL_FLAGS
     own = ("graph_kernel_flags",)  # that MindFormers does not hand on
     passed_on = {
         Literal[0, 1, "GRAPH_MODE", "PYNATIVE_MODE"]: "mode",

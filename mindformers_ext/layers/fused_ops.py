@@ -11,10 +11,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
+from mindspore.ops.auto_generate import Embedding as EmbeddingOperator
 from mindspore.ops.auto_generate import (
-    EmbeddingDenseBackward,
     GroupedMatmul,
-    IndexSelect,
     MoeTokenPermute,
     MoeTokenUnpermute,
     RmsNorm,
@@ -26,7 +25,6 @@ from mindspore.ops.auto_generate import (
     Swiglu,
     TopkExt,
 )
-from mindspore.ops.auto_generate import LogSumExp as RowsLogSumExp
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 from mindformers_ext.cpu_kernels import cells
@@ -171,17 +169,25 @@ class BasicSwiGlu(nn.Cell):
 
 
 class TableRows(nn.Cell):
-    """Rows of a table, with the operators that Ascend has for it both ways."""
+    """Rows of a table by Ascend's operator."""
 
     def __init__(self):
         super().__init__()
-        self.select, self.add_rows = IndexSelect(), EmbeddingDenseBackward()
+        self.look_up = EmbeddingOperator()
 
     def construct(self, weight, ids):
-        return self.select(weight, 0, ids)
+        return self.look_up(ids, weight, None, None, 2.0, False)
 
-    def bprop(self, weight, ids, out, dout):
-        return self.add_rows(dout, ids, weight.shape[0], None, False), ops.zeros_like(ids)
+
+class GatherRows(nn.Cell):
+    """Rows of a table, (T, H) in `out_type`, by an operator that MindSpore's compiler splits."""
+
+    def __init__(self, out_type):
+        super().__init__()
+        self.gather, self.out_type = ops.Gather(), out_type
+
+    def construct(self, weight, ids):
+        return ops.cast(self.gather(weight, ids, 0), self.out_type)
 
 
 class AddAt(nn.Cell):
@@ -195,20 +201,6 @@ class AddAt(nn.Cell):
         if self.add is not None:
             return self.add(x, 1, place, values)
         return ops.tensor_scatter_elements(x, place, values, 1, "add")
-
-
-class LogSumExp(nn.Cell):
-    """log sum exp of each row of x (T, V) float32: (T, 1). Its users give the gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.at_once = RowsLogSumExp() if fused(True) else None
-
-    def construct(self, x):
-        if self.at_once is not None:
-            return self.at_once(x, (-1,), True)
-        highest = x.max(-1, keepdims=True)
-        return highest + ops.log(ops.exp(x - highest).sum(-1, keepdims=True))
 
 
 class Topk(nn.Cell):

@@ -11,7 +11,7 @@ from mindspore import dtype as mstype
 from mindspore import nn, ops
 from mindspore.communication import create_group
 
-from mindformers_ext.layers.fused_ops import AddAt, LogSumExp, table_rows
+from mindformers_ext.layers.fused_ops import AddAt, table_rows
 
 
 class VocabularyGroup:
@@ -74,7 +74,7 @@ class CrossEntropy(VocabularyPart):
 
     def __init__(self, group: VocabularyGroup):
         super().__init__(group)
-        self.log_sum_exp, self.softmax = LogSumExp(), ops.Softmax(-1)
+        self.log_softmax, self.softmax = ops.LogSoftmax(-1), ops.Softmax(-1)
         self.pick, self.add_at = ops.GatherD(), AddAt()
         if self.parts > 1:
             self.highest_part = ops.AllReduce(ops.ReduceOp.MAX, group.name)
@@ -83,7 +83,7 @@ class CrossEntropy(VocabularyPart):
     def construct(self, logits, labels):
         place, own = self.place(labels.expand_dims(-1), logits.shape[1])
         picked = ops.cast(self.pick(logits, 1, place), mstype.float32)  # (T, 1)
-        own_total = self.log_sum_exp(ops.cast(logits, mstype.float32))
+        own_total = picked - self.pick(self.log_softmax(ops.cast(logits, mstype.float32)), 1, place)
         if self.parts == 1:
             return (own_total - picked).reshape((-1,)), own_total, own_total
         highest = self.highest_part(own_total)

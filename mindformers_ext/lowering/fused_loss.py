@@ -11,8 +11,8 @@ from mindformers_ext.lowering.graph import Graph
 from mindformers_ext.lowering.patterns import Is, NoMatch, op
 from mindformers_ext.rank_compiler import mind_ir as pb
 
-LOG_SUM_EXP = op("LogSumExp", "logits", "axis", "keep")
 PICKED = op("GatherD", "logits", "axis", "place")
+PICKED_LOG = op("GatherD", op("LogSoftmax", "logits", "last"), "axis", "place")
 GRADIENT = op("ScatterAddExt", op("Mul", op("Softmax", "logits", "last"), "gradient"), "axis", "place", "addend")
 
 
@@ -33,14 +33,15 @@ def _check(graph: Graph, found: dict[str, str], *rows: str) -> None:
         raise NoMatch("not a number per token")
 
 
-def _log_sum_exp(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
-    _check(graph, found)
-    graph.kernel(node, "RowLogSumExp", [found["logits"]])
-
-
 def _picked(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
     _check(graph, found, "place")
     graph.kernel(node, "PickColumn", [found["logits"], found["place"]])
+
+
+def _picked_log(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
+    _check(graph, found, "place")
+    _check(graph, found | {"axis": found["last"]})
+    graph.kernel(node, "PickLogSoftmax", [found["logits"], found["place"]])
 
 
 def _gradient(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
@@ -52,6 +53,6 @@ def _gradient(graph: Graph, node: pb.NodeProto, found: dict[str, str]) -> None:
 
 KERNELS: tuple[tuple[Is, Callable], ...] = (
     (GRADIENT, _gradient),
-    (LOG_SUM_EXP, _log_sum_exp),
+    (PICKED_LOG, _picked_log),
     (PICKED, _picked),
 )

@@ -116,6 +116,7 @@ FUSED_REWRITES: dict[str, Callable] = {
     "FlashAttentionScore": flash_attention,
     "FlashAttentionScoreGrad": flash_attention_grad,
     "GroupedMatmul": grouped_matmul,
+    "Embedding": Same("Embedding", (1, 0)),
     "EmbeddingDenseBackward": Same("EmbeddingGrad", (0, 1)),
     "TopkExt": largest,
     "MoeTokenPermute": Same("TokenPermute", (0, 1)),

@@ -378,7 +378,7 @@ WITHOUT_ACLNN = {
     "DropoutGrad": "use DropoutExt, whose gradient is DropoutGradExt",
     "TopK": "use TopkExt",
     "OneHot": "use OneHotExt",
-    "Gather": "use Embedding for tables (its gradient is a kernel of its own), IndexSelect else",
+    "Gather": "stays without a pipeline (deepseek2_model.py, Embedding); else Embedding for tables, or IndexSelect",
     "UnsortedSegmentSum": "use Embedding, whose gradient is EmbeddingDenseBackward; this one adds in any order",
     "StridedSliceGrad": "use SliceExt or SplitWithSize, whose gradients are a copy and Concat",
     "CumSum": "use CumsumExt",
@@ -405,5 +405,5 @@ HAVE_KERNELS = words(
     "MeanExt ReduceAll Concat SplitWithSize SplitTensor Tile BroadcastTo Transpose TransposeExtView Reshape ExpandDims "
     "Squeeze GatherD GatherDGradV2 IndexAddExt IndexSelect TopkExt OneHotExt CumsumExt AllFinite FloorDiv ReduceMax "
     "ReduceMin Softmax SoftmaxBackward Rsqrt Abs Floor Embedding EmbeddingDenseBackward SliceExt SortExt DropoutExt "
-    "DropoutGradExt NonZero Zeros ZerosLike MoveTo ScatterValue ScatterAddExt LogSumExp"
+    "DropoutGradExt NonZero Zeros ZerosLike MoveTo ScatterValue ScatterAddExt LogSoftmax"
 )

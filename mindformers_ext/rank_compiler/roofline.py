@@ -38,7 +38,7 @@ UNKNOWN_ROWS = -1
 MATRIX_PRODUCTS = words("MatMul BatchMatMul MatMulExt BatchMatMulExt Dense")
 VIEWS = words("Reshape ExpandDims Squeeze TransposeExtView TransposeView Flatten Shape TupleToList")
 # Reads as much of its first input as it writes.
-READS_A_PART = words("StridedSlice SliceExt Slice Gather GatherD IndexSelect Embedding Split SplitTensor")
+READS_A_PART = words("StridedSlice SliceExt Slice Gather GatherD IndexSelect Split SplitTensor")
 # Adds to or replaces a part of its first input, which is its result.
 CHANGES_A_PART = words("InplaceIndexAddExt InplaceScatterSrc")
 OVERWRITES = words("Assign InplaceCopy")  # its first input is not read
@@ -227,6 +227,8 @@ def bytes_of(operator: Operator, unknown: int = 1) -> float:
     if operator.name in VIEWS:
         return 0.0
     inputs, result = operator.inputs, size(operator.result, unknown)
+    if operator.name == "Embedding":  # the table comes second
+        return 2 * result + size(inputs[0], unknown)
     if operator.name in READS_A_PART:
         return 2 * result + size(inputs[1:], unknown)
     if operator.name in OVERWRITES:

@@ -19,6 +19,7 @@ from sharding import (
     embedding_plan,
     expert_group,
     experts_plan,
+    is_sharded,
     losses_plan,
     place,
     put,
@@ -30,6 +31,7 @@ from sharding import (
 from training_interface import TrainingInterface
 
 from mindformers_ext.layers.fused_ops import (
+    GatherRows,
     activation_type,
     core_attention,
     feed_forward,
@@ -292,12 +294,19 @@ class DecoderLayer(nn.Cell):
 
 
 class Embedding(nn.Cell):
-    """Rows of a (V, H) table."""
+    """Rows of a (V, H) table.
+
+    Without a pipeline the operator is one that the compiler splits: where gradients are accumulated, MindSpore tells
+    the end of a micro-batch by the gradient of the first operator that has a weight, and knows none of a local program.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.weight = weight(config, config.vocab_size, config.hidden_size)
         self.out_type = activation_type(config)
+        if is_sharded() and config.parallel_config.pipeline_stage == 1:
+            self.look_up = GatherRows(self.out_type)
+            return shard(self.look_up, "embedding", config)
         group = vocabulary_group(config, not config.parallel_config.vocab_emb_dp)
         self.rows = LookUp(group, self.out_type, config.parallel_config.use_seq_parallel)
         self.look_up = run_locally(self.rows, self._shape, self._type, embedding_plan(config), config)

@@ -45,6 +45,7 @@ def plans(config) -> dict[str, dict[str, tuple]]:
     """Every plan by name; see the file's head for how to read one."""
     tokens, width, flat = (token_axes(config), NONE), (ROWS, "mp"), (ALL, NONE)
     batch = ("dp", NONE)
+    vocab = NONE if config.parallel_config.vocab_emb_dp else "mp"
     return {
         "token_norm": rms_norm_plan(tokens),
         "latent_norm": rms_norm_plan(tokens),
@@ -53,6 +54,7 @@ def plans(config) -> dict[str, dict[str, tuple]]:
         "row_parallel": {"matmul": (width, (NONE, "mp"), "->", tokens)},
         "latent": {"matmul": (tokens, (NONE, NONE))},
         "lm_head": {"matmul": ((ROWS, NONE), ("mp", NONE))},
+        "embedding": {"gather": ((vocab, NONE), (ROWS,))},
         # attention: (B, N, S, D)
         "latent_attention": {
             "to_heads": (("dp", "cp", "mp", NONE), "->", heads()),

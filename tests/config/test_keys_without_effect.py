@@ -108,6 +108,7 @@ EFFECTS = {
     },
     "Context": {
         "mindformers_ext/config/run.py": "device_target",
+        "mindformers_ext/training/start.py": "graph_kernel_flags",
         "mindformers/core/context/build_context.py": """
             max_device_memory:181 jit_config:316 ascend_config:294 mode:316 mempool_block_size:184
             memory_optimize_level:187 max_call_depth:231 device_id:157 save_graphs:214 save_graphs_path:218

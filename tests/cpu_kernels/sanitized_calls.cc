@@ -93,7 +93,7 @@ KERNEL(GroupedMatmul) KERNEL(GroupedMatmulInputGrad) KERNEL(GroupedMatmulWeightG
 KERNEL(RoutedExpertsGrad) KERNEL(TopkRouter) KERNEL(TopkRouterGrad) KERNEL(LinearCrossEntropy) KERNEL(Linear)
 KERNEL(LinearGrad) KERNEL(Embedding) KERNEL(EmbeddingGrad) KERNEL(FeedForward) KERNEL(FeedForwardGrad)
 KERNEL(LatentAttention) KERNEL(LatentAttentionGrad) KERNEL(SplitColumns) KERNEL(JoinColumns)
-KERNEL(MatMul) KERNEL(MaskedRows) KERNEL(RowLogSumExp) KERNEL(PickColumn)
+KERNEL(MatMul) KERNEL(MaskedRows) KERNEL(PickColumn) KERNEL(PickLogSoftmax)
 KERNEL(SplitCrossEntropyGrad) KERNEL(WeightedSquareSum)
 extern "C" void cpu_kernels_set_threads(int);
 
@@ -143,7 +143,7 @@ void of_ranks(int64_t n, int64_t d, const char* t) {
   CALL(MatMul, turn_a, T({d, n}, t), T({d, 7}, t), T({n, 7}, t));
   CALL(MatMul, turn_b, T({n, d}, t), T({7, d}, t), T({n, 7}, t));
   CALL(MaskedRows, none, T({n, d}, t), T({n, 1}, "uint8", 2), T({}, t), T({n, d}, t));
-  CALL(RowLogSumExp, none, T({n, d}, t), T({n, 1}, t));
+  CALL(PickLogSoftmax, none, T({n, d}, t), T({n, 1}, "int32", d), T({n, 1}, t));
   CALL(PickColumn, none, T({n, d}, t), T({n, 1}, "int32", d), T({n, 1}, t));
   CALL(SplitCrossEntropyGrad, none, T({n, d}, t), T({n, 1}, t), T({n, 1}, "int32", d), T({n, 1}, t),
        T({n, d}, t));
