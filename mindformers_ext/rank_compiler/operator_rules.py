@@ -379,7 +379,7 @@ WITHOUT_ACLNN = {
     "TopK": "use TopkExt",
     "OneHot": "use OneHotExt",
     "Gather": "stays without a pipeline (deepseek2_model.py, Embedding); else Embedding for tables, or IndexSelect",
-    "UnsortedSegmentSum": "use Embedding, whose gradient is EmbeddingDenseBackward; this one adds in any order",
+    "UnsortedSegmentSum": "stays without a pipeline, as Gather; else use Embedding; this one adds in any order",
     "StridedSliceGrad": "use SliceExt or SplitWithSize, whose gradients are a copy and Concat",
     "CumSum": "use CumsumExt",
     "ReduceMean": "use MeanExt",

@@ -33,7 +33,8 @@ RIGHT = {
         eval_dataset.data_loader.config.eod_mask_loss eval_dataset.data_loader.config.reset_attention_mask
         eval_dataset.data_loader.config.reset_position_ids use_parallel""",
     "None": """context.ascend_config context.ascend_config.parallel_speed_up_json_path context.jit_config
-        context.graph_kernel_flags context.max_device_memory eval_dataset eval_dataset.data_loader eval_dataset.data_loader.config.data_path
+        context.graph_kernel_flags
+        context.max_device_memory eval_dataset eval_dataset.data_loader eval_dataset.data_loader.config.data_path
         DATASET.data_loader.config.split eval_dataset.input_columns eval_dataset_task load_checkpoint
         lr_schedule.final_lr lr_schedule.final_start_step
         model.model_config.extend_method model.model_config.intermediate_size
