@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # For whoever gets a server: what of all that was proved without a card holds on it, and by how much estimates missed.
-#   bash scripts/first_hour.sh [--cards N] [--config Y] [--out DIR] [--section.key value ...]
+#   bash scripts/first_hour.sh --cards 8 --out output/first_hour
 # Goes on where it was stopped; without a card it runs its whole way on CPU. See docs/first_hour.md.
 set -euo pipefail
 

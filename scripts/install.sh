@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Install the project: a virtual environment .venv, the pinned dependencies of pyproject.toml, the C++ extensions.
-#   bash scripts/install.sh [--no-venv] [--test]
+#   bash scripts/install.sh --test
 # --no-venv installs into the current environment, --test adds what the tests need. Nothing is done twice: the
 # state is a checksum of pyproject.toml, setup.py and the C++ sources.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '/^set /q; s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"

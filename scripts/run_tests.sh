@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Set up what is missing and run the default tests: bash scripts/run_tests.sh [--no-venv] [pytest arguments]
+# Set up what is missing and run the default tests:
+#   bash scripts/run_tests.sh tests/data -x
+# --no-venv uses the current environment; all other arguments are pytest's.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '/^set /q; s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
