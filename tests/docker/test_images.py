@@ -114,7 +114,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("image")
     listed = subprocess.run(["apt-get", "indextargets", "--format", "$(REPO_URI)"], capture_output=True, text=True)
     mirror = next(uri for uri in listed.stdout.split() if uri.endswith("/debian/"))
-    subprocess.run(["debootstrap", "--variant=minbase", f"--include={BASE}", "bookworm", str(root), mirror], check=True)
+    subprocess.run(
+        ["unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={BASE}", "bookworm", str(root), mirror],
+        check=True,
+    )
     for marker in root.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
         marker.unlink()
     yield root
