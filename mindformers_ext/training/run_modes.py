@@ -65,9 +65,11 @@ def run_mode(run: Run, predict_data: list[str] | None = None) -> None:
     every_message = print_own_lines()
     check_classes(run)
     evaluation = evaluation_of(run)
-    if is_cpu_rank():
+    if is_cpu_rank():  # its launcher has said where the logs are
         run = as_rank(run)
-    logger.info("run_mode %s of %s; MindFormers' messages are in %s", run.sections.run_mode, run.path, every_message)
+    else:
+        mode = run.sections.run_mode
+        logger.info("run_mode %s of %s; MindFormers' messages are in %s", mode, run.path, every_message)
     settings = mindformers_settings(run)
     settings.evaluation = evaluation
     set_output_path(settings.output_dir)
