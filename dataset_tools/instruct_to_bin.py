@@ -7,7 +7,7 @@ answer with `weight` 0 or `loss` false is read but not learnt. Keys that are not
 reasoning_content, ...) are refused by name where they hold anything.
 
     python dataset_tools/instruct_to_bin.py --input alpaca.json --output-prefix P --vocab-file tokenizer.json \
-        --seq-length 4096
+        --seq-length 4096 --pad-token '<｜end▁of▁sentence｜>'
 """
 
 import sys

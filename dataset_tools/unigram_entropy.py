@@ -1,11 +1,12 @@
 """Entropy of the token frequencies of a Megatron .bin/.idx pair: the loss of a model that knows only how often each
 token occurs. A model that has learned anything about the text is below it.
 
-    python dataset_tools/unigram_entropy.py output/sample/sample_text_document [output/metrics.jsonl]
+    python dataset_tools/unigram_entropy.py output/sample/sample_text_document output/metrics.jsonl
 
 With a run's metrics the last main loss is compared; exit code 1 if it is not below the entropy.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -27,12 +28,13 @@ def unigram_entropy(tokens: np.ndarray) -> float:
 
 def main() -> int:
     """Print the entropy of the pair named on the command line, and how a run compares."""
-    if len(sys.argv) not in (2, 3):
-        print("error: give the prefix of one .bin/.idx pair and, if you like, a metrics.jsonl", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefix", help="of the .bin/.idx pair")
+    parser.add_argument("metrics", nargs="?", type=Path, help="a run's metrics.jsonl")
+    options = parser.parse_args()
     try:
-        tokens = IndexedDataset(sys.argv[1]).tokens
-        lines = Path(sys.argv[2]).read_text(encoding="utf-8").splitlines() if len(sys.argv) == 3 else []
+        tokens = IndexedDataset(options.prefix).tokens
+        lines = options.metrics.read_text(encoding="utf-8").splitlines() if options.metrics else []
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,12 +1,11 @@
 """Print which documents a step of a training reads: file, document and tokens of every sample, from the index alone.
 
-    python dataset_tools/which_documents.py --config Y --step 1234 [--load_checkpoint OUTPUT/checkpoint/step_001000] \
-        [--section.key value ...]
+    python dataset_tools/which_documents.py --step 12 \
+        --config research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny.yaml
 
 The steps are those of a training from its start with this YAML; with --load_checkpoint, of one that goes on from it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -32,11 +31,10 @@ def beginning(run: Run) -> Place:
 
 def report(arguments: list[str]) -> None:
     """Parse the command line and print the documents."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--step", type=int, required=True)
-    own, rest = parser.parse_known_args(arguments)
-    options, others = build_parser(__doc__).parse_known_args(rest)
-    run = read_run(find(options.config), overrides=all_overrides(options, others))
+    parser = build_parser(__doc__)
+    parser.add_argument("--step", type=int, required=True, help="counted from 1")
+    options, rest = parser.parse_known_args(arguments)
+    run = read_run(find(options.config), overrides=all_overrides(options, rest))
     if run.sections.train_dataset is None or run.sections.train_dataset.megatron is None:
         raise ConfigError(f"{run.path}: train_dataset has no Megatron files; other data has no index to look into")
     asked, after = read_loader(run, "train_dataset"), beginning(run)
@@ -45,7 +43,7 @@ def report(arguments: list[str]) -> None:
         left_out = LeftOut(run.value("train_dataset.data_loader.leave_out") or (), asked.size_of(len(dataset)))
         whole = run.value("train_dataset.drop_remainder") is not False
         skipped = 0 if after.step else run.sections.data_skip_steps or 0
-        samples = samples_of_step(left_out, run.global_batch, own.step, skipped, after, whole)
+        samples = samples_of_step(left_out, run.global_batch, options.step, skipped, after, whole)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{run.path}: train_dataset.data_loader: {error}") from None
     for sample in samples.tolist():

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Build an image: bash docker/build.sh cpu|ascend [TAG]
+# Build an image, cpu or ascend:
+#   bash docker/build.sh cpu deepseek3-mindspore:cpu
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '/^set /q; s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 TARGET=${1:-}

@@ -3,12 +3,16 @@
 Extends MindFormers 1.9.0, which imports nltk, jieba, rouge_chinese, datasets and pyarrow together with itself: 140 MiB
 and two seconds of every process, for features that few runs use. Here MindFormers gets placeholders, and a package is
 imported when something of it is first used; whoever else imports one gets the package itself. It can go when
-MindFormers imports them where it uses them.
+MindFormers imports them where it uses them. What MindFormers says of itself meanwhile, such as which optional packages
+are missing, is not heard, and makes no folder output/log in the current one.
 """
 
 import importlib
 import importlib.util
+import logging
+import os
 import sys
+import tempfile
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -68,7 +72,7 @@ class MindFormersFinder(MetaPathFinder):
         spec = importlib.util.find_spec(name)
         if spec is not None:
             execute = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: with_placeholders(execute, module)
+            spec.loader.exec_module = lambda module: quietly(with_placeholders, execute, module)
         return spec
 
 
@@ -82,6 +86,21 @@ def with_placeholders(execute, module: ModuleType) -> None:
         sys.meta_path.remove(finder)
         for name in [name for name, value in sys.modules.items() if isinstance(value, LaterModule)]:
             del sys.modules[name]
+
+
+def quietly(work, *arguments) -> None:
+    """Do work while MindFormers' logger prints nothing and writes its files into a folder that is gone afterwards."""
+    path = os.environ.get("LOG_MF_PATH")
+    logging.disable(logging.WARNING)
+    try:
+        with tempfile.TemporaryDirectory() as unread:
+            os.environ["LOG_MF_PATH"] = unread
+            work(*arguments)
+    finally:
+        logging.disable(logging.NOTSET)
+        os.environ.pop("LOG_MF_PATH", None)
+        if path is not None:
+            os.environ["LOG_MF_PATH"] = path
 
 
 def install() -> None:

@@ -1,6 +1,6 @@
 """Compare a HuggingFace folder, run by transformers, with one of our checkpoints: logits, KL and greedy tokens.
 
-    python scripts/compare_hf.py --hf_dir HF_DIR --checkpoint CHECKPOINT [--prompts "Hello" "def f(x):"] [--tokens 16]
+    python scripts/compare_hf.py --hf_dir HF_DIR --checkpoint CHECKPOINT --prompts "Hello" "def f(x):"
 
 --checkpoint is a HuggingFace folder, a folder of convert_weight.py or a checkpoint of a training run; the model is
 built from HF_DIR's config.json. Both run in float32 on CPU. Needs torch and transformers; without a tokenizer in the

@@ -1,11 +1,10 @@
 """Download a model's files from HuggingFace or ModelScope, each checked by size and hash.
 
-    python scripts/download_hf_assets.py --repo_id deepseek-ai/DeepSeek-V3.1-Base --local_dir DeepSeek-V3.1 \
-        [--all|--tokenizer|--config|--weights] [--source huggingface|modelscope] [--revision R] [--workers 8]
+    python scripts/download_hf_assets.py --repo_id deepseek-ai/DeepSeek-V3.1-Base --local_dir DeepSeek-V3.1 --tokenizer
 
-Run it again after a kill, a full disk or a broken line: it goes on where it was, and files that were checked are not
-read again. HF_ENDPOINT, HF_TOKEN and proxies are honoured as huggingface_hub does. ModelScope needs its package:
-pip install modelscope-hub.
+--all (the default), --tokenizer, --config and --weights choose the files. Run it again after a kill, a full disk or a
+broken line: it goes on where it was, and files that were checked are not read again. HF_ENDPOINT, HF_TOKEN and proxies
+are honoured as huggingface_hub does. ModelScope needs its package: pip install modelscope-hub.
 """
 
 import argparse

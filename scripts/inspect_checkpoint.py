@@ -1,6 +1,6 @@
 """Show what a checkpoint holds, check every byte of it, and compare it with another.
 
-    python scripts/inspect_checkpoint.py output/checkpoint [OTHER] [--step step_000100] [--parameters]
+    python scripts/inspect_checkpoint.py output/checkpoint --step step_000100 --parameters
 
 Exit code 1 when the checkpoint is damaged or the two differ, 2 when there is no checkpoint.
 """

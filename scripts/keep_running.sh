@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Start a training again when it dies, from its last healthy checkpoint (mindformers_ext/cpu_parallel/keep_running.py):
-#   bash scripts/keep_running.sh [--restarts 10] [--hours 24] -- python run_mindformer.py --config Y
+#   bash scripts/keep_running.sh -- python run_mindformer.py --config Y
 #   bash scripts/keep_running.sh -- bash scripts/msrun_launcher.sh "run_mindformer.py --config Y" 8
 set -euo pipefail
 

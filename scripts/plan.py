@@ -1,8 +1,7 @@
 """Search the fastest plan of a model on a number of devices, and write its YAML.
 
     python scripts/plan.py --config research/deepseek3/deepseek3_671b/pretrain_deepseek3_671b.yaml \
-        --device_num 1024 --global_batch 3840 [--device a2] [--memory 55] [--top 10] [--write out.yaml] \
-        [--verify 3] [--explain other.yaml]
+        --device_num 1024 --global_batch 3840 --write out.yaml
 
 Degrees, chunks, dispatcher, micro-batch size, offsets, recomputation and optimizer shards of the YAML are chosen anew;
 all else stays. Exit code: 0 a plan fits, 1 none does (or --explain's does not, or --verify rejects the best).

@@ -1,7 +1,7 @@
 """Pretrain DeepSeek-V3 with the environment variables of Gaudi's Megatron-LM (examples/deepseek/pretrain_deepseek.sh).
 
     HL_NUM_NODES=1 HL_DP=8 HL_TP=1 HL_PP=1 HL_EP=8 HL_GBS=8 HL_NUM_LAYERS=4 HL_DATA_DIR_ROOT=/data \
-        HL_DATA_FILE_PREFIX=train_text_document bash scripts/pretrain_deepseek.sh [--dry_run] [--section.key value ...]
+        HL_DATA_FILE_PREFIX=train_text_document bash scripts/pretrain_deepseek.sh --dry_run
 
 Prints the YAML key that each variable becomes, checks the plan, and starts scripts/msrun_launcher.sh; --dry_run ends
 after the check. Without --config the 671B YAML is underneath, and variables that are not set have the values of Gaudi's

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pretrain DeepSeek-V3 with the environment variables of Gaudi's Megatron-LM example (examples/deepseek):
-#   HL_NUM_NODES=4 HL_DP=16 HL_PP=2 HL_EP=16 HL_GBS=1024 HL_NUM_LAYERS=16 ... bash scripts/pretrain_deepseek.sh --dry_run
+#   HL_NUM_NODES=4 HL_DP=16 HL_PP=2 HL_EP=16 HL_GBS=1024 HL_NUM_LAYERS=16 bash scripts/pretrain_deepseek.sh --dry_run
 # scripts/pretrain_deepseek.py says what each becomes.
 set -euo pipefail
 

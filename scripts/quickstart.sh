@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # From text to a falling loss in one command: install, make a corpus, a tokenizer and Megatron files, train a small
 # DeepSeek-V3 as four semi-auto-parallel ranks on CPU.
-#   bash scripts/quickstart.sh [--input my.txt] [--no-venv] [--output-dir output]
-# Steps whose result is there already are left out; with another --input they run again.
+#   bash scripts/quickstart.sh --input my.txt --output-dir output
+# Without --input it takes a text that Python brings; --no-venv uses the current environment. Steps whose result is there
+# already are left out; with another --input they run again.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '/^set /q; s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 INPUT=

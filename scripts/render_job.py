@@ -2,7 +2,8 @@
 
     python scripts/render_job.py --config research/deepseek3/deepseek3_1b/pretrain_deepseek3_1b.yaml --kind ascendjob \
         --name deepseek3 --image deepseek3-mindspore:ascend > job.yaml && kubectl apply -f job.yaml
-    python scripts/render_job.py --config Y --kind volcano|slurm [--section.key value ...]
+    python scripts/render_job.py --config research/deepseek3/deepseek3_1b/pretrain_deepseek3_1b.yaml --kind slurm \
+        > job.sh && sbatch job.sh
 
 ascendjob is MindCluster's (Scheduler and Workers, gang scheduling), volcano a plain Volcano Job; what is your cluster's
 (volumes, node selector, queue) is in docker/kubernetes/. slurm is scripts/slurm.sh with its size filled in. Options

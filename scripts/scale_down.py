@@ -1,6 +1,7 @@
 """Scale a YAML of a cluster to a few ranks that keep its structure, for machines without a card.
 
-    python scripts/scale_down.py --config Y --ranks 8 --write small.yaml [--section.key value ...]
+    python scripts/scale_down.py --config research/deepseek3/deepseek3_671b/pretrain_deepseek3_671b.yaml --ranks 8 \
+        --write small.yaml
 
 The result trains with scripts/msrun_launcher.sh and is checked by scripts/verify_parallel.py --layouts own
 (--like Y does both). mindformers_ext/config/scale_down.py says what stays and what shrinks.

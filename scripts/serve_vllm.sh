@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Serve a HuggingFace folder with vLLM on CPU, in an environment of its own (vLLM pins other versions than MindSpore).
-#   bash scripts/serve_vllm.sh HF_DIR [PORT]
+#   bash scripts/serve_vllm.sh HF_DIR 8000
 # Answers on 127.0.0.1 only; VLLM_OPTIONS="--host 0.0.0.0 --api-key KEY" opens it to others (see docs/serving.md).
 # VLLM_VENV: the environment, default .venv-vllm; made on the first call. More options for vllm serve: VLLM_OPTIONS.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '/^set /q; s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 
 FOLDER=${1:?usage: bash scripts/serve_vllm.sh HF_DIR [PORT]}
 PORT=${2:-8000}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train by Slurm, one task a machine, which starts the machine's ranks:
-#   python scripts/render_job.py --config Y --kind slurm > job.sh && sbatch job.sh
-#   sbatch --nodes=4 --export=ALL,CONFIG=Y scripts/slurm.sh
+#   python scripts/render_job.py --config research/deepseek3/deepseek3_1b/pretrain_deepseek3_1b.yaml --kind slurm > job.sh && sbatch job.sh
+#   sbatch --nodes=4 --export=ALL,CONFIG=research/deepseek3/deepseek3_1b/pretrain_deepseek3_1b.yaml scripts/slurm.sh
 # Ten minutes before the time limit the run is asked to end (the file OUTPUT_DIR/kill_switch), and the job goes back into
 # the queue. A job that starts again, also on other machines, goes on from its own last checkpoint.
 #SBATCH --job-name=deepseek3
@@ -12,6 +12,7 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '/^set /q; s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 
 CONFIG=${CONFIG:-research/deepseek3/deepseek3_671b/pretrain_deepseek3_671b.yaml}
 OUTPUT_DIR=${OUTPUT_DIR:-output}

@@ -7,6 +7,7 @@
 #SBATCH --requeue
 #SBATCH --output=slurm-%A_%a.log
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '/^set /q; s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 
 cd "${PROJECT:-${SLURM_SUBMIT_DIR:-.}}"
 command -v python > /dev/null || PATH=$PWD/.venv/bin:$PATH

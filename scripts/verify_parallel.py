@@ -1,8 +1,7 @@
 """Check parallel strategies without a card: every layout must train like the single process.
 
-    python scripts/verify_parallel.py [--config Y] [--layouts all|own|mp2,pp2] [--steps 5] [--out DIR]
-                                      [--section.key value ...]
-    python scripts/verify_parallel.py --like research/deepseek3/deepseek3_671b/pretrain_deepseek3_671b.yaml [--ranks 8]
+    python scripts/verify_parallel.py --layouts mp2,pp2 --steps 5
+    python scripts/verify_parallel.py --like research/deepseek3/deepseek3_671b/pretrain_deepseek3_671b.yaml --ranks 8
 
 Each rank's graph is compiled by MindSpore's Ascend front end, lowered to CPU and run as a process; from the same
 weights and data, losses must agree to 1e-5 on every step, gradients' norms and parameters (router biases too) to 1e-4,

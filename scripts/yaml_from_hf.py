@@ -1,6 +1,6 @@
 """A complete YAML to fine-tune a HuggingFace model, from its config.json, for a number of cards.
 
-    python scripts/yaml_from_hf.py --hf_dir DeepSeek-V3.1 --output finetune.yaml --device_num 128 [--lora 16]
+    python scripts/yaml_from_hf.py --hf_dir DeepSeek-V3.1 --output finetune.yaml --device_num 128 --lora 16
 
 The recipe is that of research/deepseek3/deepseek3_671b/finetune_deepseek3_671b.yaml; the layout is the fastest that the
 dry run's estimate fits into the cards. config.json alone is enough; where weights are, their MTP layers are counted.

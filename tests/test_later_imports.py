@@ -1,12 +1,15 @@
 """MindFormers starts without the packages of its text metrics and data loaders, and finds them when it needs them."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mindformers_ext.later_imports import PACKAGES, LaterModule
 
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = f"""
 import sys
 import mindformers_ext
@@ -31,6 +34,14 @@ print("found them all")
 def test_mindformers_imports_its_rare_packages_when_it_uses_them():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert "found them all" in done.stdout, done.stderr[-3000:]
+
+
+def test_a_converter_says_nothing_of_mindformers_and_leaves_no_log(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "LOG_MF_PATH"}
+    command = [sys.executable, ROOT / "research/deepseek3/convert_weight.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: convert_weight.py") and done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_placeholder_names_the_package_that_is_missing():

@@ -1,7 +1,10 @@
 """Start one process per device with MindSpore's msrun, with the arguments of MindFormers' launcher.
 
-    bash scripts/msrun_launcher.sh "run_mindformer.py --config Y ..." \
-      [WORKER_NUM [LOCAL_WORKER_NUM [MASTER_ADDR [MASTER_PORT [NODE_RANK [LOG_DIR [JOIN [CLUSTER_TIME_OUT]]]]]]]]
+    bash scripts/msrun_launcher.sh \
+        "run_mindformer.py --config research/deepseek3/deepseek3_1b/pretrain_deepseek3_1b.yaml" 8
+
+After the command come
+WORKER_NUM [LOCAL_WORKER_NUM [MASTER_ADDR [MASTER_PORT [NODE_RANK [LOG_DIR [JOIN [CLUSTER_TIME_OUT]]]]]]].
 
 MindFormers' short form WORKER_NUM MASTER_PORT LOG_DIR JOIN CLUSTER_TIME_OUT works too. Without the first five (given as
 "" before a LOG_DIR) the place of this machine comes from the cluster (nodes.py), and JOIN is True: where the launcher
@@ -96,6 +99,9 @@ def main(arguments: list[str]) -> int:
     Raises:
         ConfigError: what cannot work, before any process starts.
     """
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
     given, log_dir, join, time_out = options_of(arguments[1:])
     words = words_of(arguments)
     plan = read_plan(words[1:])

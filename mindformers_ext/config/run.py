@@ -240,6 +240,11 @@ class Run(Degrees):
         return self.sections.context.device_target == "CPU"
 
     @property
+    def is_pynative(self) -> bool:
+        """True when operators run one by one, without a graph."""
+        return self.value("context.mode") in (1, "PYNATIVE_MODE")
+
+    @property
     def trains(self) -> bool:
         """True for run modes that change weights, or compile what would."""
         return self.sections.run_mode in ("train", "finetune", "compile")

@@ -25,7 +25,8 @@ def check_run(run: Run) -> list[Violation]:
     """Every rule that a run breaks on the device that it names."""
     if run.is_semi_auto:
         return [*check_plan(run), *(violation for rule in CPU_RULES for violation in rule(run))]
-    return [violation for rule in (*RUN_RULES, *CPU_RULES, split_by_hand, means_over_ranks) for violation in rule(run)]
+    rules = (*RUN_RULES, *CPU_RULES, split_by_hand, means_over_ranks, tokens_are_counted_once)
+    return [violation for rule in rules for violation in rule(run)]
 
 
 def of_a_known_model(run: Run) -> Iterator[Violation]:
@@ -47,10 +48,21 @@ def means_over_ranks(run: Run) -> Iterator[Violation]:
         )
 
 
+def tokens_are_counted_once(run: Run) -> Iterator[Violation]:
+    if run.is_pynative and run.trains and run.value("recompute_config.recompute"):
+        yield Violation(
+            "recompute_config.recompute",
+            "PyNative mode would count the tokens of every expert again while it recomputes a layer; nearest legal: "
+            "False, or context.mode 0",
+        )
+
+
 def split_by_the_compiler(plan: Run) -> Iterator[Violation]:
     mode = plan.sections.parallel.parallel_mode
     if mode in OTHER_MODES:
         yield Violation("parallel.parallel_mode", f"{OTHER_MODES[mode]}; nearest legal: 1")
+    if plan.is_pynative:
+        yield Violation("context.mode", "PyNative mode has no graph that could be split over devices; nearest legal: 0")
 
 
 def own_part_of_the_batch(plan: Run) -> Iterator[Violation]:

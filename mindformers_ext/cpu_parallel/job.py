@@ -29,7 +29,7 @@ from mindformers_ext.errors import ConfigError, exit_code_of
 from mindformers_ext.files import heartbeat, run_lock
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = re.compile(r"- (step \d+, loss .*)")  # TrainingMetrics' line of a step
+OWN_LINE = re.compile(r"^[\d-]{10} [\d:]{8} (.+)")  # training/console.py prints them
 MAX_RANKS = 64  # processes of one machine; more is a mistake
 
 
@@ -75,7 +75,7 @@ def train(
     say: Callable[[str], None] = lambda _: None,
     plan: Run | None = None,
 ) -> None:
-    """Start all ranks and wait for them; `say` gets the lines that report a step.
+    """Start all ranks and wait for them; `say` gets the lines that they print, each once.
 
     With `plan` their steps are timed, and signals are handed on, where it asks for that.
 
@@ -104,7 +104,7 @@ def train(
     ranks = [start(rank) for rank in range(job.world_size)]
     if plan and plan.sections.use_graceful_exit:
         hand_on(ranks)
-    follower = launch.Follower([files(rank)[1] for rank in range(job.world_size)], REPORT, say)
+    follower = launch.Follower([files(rank)[1] for rank in range(job.world_size)], OWN_LINE, say)
 
     def watch() -> None:
         follower.read()

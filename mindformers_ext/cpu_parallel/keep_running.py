@@ -1,7 +1,8 @@
 """Start a training again when it dies, from its last healthy checkpoint.
 
-    bash scripts/keep_running.sh [--restarts 10] [--hours 24] [--deaths 2] -- python run_mindformer.py --config Y [...]
-    bash scripts/keep_running.sh -- bash scripts/msrun_launcher.sh "run_mindformer.py --config Y" 8
+    Y=research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny.yaml
+    bash scripts/keep_running.sh --restarts 10 --hours 24 -- python run_mindformer.py --config $Y
+    bash scripts/keep_running.sh -- bash scripts/msrun_launcher.sh "run_mindformer.py --config $Y" 8
 
 It gives up after RESTARTS restarts in HOURS hours, and at once when the YAML is wrong or somebody pressed Ctrl-C. A
 step in which the run has died DEATHS times is left out: its samples are not read again. What it knows is kept in

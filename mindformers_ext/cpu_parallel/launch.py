@@ -153,19 +153,21 @@ def start_rank(command: list[str], environment: dict[str, str], failure: Path, l
 
 
 class Follower:
-    """Hands on the lines that match `pattern`, its first group, as the logs grow."""
+    """Hands on the lines that match `pattern`, its first group, as the logs grow; what several say, once."""
 
     def __init__(self, logs: Sequence[Path], pattern: re.Pattern, say: Callable[[str], None]):
         self.streams = [log.open(encoding="utf-8", errors="replace") for log in logs]
         self.unfinished = [""] * len(logs)
-        self.pattern, self.say = pattern, say
+        self.pattern, self.say, self.said = pattern, say, set()
 
     def read(self) -> None:
         """Take what is new."""
         for index, stream in enumerate(self.streams):
             *lines, self.unfinished[index] = (self.unfinished[index] + stream.read()).split("\n")
             for match in filter(None, map(self.pattern.search, lines)):
-                self.say(match[1])
+                if match[1] not in self.said:
+                    self.said.add(match[1])
+                    self.say(match[1])
 
 
 def supervise(

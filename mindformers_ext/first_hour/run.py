@@ -1,6 +1,6 @@
 """The first hour on a card, step by step: what agrees with what was proved without one, and what the estimate missed.
 
-    bash scripts/first_hour.sh [--cards N] [--config Y] [--out DIR] [--section.key value ...]
+    bash scripts/first_hour.sh --cards 8 --out output/first_hour
 
 Each step leaves DIR/STEP.json and is not done again; one that failed is, and its failure stops no other. Without a card
 every step runs on our CPU kernels and shared memory. Exit code: 0 all agrees, 1 something does not, or was not done.

@@ -7,7 +7,8 @@ those libraries to compute anything: functions that exist and return success are
 Goes: when MindSpore's dry run works without CANN.
 
 The libraries are built once per MindSpore wheel with the system's C compiler and cached. They have to be in the
-environment *before* Python starts, so the compiler always runs in a child process::
+environment *before* Python starts, so the compiler always runs in a child process (`python -m` this module builds them
+ahead, for images without a compiler)::
 
     env = ascend_environment(rank=17, world_size=1024, level=COMPILE)
     subprocess.run([sys.executable, "-m", "mindformers_ext.rank_compiler.compile_rank", ...], env=env)
@@ -34,7 +35,7 @@ from mindformers_ext.training.start import GRAPH_KERNEL_FLAGS
 
 COMPILE = 0  # MS_SIMULATION_LEVEL: graph compilation only
 MEMORY = 1  # graph compilation and the memory plan of the device
-SUPPORTED_VERSIONS = ("2.9.0",)
+SUPPORTED_VERSIONS = ("2.9.0", "2.10.0")
 
 # Libraries the plugin is linked against, and those it opens by name.
 LIBRARY_NAMES = (
@@ -255,3 +256,7 @@ def _exclusive(path: Path):
 
 def _prepend(first: str, rest: str | None) -> str:
     return f"{first}:{rest}" if rest else first
+
+
+if __name__ == "__main__":
+    print(stand_in_home())

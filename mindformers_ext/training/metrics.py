@@ -168,6 +168,7 @@ class TrainingMetrics(Callback):
             keep_lines_until(self.metrics_path, self.first_step)
             self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
             stop_when_refused(self.tensorboard)
+            logger.info("a step is %s tokens on %d device(s)", f"{self.tokens_per_step:,}", self.devices)
         self.clock = time.perf_counter()
 
     def on_train_step_begin(self, run_context: RunContext) -> None:

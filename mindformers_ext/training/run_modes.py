@@ -42,6 +42,7 @@ from mindformers_ext.files import run_lock
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
 from mindformers_ext.training import scoring
 from mindformers_ext.training.checkpoint_monitor import load_weights
+from mindformers_ext.training.console import print_own_lines
 from mindformers_ext.training.evaluation import EvaluationSet, forward_logits, loss_of, told
 from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingface, resolve
 from mindformers_ext.training.text_generation import generate, pick_token
@@ -61,10 +62,14 @@ def run_mode(run: Run, predict_data: list[str] | None = None) -> None:
         ConfigError: the run or what it points to cannot work.
         TrainingStopped: the loss is no longer finite.
     """
+    every_message = print_own_lines()
     check_classes(run)
     evaluation = evaluation_of(run)
-    if is_cpu_rank():
+    if is_cpu_rank():  # its launcher has said where the logs are
         run = as_rank(run)
+    else:
+        mode = run.sections.run_mode
+        logger.info("run_mode %s of %s; MindFormers' messages are in %s", mode, run.path, every_message)
     settings = mindformers_settings(run)
     settings.evaluation = evaluation
     set_output_path(settings.output_dir)

@@ -86,12 +86,9 @@ def run(arguments: list[str], description: str = "", register: Sequence[str] = (
     prepare_environment(options.register_path, asked.sections.output_dir)
     enable_graph_kernels(asked.sections.context.graph_kernel_flags)
     logging.raiseExceptions = False  # a log that cannot be written is no page of tracebacks
-    logging.disable(logging.WARNING)  # MindFormers tells of optional packages that are missing
     # After the environment, which MindFormers reads while it is imported.
     from mindformers_ext.training.run_modes import run_mode
 
     for module in register:
         importlib.import_module(module)
-
-    logging.disable(logging.NOTSET)
     run_mode(asked, options.predict_data)

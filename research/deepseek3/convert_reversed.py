@@ -1,7 +1,6 @@
 """Our checkpoint to a HuggingFace folder that transformers and vLLM read.
 
-    python research/deepseek3/convert_reversed.py --input DIR --output HF_DIR --hf_assets_path HF_DIR \
-        [--export_dtype bf16] [--merge_lora ADAPTER_DIR]
+    python research/deepseek3/convert_reversed.py --input DIR --output HF_DIR --hf_assets_path HF_DIR
 
 --input is a folder of convert_weight.py, a checkpoint of a training run in any layout, or a HuggingFace folder.
 config.json and the tokenizer's files come from --hf_assets_path (the original model's folder, or one made by

@@ -1,6 +1,6 @@
 """HuggingFace's DeepSeek V2 or V3 (V3.1, R1) to our checkpoint.
 
-    python research/deepseek3/convert_weight.py --input HF_DIR --output DIR [--dtype bf16] [--workers 2] [--only-names]
+    python research/deepseek3/convert_weight.py --input HF_DIR --output DIR --dtype bf16 --workers 2
 
 Writes model-00001-of-000NN.safetensors, model.safetensors.index.json and model.yaml (the sections model and
 moe_config, for `base_config` of a run). FP8 is dequantised, router biases stay float32. After an interruption, run it

@@ -159,6 +159,7 @@ INDIVISIBLE = [
     ("parallel.dataset_strategy", [[8, 1]], "data_parallel is 16"),
     ("context.device_target", "CPU", "start it with scripts/msrun_launcher.sh"),
     ("parallel.gradients_mean", True, "divided by data_parallel = 16 a second time"),
+    ("context.mode", 1, "PyNative mode has no graph that could be split"),
     ("parallel.parallel_mode", 2, "does not search strategies"),
     ("parallel.parallel_mode", 3, "the model splits nothing by hand"),
     ("parallel.parallel_mode", "stand_alone", "every process trains a model of its own"),
@@ -287,3 +288,10 @@ def test_overrides_reach_sections_lists_and_new_sections() -> None:
     for key in ("a.b.c", "items.5.k", "items.k", "items.0"):
         with pytest.raises(ConfigError, match=f"--{key}"):
             override(config, key, 1, "run.yaml")
+
+
+def test_pynative_mode_recomputes_nothing() -> None:
+    config = changed("deepseek3_tiny", "recompute_config.recompute", True)
+    check_classes(Run.of(config, "run.yaml"))
+    override(config, "context.mode", 1, "run.yaml")
+    assert "recompute_config.recompute is True, but PyNative mode would count the tokens" in error_of(config)

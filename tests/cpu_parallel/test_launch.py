@@ -81,19 +81,20 @@ def test_killed_rank_without_a_report(tmp_path):
     assert message.startswith("killed by SIGKILL; its log is ")
 
 
-def test_lines_are_handed_on_when_they_are_whole(tmp_path):
+def test_lines_are_handed_on_once_and_when_they_are_whole(tmp_path):
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
     for log in logs:
         log.write_text("")
     said = []
-    follower = launch.Follower(logs, re.compile("INFO - (step .*)"), said.append)
+    follower = launch.Follower(logs, re.compile("^says (.*)"), said.append)
     with logs[1].open("a") as growing:
-        growing.write("starting\nINFO - step 1, los")
+        growing.write("starting\nsays step 1, los")
         growing.flush()
         follower.read()
         assert said == []
         growing.write("s 2.0\n")
         growing.flush()
         follower.read()
+    logs[0].write_text("says step 1, loss 2.0\n")
     follower.read()
     assert said == ["step 1, loss 2.0"]

@@ -1,6 +1,6 @@
 """GRPO (arXiv 2402.03300) in small: a tiny DeepSeek-V3 learns to write what a reward likes, on one CPU in minutes.
 
-    python research/deepseek3/rl/grpo.py [--steps 40] [--seed 0]
+    python research/deepseek3/rl/grpo.py --steps 40 --seed 0
 
 Three parts, as in every such system: transformers generates (with its cache), a function rewards, and our model learns;
 after each step the generating model gets the new weights tensor by tensor, without a file. A split model streams the
