@@ -115,7 +115,7 @@ EFFECTS = {
     },
     "MonitorConfig": {
         "mindformers/trainer/trainer.py": """
-            monitor_on:337 dump_path:339 step_interval:343 local_norm_format:346 device_local_norm_format:347""",
+            monitor_on:337 dump_path:339 step_interval:343""",
         "mindformers_ext/training/bad_steps.py": """
             global_norm_spike_threshold global_norm_spike_factor global_norm_spike_window
             global_norm_spike_count_threshold""",
@@ -186,7 +186,6 @@ EFFECTS = {
     },
     "TrainOneStep": {
         "mindformers_ext/training/wrapper.py": "scale_sense use_clip_grad max_grad_norm",
-        "mindformers/wrapper/wrapper.py": "local_norm:326",
         "mindformers/tools/register/register.py": "type:333 auto_register:362",
     },
     "TrainingMetrics": {
@@ -308,7 +307,8 @@ REFUSED = {
     "SwapConfig": "swap layer_swap op_swap default_prefetch",
     "MonitorConfig": """
         local_loss_format device_local_loss_format max_attention_logit_format check_for_global_norm
-        health_checkpoint""",
+        health_checkpoint local_norm_format device_local_norm_format""",
+    "TrainOneStep": "local_norm",
     "Tensorboard": "log_expert_load_to_tensorboard",
     "ModelConfig": "use_past mtp_depth",
     "MoeConfig": "expert_model_parallel",

@@ -8,6 +8,7 @@ import pytest
 from helpers import poisoned
 from helpers.command_line import ROOT, run_command
 from helpers.small_yaml import small_sizes
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mindformers_ext.sharded_checkpoint.audit import differences
@@ -88,3 +89,20 @@ def test_nan_and_spike_are_left_out(folder: Path, layout: str) -> None:
     assert [record["step"] for record in records if "left_out" in record] == [2, 5]
     assert not list(differences(open_source(poison / "checkpoint"), open_source(clean / "checkpoint")))
     assert int(open_source(poison / "checkpoint").read("global_step")[0]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "single"])
+def test_infinite_gradients_change_nothing(folder: Path, layout: str) -> None:
+    """Without any key: the loss is finite, a loss scale makes its gradients infinite."""
+    more = ["--load_checkpoint weights.safetensors", "--runner_wrapper.scale_sense 3.0e38", WITHOUT]
+    output = train(folder, layout, f"{layout}_infinite", *more)
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(record["loss"]) and record["grad_norm"] is None for record in records)
+    final = open_source(output / "checkpoint")
+    names = set(final.names())
+    with safe_open(folder / "weights.safetensors", "numpy") as before:
+        for name in before.keys():
+            np.testing.assert_array_equal(final.read(name)[:], before.get_tensor(name), err_msg=name)
+    moments = [name for name in names if name.startswith(("adam_m.", "adam_v."))]
+    assert moments and not any(np.any(final.read(name)[:]) for name in moments)
