@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from mindformers_ext.config.model import FAMILIES, ModelConfig, MoeConfig
 from mindformers_ext.config.pipeline import Pipeline
+from mindformers_ext.config.recipe import Recipe
 from mindformers_ext.config.sections import (
     CHECKPOINTS,
     Arch,
@@ -94,6 +95,7 @@ class Sections:
     swap_config: SwapConfig | None = None
     monitor_config: MonitorConfig | None = None
     tensorboard: Tensorboard | None = None
+    recipe: Recipe | None = None
     use_skip_data_by_global_norm: bool = False  # leave bad steps out; monitor_config says what is bad
     do_eval: bool = False  # evaluate eval_dataset while training,
     eval_step_interval: Positive = 100  # every so many steps

@@ -406,12 +406,28 @@ class AdamW:
     }
 
 
+@dataclass(kw_only=True)
+class Muon:
+    """training/muon.py."""
+
+    type: str
+    learning_rate: PositiveNumber | None = None
+    passed_on = {
+        NotNegativeNumber: "weight_decay",
+        PositiveNumber: "matched_adamw_rms adamw_eps",
+        Fraction: "momentum",
+        Betas: "adamw_betas",
+        bool: "nesterov",
+        Annotated[int, Meta(ge=1, le=99)]: "ns_steps",
+        Text: "auto_register",
+    }
+
+
 class Optimizer(Choice):
     """The `optimizer` section."""
 
-    kinds = {"AdamW": AdamW}
+    kinds = {"AdamW": AdamW, "Muon": Muon}
     refused = {
-        "Muon": OTHER_LAYERS.replace("record it", "limit the attention logits as it needs"),
         "PmaAdamW": "it needs get_model_parameters, which only MindFormers' own models have",
     }
     others = (

@@ -152,7 +152,7 @@ def without_branch(cell) -> None:
     MindSpore 2.9's simulated backend refuses a graph with a branch ("contains ConditionSwitch"). The branch holds the
     whole update, so the memory plan is that of a step which is taken.
     """
-    if hasattr(cell, "is_taken"):
+    if hasattr(cell, "is_taken") and not cell.optimizer_decides:
         cell.is_taken = always
 
 

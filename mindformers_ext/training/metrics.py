@@ -228,7 +228,7 @@ class TrainingMetrics(Callback):
         dropped = take_dropped(self.model)
         return {
             **({} if dropped is None else {"dropped_choices": dropped}),
-            "loss": None if main is None else main + self.model.mtp_factor() * mtp + balance,
+            "loss": None if main is None else main + as_float(self.model.mtp_factor()) * mtp + balance,
             "main_loss": main,
             "mtp_loss": mtp,
             "balance_loss": balance,

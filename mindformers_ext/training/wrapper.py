@@ -26,6 +26,7 @@ from mindspore import Parameter, Tensor, get_context, nn, ops
 from mindspore.common import dtype as mstype
 
 from mindformers_ext.cpu_kernels import cells
+from mindformers_ext.training.muon import Muon
 
 CLIP_EPSILON = 1e-6  # added to the norm, as MindFormers' ClipGradNorm
 
@@ -87,16 +88,17 @@ class WholeStep:
     clipping the norm is None.
     """
 
-    def begin_with_limit(self):
+    def begin(self):
         """Replace upstream's limit, a number; called once the cell is built."""
         if self.use_skip_data_by_global_norm:
             self.global_norm_spike_threshold = norm_limit(self.global_norm_spike_threshold)
         else:
             self.global_norm_spike_threshold = Tensor([math.inf], mstype.float32)
+        self.optimizer_decides = isinstance(self.optimizer, Muon)
 
     def is_taken(self, norm):
-        """Whether the step with this norm counts."""
-        return (norm < self.global_norm_spike_threshold).all()
+        """Whether the step with this norm counts, (1,)."""
+        return norm < self.global_norm_spike_threshold
 
     def end_of_step(self, loss, grads, scale):
         """Update by these gradients, the mean over micro-batches and devices."""
@@ -113,7 +115,10 @@ class WholeStep:
         elif self.optimizer.dynamic_lr:
             schedule = self.learning_rate[-1] if self.optimizer.is_group_lr else self.learning_rate
             rate = schedule(self.optimizer.global_step).reshape(())
-        if self.is_taken(norm):
+        taken = self.is_taken(norm)
+        if self.optimizer_decides:
+            loss = ops.depend(loss, self.optimizer(grads, taken))
+        elif taken:
             loss = ops.depend(loss, self.optimizer(grads))
         return loss, overflow, scale, rate, norm if self.use_clip_grad else None
 
@@ -151,7 +156,7 @@ class DeviceAwareTrainOneStepCell(WholeStep, MFTrainOneStepCell):
             scale_sense=scale_sense,
             **kwargs,
         )
-        self.begin_with_limit()
+        self.begin()
         self.on_cpu = get_context("device_target") == "CPU"
         self.accumulation_steps = accumulation_steps
         self.loss_and_grads = ops.value_and_grad(ScaledLoss(network), grad_position=None, weights=self.weights)
@@ -225,7 +230,7 @@ class PipelineTrainOneStepCell(WholeStep, MFPipelineWithLossScaleCell):
 
     def __init__(self, network: nn.Cell, optimizer: nn.Cell, **kwargs):
         super().__init__(network, optimizer, **kwargs)
-        self.begin_with_limit()
+        self.begin()
 
     @ops.add_flags(has_effect=True)
     def construct(self, *inputs):

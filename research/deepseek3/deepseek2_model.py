@@ -16,7 +16,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
 from rope import RotaryEmbedding, softmax_scale
-from sharding import expert_group, experts_plan, loss_axes, place, put, run_locally, shard, share_graph
+from sharding import expert_group, experts_plan, loss_axes, place, plans, put, run_locally, shard, share_graph
 from training_interface import TrainingInterface
 
 from mindformers_ext.layers.fused_ops import (
@@ -71,7 +71,7 @@ class Linear(nn.Cell):
         super().__init__()
         self.weight = weight(config, out_dim, in_dim)
         self.compute_dtype, self.out_type = getattr(mstype, config.compute_dtype), activation_type(config)
-        self.matmul = matrix_product()
+        self.matmul, self.axes = matrix_product(), axes
         shard(self, axes, config)
         self.adapted = config.lora.has(target)
         if self.adapted:
@@ -406,6 +406,20 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         parts = main * self.is_main + mtp * self.is_mtp + balance * self.is_balance + self.is_count
         self.add_loss_parts(self.loss_parts, ops.stop_gradient(parts))
         return (main + mtp * self.mtp_factor() + balance).reshape(())
+
+    def matrices(self) -> dict[str, tuple[tuple[str, ...], int]]:
+        """Weights that Muon trains: {name: (the axis that splits each dimension, matrices side by side)}.
+
+        The projections of attention and feed-forward, and of every expert its own; not the head, embedding and router.
+        """
+        weights, (_, _, _, stacked, _) = plans(self.config), experts_plan(0)[0]
+        found = {}
+        for _, cell in self.cells_and_names():
+            if isinstance(cell, Experts):
+                found |= {cell.gate_up_proj.name: (stacked, 2), cell.down_proj.name: (stacked, 1)}
+            elif isinstance(cell, Linear) and cell is not self.lm_head:
+                found[cell.weight.name] = weights[cell.axes]["matmul"][1], 1
+        return found
 
     def mtp_factor(self) -> float:
         """What the MTP loss is multiplied with."""

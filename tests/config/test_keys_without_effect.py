@@ -40,7 +40,8 @@ EFFECTS = {
             eval_step_interval""",
         "mindformers_ext/training/start.py": "use_parallel",
         "mindformers_ext/training/resuming_trainer.py": """
-            ignore_data_skip use_skip_data_by_global_norm use_graceful_exit max_train_hours max_step_minutes""",
+            ignore_data_skip use_skip_data_by_global_norm use_graceful_exit max_train_hours max_step_minutes
+            recipe""",
         "mindformers_ext/training/bad_steps.py": "monitor_config",
         "mindformers/trainer/trainer.py": """
             seed:293 trainer:310 parallel:301 profile:1116 profile_communication:1133 profile_memory:1141
@@ -163,6 +164,16 @@ EFFECTS = {
         "mindformers/core/optim/__init__.py": """
             use_fused:195 amsgrad:202 maximize:203 betas:199 eps:200 swap:204 learning_rate:198 weight_decay:201""",
         "mindformers/tools/register/register.py": "type:333 auto_register:362",
+    },
+    "Muon": {
+        "mindformers_ext/training/muon.py": """
+            learning_rate weight_decay matched_adamw_rms momentum nesterov ns_steps adamw_betas adamw_eps""",
+        "mindformers/tools/register/register.py": "type:333 auto_register:362",
+    },
+    "Recipe": {
+        "mindformers_ext/config/recipe.py": "micro_batches",
+        "mindformers_ext/training/recipe.py": "mtp_loss_factor topk_bias_update_rate",
+        "mindformers_ext/training/resuming_trainer.py": "ema_decay",
     },
     "WarmUp": {
         "mindformers/core/lr/lr_schedule.py": """
