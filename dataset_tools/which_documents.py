@@ -1,9 +1,10 @@
 """Print which documents a step of a training reads: file, document and tokens of every sample, from the index alone.
 
     python dataset_tools/which_documents.py --config Y --step 1234 [--load_checkpoint OUTPUT/checkpoint/step_001000] \
-        [--section.key value ...]
+        [--devices 8] [--section.key value ...]
 
 The steps are those of a training from its start with this YAML; with --load_checkpoint, of one that goes on from it.
+--devices says how many each train the whole model, where parallel_config.data_parallel does not (parallel_mode 0).
 """
 
 import argparse
@@ -34,9 +35,10 @@ def report(arguments: list[str]) -> None:
     """Parse the command line and print the documents."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--devices", type=int)
     own, rest = parser.parse_known_args(arguments)
     options, others = build_parser(__doc__).parse_known_args(rest)
-    run = read_run(find(options.config), overrides=all_overrides(options, others))
+    run = read_run(find(options.config), own.devices, all_overrides(options, others))
     if run.sections.train_dataset is None or run.sections.train_dataset.megatron is None:
         raise ConfigError(f"{run.path}: train_dataset has no Megatron files; other data has no index to look into")
     asked, after = read_loader(run, "train_dataset"), beginning(run)

@@ -181,7 +181,6 @@ class Run(Degrees):
     device_num: int
     values: dict[str, Any] = field(repr=False)
 
-    dp = said("parallel_config.data_parallel")
     cp = said("parallel_config.context_parallel")
     mp = said("parallel_config.model_parallel")
     pp = said("parallel_config.pipeline_stage")
@@ -195,6 +194,16 @@ class Run(Degrees):
     shard_optimizer = said("parallel.enable_parallel_optimizer")
     optimizer_shard_size = said("parallel.parallel_optimizer_config.optimizer_weight_shard_size")
     shard_gradients = said("parallel.parallel_optimizer_config.gradient_accumulation_shard")
+
+    @property
+    def dp(self) -> int:
+        """The data-parallel degree; where every device holds the whole model, all devices, which no YAML must count."""
+        return self.device_num if self.holds_whole_models else self.sections.parallel_config.data_parallel
+
+    @property
+    def holds_whole_models(self) -> bool:
+        """True in MindFormers' data-parallel mode."""
+        return self.sections.use_parallel and self.sections.parallel.parallel_mode in (0, "data_parallel")
 
     @classmethod
     def of(cls, values: dict[str, Any], path: str | Path, device_num: int | None = None) -> "Run":

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mindformers_ext.config.run import Run
-from mindformers_ext.config.sections import AdamW, AdapterMonitor, CheckpointMonitor, Dataset, TopkBiasBalance
+from mindformers_ext.config.sections import (
+    AdamW,
+    AdapterMonitor,
+    CheckpointMonitor,
+    Dataset,
+    TopkBiasBalance,
+    TrainingMetrics,
+)
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files.json_files import short
 
@@ -179,6 +186,18 @@ def keys_that_need_others(run: Run) -> Iterator[Violation]:
             yield Violation(f"optimizer.{key}", "MindFormers' AdamW has it with use_fused only")
 
 
+def logits_that_are_tracked(run: Run) -> Iterator[Violation]:
+    tracked = run.model is not None and run.model.track_max_attention_logit
+    monitors = [item.monitors for item in run.sections.callbacks if isinstance(item, TrainingMetrics)]
+    key, rule = "model.model_config.track_max_attention_logit", "it must be True: {} reads them"
+    if not run.trains or tracked:
+        return
+    if any(found is not None and found.attention_logits for found in monitors):
+        yield Violation(key, rule.format("TrainingMetrics' monitor attention_logits"))
+    if getattr(run.sections.optimizer, "qk_clip_threshold", None) is not None:
+        yield Violation(key, rule.format("optimizer.qk_clip_threshold"))
+
+
 def recipe_that_can_be_followed(run: Run) -> Iterator[Violation]:
     recipe = run.sections.recipe
     if recipe is None or not run.trains:
@@ -204,6 +223,8 @@ def recipe_that_can_be_followed(run: Run) -> Iterator[Violation]:
         yield Violation("recipe.micro_batches", "it must begin at 0 tokens, and micro-batches are whole numbers")
     elif run.pp > 1 and any(count < run.pp for _, count in points):
         yield Violation("recipe.micro_batches", f"a pipeline of {run.pp} stages needs as many micro-batches")
+    if run.holds_whole_models and run.value("parallel_config.data_parallel") is None:
+        yield Violation("parallel_config.data_parallel", "recipe.micro_batches counts by it; set it to the devices")
     if not any(isinstance(item, CheckpointMonitor) for item in run.sections.callbacks):
         yield Violation("recipe.micro_batches", "a batch goes on from a checkpoint; add the callback CheckpointMonitor")
     if run.value("lr_schedule.total_steps") in (None, -1) and run.value("lr_schedule.type") != REPORTS_SCHEDULE:
@@ -254,5 +275,6 @@ RUN_RULES = (
     one_reader,
     keys_that_need_others,
     recipe_that_can_be_followed,
+    logits_that_are_tracked,
 )
 CPU_RULES = (numbers_of_a_cpu, watched_on_a_card, operators_of_a_card)

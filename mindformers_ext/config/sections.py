@@ -259,7 +259,8 @@ class MonitorConfig:
         only(None, LOCAL_NORMS): "local_norm_format device_local_norm_format",
         PositiveNumber | None: "throughput_baseline",
         dict[str, Any] | None: "stable_rank_config",
-        only(None, OTHER_LAYERS): "local_loss_format device_local_loss_format max_attention_logit_format",
+        only(None, OTHER_LAYERS): "local_loss_format device_local_loss_format",
+        only(None, "the callback TrainingMetrics has monitors.attention_logits"): "max_attention_logit_format",
         only(False, "it trains on from MindFormers' checkpoints, which are not written"): "check_for_global_norm",
         only(None, "it chooses among MindFormers' checkpoints, which are not written"): "health_checkpoint",
     }
@@ -412,6 +413,7 @@ class Muon:
 
     type: str
     learning_rate: PositiveNumber | None = None
+    qk_clip_threshold: PositiveNumber | None = None  # the largest attention logit that stays; None: any does
     passed_on = {
         NotNegativeNumber: "weight_decay",
         PositiveNumber: "matched_adamw_rms adamw_eps",
@@ -575,7 +577,8 @@ class Monitors:
     weight_norms: Positive | None = None
     update_norms: Positive | None = None  # of what the step changed; keeps a copy of the weights during the step
     moment_norms: Positive | None = None  # of AdamW's first and second moments
-    experts: Positive | None = None  # entropy of the loads, experts without a token
+    experts: Positive | None = None  # entropy of the loads, experts without a token, the share that was dropped
+    attention_logits: Positive | None = None  # the largest of each layer; its graph keeps those of every head
     times: Positive | None = None  # seconds in the step, and between steps
 
 

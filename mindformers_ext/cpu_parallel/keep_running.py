@@ -112,6 +112,7 @@ def note_death(run: Run, state: State, deaths: int, say: Callable[[str], None]) 
     state.died[step] = state.died.get(step, 0) + 1
     say(f"it died at step {step}, for the {state.died[step]}. time")
     if 0 < deaths <= state.died[step] and run.sections.train_dataset.megatron is not None:
+        run.device_num = len(beats)
         ranges = samples_of(run, state, step)
         state.leave_out += ranges
         state.died[step] = 0  # other samples now
@@ -159,8 +160,9 @@ def saved_step(run: Run) -> int:
 
 def begins_phase(run: Run, state: State) -> bool:
     """True when the run has ended because its recipe goes on with another batch; once for every phase."""
-    step = saved_step(run)
-    if step in state.phases or step not in [phase.step for phase in phases(run)[1:]]:
+    begins = {phase.step for phase in phases(run)[1:]}.difference(state.phases)
+    step = saved_step(run) if begins else 0
+    if step not in begins:
         return False
     state.phases.append(step)
     return True

@@ -77,9 +77,13 @@ class BasicAttention(nn.Cell):
         self.weigh_value = ops.BatchMatMul()
 
     def construct(self, query, key, value, mask):
+        return self.with_scores(query, key, value, mask)[0]
+
+    def with_scores(self, query, key, value, mask):
+        """The context, and scores (B, N, S, ...) with the largest of every query among them."""
         scores = self.query_key(self.scale_query(query, self.scale), key)  # (B, N, S, S)
         scores = self.add_mask(ops.cast(scores, self.softmax_type), mask)
-        return self.weigh_value(ops.cast(self.softmax(scores), value.dtype), value)
+        return self.weigh_value(ops.cast(self.softmax(scores), value.dtype), value), scores
 
 
 class FlashAttention(nn.Cell):
@@ -99,16 +103,21 @@ class FlashAttention(nn.Cell):
         self.borrow, self.pad_value, self.cut_value = ops.StridedSlice(), ops.Concat(-1), ops.StridedSlice()
 
     def construct(self, query, key, value, mask):
+        return self.with_scores(query, key, value, mask)[0]
+
+    def with_scores(self, query, key, value, mask):
+        """The context, and the largest score of every query, (B, N, S, 8)."""
         if self.padding > 0:
             borrowed = self.borrow(key, (0, 0, 0, 0), key.shape[:-1] + (self.padding,), (1, 1, 1, 1))
             value = self.pad_value((value, borrowed))
         if mask is None:
-            context = self.causal(query, key, value, None, None, None, self.triangle, None)[3]
+            found = self.causal(query, key, value, None, None, None, self.triangle, None)
         else:
-            context = self.masked(query, key, value, None, None, None, mask, None)[3]
+            found = self.masked(query, key, value, None, None, None, mask, None)
+        context = found[3]
         if self.padding > 0:
             context = self.cut_value(context, (0, 0, 0, 0), context.shape[:-1] + (self.value_dim,), (1, 1, 1, 1))
-        return context
+        return context, found[0]
 
 
 class BasicRotary(nn.Cell):

@@ -202,7 +202,7 @@ class TrainingMetrics(Callback):
         }
         if self.monitors is not None:
             network, outputs = cb_params.train_network, cb_params.net_outputs
-            record |= self.monitors.end(network, outputs, record["step"], self.loads)
+            record |= self.monitors.end(network, outputs, record["step"], self.loads, record.get("dropped_choices"))
         if cb_params.get("left_out"):
             record["left_out"] = cb_params.left_out
         else:

@@ -12,7 +12,7 @@ import math
 
 import mindspore as ms
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindspore import Parameter, ParameterTuple, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.communication import create_group, get_rank
 from mindspore.parallel._auto_parallel_context import auto_parallel_context
@@ -81,8 +81,11 @@ class Gather(nn.Cell):
 class MuonUpdate(nn.Cell):
     """The update of one matrix, or of the `parts` matrices that lie side by side in each of a stack."""
 
-    def __init__(self, weight: Parameter, parts: int, gathers: list[Gather], rules: "Muon"):
+    def __init__(self, weight: Parameter, parts: int, gathers: list[Gather], rules: "Muon", rows: tuple | None):
         super().__init__(auto_prefix=False)
+        self.threshold = rules.qk_clip_threshold
+        self.logits, self.rows = (rows[0], Tensor(rows[1][:, None])) if rows else (None, None)
+        self.take, self.stack = ops.Gather(), ops.Concat(0)
         *_, rows, columns = weight.shape
         self.is_stack, self.parts = weight.ndim == 3, parts
         self.momentum, self.nesterov = rules.momentum, rules.nesterov
@@ -107,6 +110,15 @@ class MuonUpdate(nn.Cell):
             turned = gather.cut(turned)
         return turned
 
+    def clipped(self, weight):
+        """The weight with the heads scaled down whose logits have grown too large (Kimi K2, arXiv 2507.20534)."""
+        scale = self.threshold / ops.maximum(self.logits, self.threshold)  # (N,)
+        kinds = self.stack((ops.sqrt(scale), scale, ops.ones_like(scale)))
+        factors = self.take(kinds, self.rows, 0)  # (rows, 1)
+        for gather in self.cuts:
+            factors = gather.cut(factors)
+        return weight * factors
+
     def construct(self, weight, first, second, gradient, rate, decay, corrections, taken):
         """Change weight and momentum where `taken`."""
         gradient = ops.cast(gradient, mstype.float32)
@@ -114,6 +126,8 @@ class MuonUpdate(nn.Cell):
         ahead = gradient + (momentum - gradient) * self.momentum if self.nesterov else momentum
         old = ops.cast(weight, mstype.float32)
         new = old * (1 - rate * decay) - rate * self.size * self.direction(ahead)
+        if self.logits is not None:
+            new = self.clipped(new)
         new = ops.cast(ops.select(taken, new, old), weight.dtype)
         new = ops.depend(new, ops.assign(first, ops.select(taken, momentum, first)))
         return ops.assign(weight, new)
@@ -150,6 +164,7 @@ class Muon(nn.Optimizer):
         matched_adamw_rms: root mean square of a matrix's update, which lets AdamW's rate and decay stay.
         momentum, nesterov, ns_steps: of Muon.
         adamw_betas, adamw_eps: of AdamW.
+        qk_clip_threshold: attention logits above it scale the projections of their head down; None: none do.
     """
 
     def __init__(
@@ -163,13 +178,15 @@ class Muon(nn.Optimizer):
         ns_steps: int = 5,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
+        qk_clip_threshold: float | None = None,
         model: nn.Cell = None,
     ):
         super().__init__(learning_rate, params, weight_decay)
         self.matched_adamw_rms, self.momentum, self.nesterov = matched_adamw_rms, momentum, nesterov
-        self.ns_steps, self.betas = ns_steps, tuple(adamw_betas)
+        self.ns_steps, self.betas, self.qk_clip_threshold = ns_steps, tuple(adamw_betas), qk_clip_threshold
+        self.beta1 = Tensor([self.betas[0]], mstype.float32)  # as AdamW's, for who asks
         self.ns_type = getattr(mstype, model.config.compute_dtype)
-        matrices = model.matrices()
+        matrices, rows = model.matrices(), model.qk_rows() if qk_clip_threshold else {}
         self.uses_muon = [weight.name in matrices for weight in self._parameters]
         self.first = ParameterTuple(
             state(weight, MOMENTUM if muon else "adam_m.")
@@ -182,7 +199,7 @@ class Muon(nn.Optimizer):
             if muon:
                 axes, parts = matrices[weight.name]
                 gathers = gathers_of(weight, axes, model.config.parallel_config)
-                self.updates.append(MuonUpdate(weight, parts, gathers, self))
+                self.updates.append(MuonUpdate(weight, parts, gathers, self, rows.get(weight.name)))
             else:
                 self.updates.append(AdamWUpdate(self.betas, adamw_eps))
 

@@ -27,6 +27,7 @@ from mindformers_ext.training.checkpoint_monitor import BeginAt, CheckpointMonit
 from mindformers_ext.training.evaluation import Evaluation
 from mindformers_ext.training.heartbeat import Heartbeat
 from mindformers_ext.training.metrics import samples_per_step
+from mindformers_ext.training.monitors import ForgetLogits
 from mindformers_ext.training.recipe import Average, FollowRecipe
 from mindformers_ext.training.steering import Steering
 from mindformers_ext.training.wrapper import real_model
@@ -120,6 +121,8 @@ class ResumingTrainer(CausalLanguageModelingTrainer):
         if guards.use_skip_data_by_global_norm:
             first.append(BadSteps(guards.monitor_config or MonitorConfig()))
         recipe = guards.recipe
+        if self.config.run.model and self.config.run.model.track_max_attention_logit:
+            first.append(ForgetLogits())
         if recipe:
             first.append(FollowRecipe(self.config.run))
         if recipe and recipe.ema_decay:

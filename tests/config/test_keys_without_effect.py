@@ -167,7 +167,8 @@ EFFECTS = {
     },
     "Muon": {
         "mindformers_ext/training/muon.py": """
-            learning_rate weight_decay matched_adamw_rms momentum nesterov ns_steps adamw_betas adamw_eps""",
+            learning_rate weight_decay matched_adamw_rms momentum nesterov ns_steps adamw_betas adamw_eps
+            qk_clip_threshold""",
         "mindformers/tools/register/register.py": "type:333 auto_register:362",
     },
     "Recipe": {
@@ -206,7 +207,7 @@ EFFECTS = {
     },
     "Monitors": {
         "mindformers_ext/training/monitors.py": """
-            gradient_norms weight_norms update_norms moment_norms experts times""",
+            gradient_norms weight_norms update_norms moment_norms experts times attention_logits""",
     },
     "CheckpointMonitor": {
         "mindformers_ext/training/checkpoint_monitor.py": """
@@ -233,7 +234,8 @@ EFFECTS = {
         "research/deepseek3/deepseek2_model.py": """
             hidden_size num_layers num_heads intermediate_size vocab_size kv_lora_rank q_lora_rank qk_rope_head_dim
             qk_nope_head_dim v_head_dim tie_word_embeddings rms_norm_eps initializer_range compute_dtype
-            layernorm_compute_type param_init_type pad_token_id ignore_token_id input_sliced_sig moe_config""",
+            track_max_attention_logit layernorm_compute_type param_init_type pad_token_id ignore_token_id
+            input_sliced_sig moe_config""",
         "research/deepseek3/rope.py": "max_position_embeddings rotary_dtype theta",
         "research/deepseek3/balance_loss.py": "return_extra_loss",
         "research/deepseek3/deepseek3_model.py": "mtp_loss_factor",

@@ -66,3 +66,49 @@ def test_steps_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = matrices.get(weight.name, [others.get(weight.name)])
         for mine, theirs in zip(ours, expected, strict=True):
             np.testing.assert_allclose(mine, theirs.detach().numpy(), atol=5e-6, err_msg=weight.name)
+
+
+OPERATORS = ("use_flash_attention", "use_fused_rope")
+
+
+@pytest.mark.parametrize("operators", [(), OPERATORS[:1], OPERATORS], ids=["basic", "flash", "at once"])
+@pytest.mark.parametrize("q_lora_rank", [32, None])
+def test_attention_logits_are_clipped(operators: tuple[str, ...], q_lora_rank: int | None) -> None:
+    """Weights that grew too large give, after a step of rate 0, logits of at most the threshold in every head."""
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    options = dict.fromkeys(operators, True) | {"mtp_depth": 1, "q_lora_rank": q_lora_rank, "initializer_range": 0.2}
+    model = DeepseekV3ForCausalLM(v3_config(track_max_attention_logit=True, **options))
+    model.set_train()
+    weights = model.trainable_params()
+    optimizer = Muon(weights, 0.0, weight_decay=0.0, qk_clip_threshold=3.0, model=model)
+    rng = np.random.default_rng(0)
+    ids = Tensor(rng.integers(2, 128, (2, 24)), ms.int32)
+
+    def largest() -> np.ndarray:
+        for _, logits in model.attention_logits():
+            logits.set_data(Tensor(np.full(logits.shape, -np.inf, np.float32)))
+        model(ids, ids)
+        return np.stack([logits.asnumpy() for _, logits in model.attention_logits()])
+
+    first, before = largest(), {weight.name: weight.asnumpy().copy() for weight in weights}
+    assert (first > 3).any() and (first < 3).any()
+    optimizer(tuple(Tensor(np.ones(weight.shape, np.float32)) for weight in weights), Tensor([True]))
+    changed = {name for name in before if np.any(before[name] != model.parameters_dict()[name].asnumpy())}
+    assert changed and all(name.endswith(("q_b_proj.weight", "q_proj.weight", "kv_b_proj.weight")) for name in changed)
+    # What the first layer sees has not changed; the others see what it makes of the same values and other weights.
+    np.testing.assert_allclose(largest()[0], np.minimum(first[0], 3), rtol=1e-5)
+
+
+def test_the_largest_logits_are_those_of_the_scores() -> None:
+    """All three ways to attend find the same ones."""
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    found = []
+    for operators in ((), OPERATORS[:1], OPERATORS):
+        ms.set_seed(1)
+        model = DeepseekV3ForCausalLM(v3_config(track_max_attention_logit=True, **dict.fromkeys(operators, True)))
+        model.set_train()
+        model(*(Tensor(np.arange(48).reshape(2, 24) + 2, ms.int32),) * 2)
+        found.append(np.stack([logits.asnumpy() for _, logits in model.attention_logits()]))
+    assert np.isfinite(found[0]).all()
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-4, atol=1e-6)
