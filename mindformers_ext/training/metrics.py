@@ -49,6 +49,11 @@ def take_loss_parts(model: nn.Cell) -> tuple[float | None, float | None, float |
     return tuple(float(part) for part in parts[:3] / parts[3])
 
 
+def total_loss(model: nn.Cell, main: float | None, mtp: float, balance: float) -> float | None:
+    """The loss that was trained, of its parts; None on a pipeline stage that computes none."""
+    return None if main is None else main + as_float(model.mtp_factor()) * mtp + balance
+
+
 def take_dropped(model: nn.Cell) -> int | None:
     """Choices of experts that found no row in this step, with dropless_rows: bounded, over the layers here; reset."""
     counters = [router.dropped_choices for _, router in model.moe_routers() if hasattr(router, "dropped_choices")]
@@ -228,7 +233,7 @@ class TrainingMetrics(Callback):
         dropped = take_dropped(self.model)
         return {
             **({} if dropped is None else {"dropped_choices": dropped}),
-            "loss": None if main is None else main + as_float(self.model.mtp_factor()) * mtp + balance,
+            "loss": total_loss(self.model, main, mtp, balance),
             "main_loss": main,
             "mtp_loss": mtp,
             "balance_loss": balance,

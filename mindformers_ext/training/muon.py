@@ -11,6 +11,7 @@ are split by whole matrices only, are each orthogonalized where they lie.
 import math
 
 import mindspore as ms
+import numpy as np
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -84,8 +85,14 @@ class MuonUpdate(nn.Cell):
     def __init__(self, weight: Parameter, parts: int, gathers: list[Gather], rules: "Muon", rows: tuple | None):
         super().__init__(auto_prefix=False)
         self.threshold = rules.qk_clip_threshold
-        self.logits, self.rows = (rows[0], Tensor(rows[1][:, None])) if rows else (None, None)
-        self.take, self.stack = ops.Gather(), ops.Concat(0)
+        self.logits, self.take, self.stack = None, ops.Gather(), ops.Concat(0)
+        if rows:
+            self.logits, own = rows
+            for gather in gathers[::-1]:
+                own = np.split(own, gather.ways)[gather.place]
+            self.rows, self.scale = Tensor(own[:, None]), self.scale_rows
+            if gathers:  # the compiler reads shapes before it cuts weights, and a Morph's body after
+                self.scale = ops.Morph(self.scale_rows, lambda weight, kinds: weight, lambda weight, kinds: weight)
         *_, rows, columns = weight.shape
         self.is_stack, self.parts = weight.ndim == 3, parts
         self.momentum, self.nesterov = rules.momentum, rules.nesterov
@@ -113,11 +120,11 @@ class MuonUpdate(nn.Cell):
     def clipped(self, weight):
         """The weight with the heads scaled down whose logits have grown too large (Kimi K2, arXiv 2507.20534)."""
         scale = self.threshold / ops.maximum(self.logits, self.threshold)  # (N,)
-        kinds = self.stack((ops.sqrt(scale), scale, ops.ones_like(scale)))
-        factors = self.take(kinds, self.rows, 0)  # (rows, 1)
-        for gather in self.cuts:
-            factors = gather.cut(factors)
-        return weight * factors
+        return self.scale(weight, self.stack((ops.sqrt(scale), scale, ops.ones_like(scale))))
+
+    def scale_rows(self, weight, kinds):
+        """This rank's rows times the number of their kind."""
+        return weight * self.take(kinds, self.rows, 0)
 
     def construct(self, weight, first, second, gradient, rate, decay, corrections, taken):
         """Change weight and momentum where `taken`."""

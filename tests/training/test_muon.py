@@ -71,8 +71,7 @@ def test_steps_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 OPERATORS = ("use_flash_attention", "use_fused_rope")
 
 
-@pytest.mark.parametrize("operators", [(), OPERATORS[:1], OPERATORS], ids=["basic", "flash", "at once"])
-@pytest.mark.parametrize("q_lora_rank", [32, None])
+@pytest.mark.parametrize(("operators", "q_lora_rank"), [((), None), (OPERATORS, 32)], ids=["basic", "at once"])
 def test_attention_logits_are_clipped(operators: tuple[str, ...], q_lora_rank: int | None) -> None:
     """Weights that grew too large give, after a step of rate 0, logits of at most the threshold in every head."""
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
@@ -80,7 +79,6 @@ def test_attention_logits_are_clipped(operators: tuple[str, ...], q_lora_rank: i
     model = DeepseekV3ForCausalLM(v3_config(track_max_attention_logit=True, **options))
     model.set_train()
     weights = model.trainable_params()
-    optimizer = Muon(weights, 0.0, weight_decay=0.0, qk_clip_threshold=3.0, model=model)
     rng = np.random.default_rng(0)
     ids = Tensor(rng.integers(2, 128, (2, 24)), ms.int32)
 
@@ -91,12 +89,13 @@ def test_attention_logits_are_clipped(operators: tuple[str, ...], q_lora_rank: i
         return np.stack([logits.asnumpy() for _, logits in model.attention_logits()])
 
     first, before = largest(), {weight.name: weight.asnumpy().copy() for weight in weights}
-    assert (first > 3).any() and (first < 3).any()
+    threshold = float(np.median(first[0]))
+    optimizer = Muon(weights, 0.0, weight_decay=0.0, qk_clip_threshold=threshold, model=model)
     optimizer(tuple(Tensor(np.ones(weight.shape, np.float32)) for weight in weights), Tensor([True]))
     changed = {name for name in before if np.any(before[name] != model.parameters_dict()[name].asnumpy())}
     assert changed and all(name.endswith(("q_b_proj.weight", "q_proj.weight", "kv_b_proj.weight")) for name in changed)
     # What the first layer sees has not changed; the others see what it makes of the same values and other weights.
-    np.testing.assert_allclose(largest()[0], np.minimum(first[0], 3), rtol=1e-5)
+    np.testing.assert_allclose(largest()[0], np.minimum(first[0], threshold), rtol=1e-5)
 
 
 def test_the_largest_logits_are_those_of_the_scores() -> None:
