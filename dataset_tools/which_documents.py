@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mindformers_ext.bin_dataset.sample_order import LeftOut, Place, passages, samples_of_step
 from mindformers_ext.config.command_line import all_overrides, build_parser, find
 from mindformers_ext.config.data_check import read_loader
+from mindformers_ext.config.recipe import phase_after, phases, samples_per_step
 from mindformers_ext.config.run import Run, read_run
 from mindformers_ext.errors import ConfigError, exit_code_of
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, open_source
@@ -47,7 +48,10 @@ def report(arguments: list[str]) -> None:
         left_out = LeftOut(run.value("train_dataset.data_loader.leave_out") or (), asked.size_of(len(dataset)))
         whole = run.value("train_dataset.drop_remainder") is not False
         skipped = 0 if after.step else run.sections.data_skip_steps or 0
-        samples = samples_of_step(left_out, run.global_batch, own.step, skipped, after, whole)
+        phase, _ = phase_after(phases(run), max(own.step - 1, 0))
+        if phase.step > after.step:  # its batch begins where those before have ended
+            after = Place(phase.step, 0, left_out.place_after(phase.tokens // run.model.seq_length))
+        samples = samples_of_step(left_out, samples_per_step(run, phase), own.step, skipped, after, whole)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{run.path}: train_dataset.data_loader: {error}") from None
     for sample in samples.tolist():

@@ -60,9 +60,14 @@ def phases(run: "Run") -> list[Phase]:
     return [p for p, after in zip(found, [*found[1:], None], strict=True) if after is None or after.step > p.step]
 
 
+def samples_per_step(run: "Run", phase: Phase) -> int:
+    """Samples of an optimizer step of this phase."""
+    return run.batch_size * run.dp * phase.micro_batches
+
+
 def tokens_per_step(run: "Run", phase: Phase) -> int:
     """Tokens of an optimizer step of this phase."""
-    return run.batch_size * run.dp * phase.micro_batches * run.model.seq_length
+    return samples_per_step(run, phase) * run.model.seq_length
 
 
 def phase_after(found: Sequence[Phase], step: int) -> tuple[Phase, int | None]:

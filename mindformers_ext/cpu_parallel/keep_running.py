@@ -23,7 +23,7 @@ from pathlib import Path
 
 from mindformers_ext.bin_dataset.sample_order import LeftOut, Place, ranges_of, samples_of_step
 from mindformers_ext.config.data_check import read_loader
-from mindformers_ext.config.recipe import micro_batch_key, phase_after, phases
+from mindformers_ext.config.recipe import micro_batch_key, phase_after, phases, samples_per_step
 from mindformers_ext.config.run import Run
 from mindformers_ext.cpu_parallel.command import read_plan
 from mindformers_ext.errors import INTERRUPTED, ConfigError, TrainingStopped, exit_code_of
@@ -98,7 +98,8 @@ def samples_of(run: Run, state: State, step: int) -> list[list[int]]:
     skipped = 0 if meta else run.sections.data_skip_steps or 0
     left_out = LeftOut(left_out_so_far(run, state), read_loader(run, "train_dataset").count())
     whole = run.value("train_dataset.drop_remainder") is not False
-    return ranges_of(samples_of_step(left_out, run.global_batch, step, skipped, after, whole))
+    per_step = samples_per_step(run, phase_after(phases(run), step - 1)[0])
+    return ranges_of(samples_of_step(left_out, per_step, step, skipped, after, whole))
 
 
 def note_death(run: Run, state: State, deaths: int, say: Callable[[str], None]) -> None:

@@ -85,10 +85,18 @@ def test_a_run_with_all_of_it_resumes_bitwise(tmp_path: Path) -> None:
     poisoned.write_data(tmp_path / "toy_text_document")
     recipe = RECIPE | {"micro_batches": [[0, 1], [64, 2], [192, 3]]}
     guard = ["--use_skip_data_by_global_norm", "True", "--monitor_config.global_norm_spike_factor", "50"]
-    guard += ["--use_graceful_exit", "True"]
+    guard += ["--use_graceful_exit", "True", "--optimizer", json.dumps({"type": "Muon", "qk_clip_threshold": 1e-4})]
+    guard += ["--model.model_config.track_max_attention_logit", "True"]
     keep = ["bash", str(ROOT / "scripts/keep_running.sh"), "--"]
     check(run_command([*keep, *command(30, recipe, *guard, "--output_dir", "whole")], tmp_path, timeout=600))
     expected = metrics(tmp_path / "whole")
+    for step, first, count in ((2, 2, 2), (4, 8, 4), (7, 24, 6)):
+        more = ["--output_dir", "whole", "--step", str(step)]
+        found = run_command(
+            [sys.executable, str(ROOT / "dataset_tools/which_documents.py"), *command(30, recipe)[2:], *more], tmp_path
+        )
+        samples = {int(line.partition(":")[0].split()[1]) for line in found.stdout.splitlines()}
+        assert samples == set(range(first, first + count)), found.stderr
     assert [record["step"] for record in expected] == list(range(1, 8))  # 2 x 2, 2 x 4, 3 x 6 samples
 
     parts = tmp_path / "parts"
