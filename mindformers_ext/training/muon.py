@@ -92,7 +92,7 @@ class MuonUpdate(nn.Cell):
                 own = np.split(own, gather.ways)[gather.place]
             self.rows, self.scale = Tensor(own[:, None]), self.scale_rows
             if gathers:  # the compiler reads shapes before it cuts weights, and a Morph's body after
-                self.scale = ops.Morph(self.scale_rows, lambda weight, kinds: weight, lambda weight, kinds: weight)
+                self.scale = ops.Morph(self.scale_rows, self.as_weight, self.as_weight)
         *_, rows, columns = weight.shape
         self.is_stack, self.parts = weight.ndim == 3, parts
         self.momentum, self.nesterov = rules.momentum, rules.nesterov
@@ -125,6 +125,10 @@ class MuonUpdate(nn.Cell):
     def scale_rows(self, weight, kinds):
         """This rank's rows times the number of their kind."""
         return weight * self.take(kinds, self.rows, 0)
+
+    def as_weight(self, weight, kinds):
+        """Shape and type of the result."""
+        return weight
 
     def construct(self, weight, first, second, gradient, rate, decay, corrections, taken):
         """Change weight and momentum where `taken`."""

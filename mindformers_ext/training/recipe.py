@@ -63,7 +63,7 @@ class FollowRecipe(Callback):
 class Average(Callback):
     """Keep an exponential moving average of the weights in float32 on the host (arXiv 2412.19437, section 4.2).
 
-    Each rank has its part. It begins as the weights are, and is saved and loaded with them.
+    Each rank has its part. It begins as the weights are after the first step, and is saved and loaded with them.
 
     Args:
         source: the checkpoint that the run goes on from, if it does.
@@ -75,20 +75,27 @@ class Average(Callback):
         self.pieces: dict[str, Piece] = {}
 
     def on_train_begin(self, run_context: RunContext) -> None:
-        """Begin with the saved average, or with the weights."""
+        """Go on with the saved average."""
         cb_params = run_context.original_args()
-        pieces = trained(cb_params.train_network)
+        cb_params.average = self.pieces
+        if self.source:
+            self.begin(cb_params.train_network)
+
+    def begin(self, network: nn.Cell) -> None:
+        """Take what was saved, else the weights; the network has been compiled, so a rank knows its part."""
+        pieces = trained(network)
         saved = set(self.source.names()) if self.source else set()
         wanted = {AVERAGE + name: piece.slot for name, piece in pieces.items() if AVERAGE + name in saved}
         read = dict(load(self.source, wanted)) if wanted else {}
         for name, piece in pieces.items():
             array = read.get(AVERAGE + name, piece.array)
             self.pieces[AVERAGE + name] = Piece(array.astype(np.float32), piece.slot)
-        cb_params.average = self.pieces
 
     def on_train_step_end(self, run_context: RunContext) -> None:
         """Move the average towards the weights, unless the step was left out."""
         cb_params = run_context.original_args()
+        if not self.pieces:
+            self.begin(cb_params.train_network)
         if cb_params.get("left_out"):
             return
         for name, piece in trained(cb_params.train_network).items():
