@@ -30,7 +30,7 @@ def check_classes(run: Run) -> None:
         ConfigError: everything that cannot work.
     """
     started = os.getenv("MS_WORKER_NUM") or os.getenv("RANK_SIZE") or os.getenv(WORLD_SIZE)
-    if run.is_semi_auto and started:
+    if (run.is_semi_auto or run.holds_whole_models) and started:
         run.device_num = int(started)
     refuse(run, [*check_run(run), *several_processes(run)])
     sentences = [sentence for section in other_classes(run) for sentence in check_class(*section)]

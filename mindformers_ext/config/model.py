@@ -307,6 +307,7 @@ class ModelConfig:
     use_fused_swiglu: bool = False
     use_fused_rms_norm: bool = False
     use_fused_cross_entropy: bool = False  # CPU: head and loss in one operator that keeps no logits
+    track_max_attention_logit: bool = False  # every layer keeps the largest logit of each head
     # run
     pp_interleave_num: Positive = 1  # chunks of layers in each pipeline stage
     offset: Offset = 0  # layers more (or fewer) than num_layers // pipeline_stage // pp_interleave_num, per stage

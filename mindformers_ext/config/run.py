@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from mindformers_ext.config.model import FAMILIES, ModelConfig, MoeConfig
 from mindformers_ext.config.pipeline import Pipeline
+from mindformers_ext.config.recipe import Recipe
 from mindformers_ext.config.sections import (
     CHECKPOINTS,
     Arch,
@@ -94,6 +95,7 @@ class Sections:
     swap_config: SwapConfig | None = None
     monitor_config: MonitorConfig | None = None
     tensorboard: Tensorboard | None = None
+    recipe: Recipe | None = None
     use_skip_data_by_global_norm: bool = False  # leave bad steps out; monitor_config says what is bad
     do_eval: bool = False  # evaluate eval_dataset while training,
     eval_step_interval: Positive = 100  # every so many steps
@@ -179,7 +181,6 @@ class Run(Degrees):
     device_num: int
     values: dict[str, Any] = field(repr=False)
 
-    dp = said("parallel_config.data_parallel")
     cp = said("parallel_config.context_parallel")
     mp = said("parallel_config.model_parallel")
     pp = said("parallel_config.pipeline_stage")
@@ -193,6 +194,16 @@ class Run(Degrees):
     shard_optimizer = said("parallel.enable_parallel_optimizer")
     optimizer_shard_size = said("parallel.parallel_optimizer_config.optimizer_weight_shard_size")
     shard_gradients = said("parallel.parallel_optimizer_config.gradient_accumulation_shard")
+
+    @property
+    def dp(self) -> int:
+        """The data-parallel degree; where every device holds the whole model, all devices, which no YAML must count."""
+        return self.device_num if self.holds_whole_models else self.sections.parallel_config.data_parallel
+
+    @property
+    def holds_whole_models(self) -> bool:
+        """True in MindFormers' data-parallel mode."""
+        return self.sections.use_parallel and self.sections.parallel.parallel_mode in (0, "data_parallel")
 
     @classmethod
     def of(cls, values: dict[str, Any], path: str | Path, device_num: int | None = None) -> "Run":

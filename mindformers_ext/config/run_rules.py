@@ -5,11 +5,21 @@ Each rule yields a Violation whose sentence completes "KEY is VALUE, but …".
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mindformers_ext.config.run import Run
-from mindformers_ext.config.sections import AdamW, AdapterMonitor, CheckpointMonitor, Dataset, TopkBiasBalance
+from mindformers_ext.config.sections import (
+    AdamW,
+    AdapterMonitor,
+    CheckpointMonitor,
+    Dataset,
+    TopkBiasBalance,
+    TrainingMetrics,
+)
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files.json_files import short
+
+REPORTS_SCHEDULE = "WarmupStableCosineStepsLR"  # which has its own count of steps
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ def one_saver(run: Run) -> Iterator[Violation]:
 def schedule_that_falls(run: Run) -> Iterator[Violation]:
     rate = run.sections.lr_schedule
     peak, end = getattr(rate, "learning_rate", None), getattr(rate, "lr_end", None)
-    if run.value("lr_schedule.type") == "WarmupStableCosineStepsLR" and peak is not None and end > peak:
+    if run.value("lr_schedule.type") == REPORTS_SCHEDULE and peak is not None and end > peak:
         yield Violation("lr_schedule.lr_end", f"must lie between 0 and learning_rate {peak}")
 
 
@@ -176,6 +186,51 @@ def keys_that_need_others(run: Run) -> Iterator[Violation]:
             yield Violation(f"optimizer.{key}", "MindFormers' AdamW has it with use_fused only")
 
 
+def logits_that_are_tracked(run: Run) -> Iterator[Violation]:
+    tracked = run.model is not None and run.model.track_max_attention_logit
+    monitors = [item.monitors for item in run.sections.callbacks if isinstance(item, TrainingMetrics)]
+    key, rule = "model.model_config.track_max_attention_logit", "it must be True: {} reads them"
+    if not run.trains or tracked:
+        return
+    if any(found is not None and found.attention_logits for found in monitors):
+        yield Violation(key, rule.format("TrainingMetrics' monitor attention_logits"))
+    if getattr(run.sections.optimizer, "qk_clip_threshold", None) is not None:
+        yield Violation(key, rule.format("optimizer.qk_clip_threshold"))
+
+
+def recipe_that_can_be_followed(run: Run) -> Iterator[Violation]:
+    recipe = run.sections.recipe
+    if recipe is None or not run.trains:
+        return
+    if run.model is None:
+        yield Violation("recipe", "it is followed with DeepSeek's models only")
+        return
+    sinks = not run.on_cpu and run.value("runner_config.sink_mode")
+    if sinks and run.value("runner_config.sink_size") not in (None, 1):
+        yield Violation("runner_config.sink_size", "recipe looks at every step; set it to 1")
+    for key in ("micro_batches", "mtp_loss_factor", "topk_bias_update_rate"):
+        points = getattr(recipe, key) or []
+        if any(after[0] <= before[0] for before, after in pairwise(points)):
+            yield Violation(f"recipe.{key}", "the tokens of its pairs must rise")
+    if recipe.mtp_loss_factor and not run.model.mtp_depth:
+        yield Violation("recipe.mtp_loss_factor", "model.model_config.mtp_depth is 0")
+    if recipe.topk_bias_update_rate and not run.model.moe_config.balance_via_topk_bias:
+        yield Violation("recipe.topk_bias_update_rate", "moe_config.balance_via_topk_bias is False")
+    points = recipe.micro_batches
+    if not points:
+        return
+    if points[0][0] != 0 or any(count != int(count) or count < 1 for _, count in points):
+        yield Violation("recipe.micro_batches", "it must begin at 0 tokens, and micro-batches are whole numbers")
+    elif run.pp > 1 and any(count < run.pp for _, count in points):
+        yield Violation("recipe.micro_batches", f"a pipeline of {run.pp} stages needs as many micro-batches")
+    if run.holds_whole_models and run.value("parallel_config.data_parallel") is None:
+        yield Violation("parallel_config.data_parallel", "recipe.micro_batches counts by it; set it to the devices")
+    if not any(isinstance(item, CheckpointMonitor) for item in run.sections.callbacks):
+        yield Violation("recipe.micro_batches", "a batch goes on from a checkpoint; add the callback CheckpointMonitor")
+    if run.value("lr_schedule.total_steps") in (None, -1) and run.value("lr_schedule.type") != REPORTS_SCHEDULE:
+        yield Violation("lr_schedule.total_steps", "with a batch that grows it cannot be counted; set it")
+
+
 def numbers_of_a_cpu(run: Run) -> Iterator[Violation]:
     """MindSpore multiplies float32 only on CPU, our kernels also bfloat16."""
     model = run.model
@@ -219,5 +274,7 @@ RUN_RULES = (
     data_of_a_task,
     one_reader,
     keys_that_need_others,
+    recipe_that_can_be_followed,
+    logits_that_are_tracked,
 )
 CPU_RULES = (numbers_of_a_cpu, watched_on_a_card, operators_of_a_card)

@@ -57,6 +57,7 @@ NOT_HANDED_ON = "MindFormers 1.9 does not hand it to MindSpore"
 NO_SWAP = "the layers of these models keep or recompute activations, and move none to the host"
 STRATEGIES = "sharding.py says how the model is split, and checkpoints need no file of it"
 FROM_TOP = "the key of this name at the top of the YAML is read"
+LOCAL_NORMS = "the callback TrainingMetrics has monitors.gradient_norms, by parameter and layer on any device"
 OTHER_LAYERS = "MindFormers' own layers record it, which these models do not have"
 
 
@@ -181,8 +182,7 @@ class ParallelContext:
         only(None, "parallel_config.pipeline_stage says it"): "pipeline_stages pipeline_segments",
         only(1, "MindSpore refuses it; see runner_config.gradient_accumulation_steps"): "grad_accumulation_step",
         only(None, "it is a key of parallel_optimizer_config"): "optimizer_weight_shard_size",
-        only(None, "monitor_config.local_norm_format and device_local_norm_format set it"): "dump_local_norm "
-        "dump_device_local_norm dump_local_norm_path",
+        only(None, LOCAL_NORMS): "dump_local_norm dump_device_local_norm dump_local_norm_path",
         only(None, "MindSpore sets it for itself"): "init_param_in_compile auto_parallel_new_interface",
         dict[str, Any]: "comm_fusion",
         Literal["all_group_parallel", "same_server_group_parallel", "no_group_parallel"]: "communi_parallel_mode",
@@ -258,10 +258,12 @@ class MonitorConfig:
         list[str] | None: "target",
         bool: "invert print_struct",
         Positive: "step_interval",
-        Formats: "local_norm_format device_local_norm_format optimizer_state_format weight_state_format",
+        Formats: "optimizer_state_format weight_state_format",
+        only(None, LOCAL_NORMS): "local_norm_format device_local_norm_format",
         PositiveNumber | None: "throughput_baseline",
         dict[str, Any] | None: "stable_rank_config",
-        only(None, OTHER_LAYERS): "local_loss_format device_local_loss_format max_attention_logit_format",
+        only(None, OTHER_LAYERS): "local_loss_format device_local_loss_format",
+        only(None, "the callback TrainingMetrics has monitors.attention_logits"): "max_attention_logit_format",
         only(False, "it trains on from MindFormers' checkpoints, which are not written"): "check_for_global_norm",
         only(None, "it chooses among MindFormers' checkpoints, which are not written"): "health_checkpoint",
     }
@@ -408,12 +410,29 @@ class AdamW:
     }
 
 
+@dataclass(kw_only=True)
+class Muon:
+    """training/muon.py."""
+
+    type: str
+    learning_rate: PositiveNumber | None = None
+    qk_clip_threshold: PositiveNumber | None = None  # the largest attention logit that stays; None: any does
+    passed_on = {
+        NotNegativeNumber: "weight_decay",
+        PositiveNumber: "matched_adamw_rms adamw_eps",
+        Fraction: "momentum",
+        Betas: "adamw_betas",
+        bool: "nesterov",
+        Annotated[int, Meta(ge=1, le=99)]: "ns_steps",
+        Text: "auto_register",
+    }
+
+
 class Optimizer(Choice):
     """The `optimizer` section."""
 
-    kinds = {"AdamW": AdamW}
+    kinds = {"AdamW": AdamW, "Muon": Muon}
     refused = {
-        "Muon": OTHER_LAYERS.replace("record it", "limit the attention logits as it needs"),
         "PmaAdamW": "it needs get_model_parameters, which only MindFormers' own models have",
     }
     others = (
@@ -531,7 +550,12 @@ class TrainOneStep:
 
     type: str
     scale_sense: Annotated[float, Meta(ge=1)] | ScaleSense = 1.0
-    passed_on = {bool: "use_clip_grad local_norm", PositiveNumber: "max_grad_norm", Text: "auto_register"}
+    passed_on = {
+        bool: "use_clip_grad",
+        PositiveNumber: "max_grad_norm",
+        Text: "auto_register",
+        only(False, LOCAL_NORMS): "local_norm",
+    }
 
 
 class Wrapper(Choice):
@@ -556,7 +580,8 @@ class Monitors:
     weight_norms: Positive | None = None
     update_norms: Positive | None = None  # of what the step changed; keeps a copy of the weights during the step
     moment_norms: Positive | None = None  # of AdamW's first and second moments
-    experts: Positive | None = None  # entropy of the loads, experts without a token
+    experts: Positive | None = None  # entropy of the loads, experts without a token, the share that was dropped
+    attention_logits: Positive | None = None  # the largest of each layer; its graph keeps those of every head
     times: Positive | None = None  # seconds in the step, and between steps
 
 

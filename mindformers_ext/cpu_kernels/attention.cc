@@ -106,7 +106,7 @@ void turn_keys(const AttentionRule& s, const float* k, float* k_turned) {
   write_transposed(k, s.keys, s.key_width, s.key_width, k_turned, s.turned_stride());
 }
 
-void attend(const AttentionRule& s, const Head& h, int64_t query, float* out, float* log_sum) {
+void attend(const AttentionRule& s, const Head& h, int64_t query, float* out, float* log_sum, float* largest) {
   const int64_t rows = std::min(kQueryBlock, s.queries - query), width = s.value_width;
   const Scratch memory(kScores + 2 * kQueryBlock);
   float *scores = memory.get(), *maximum = scores + kScores, *sum = maximum + kQueryBlock;
@@ -139,6 +139,7 @@ void attend(const AttentionRule& s, const Head& h, int64_t query, float* out, fl
   for (int64_t i = 0; i < rows; ++i) {
     float *o = out + i * s.context_stride, scale = sum[i] > 0 ? 1.0f / sum[i] : 0.0f;
     for (int64_t j = 0; j < width; ++j) o[j] *= scale;
+    largest[i] = maximum[i];
     log_sum[i] = sum[i] > 0 ? maximum[i] + std::log(sum[i]) : std::numeric_limits<float>::infinity();
   }
 }

@@ -34,8 +34,9 @@ const uint8_t* mask_of(const AttentionRule& rule, const Tensor* mask, int64_t se
 // Write K^T of a head.
 void turn_keys(const AttentionRule& rule, const float* k, float* k_turned);
 
-// O (rows, Dv), with context_stride, and L (rows,) of the block of queries that begins at `query`.
-void attend(const AttentionRule& rule, const Head& head, int64_t query, float* out, float* log_sum);
+// O (rows, Dv), with context_stride, L (rows,) and each row's largest score of the block of queries that begins at
+// `query`.
+void attend(const AttentionRule& rule, const Head& head, int64_t query, float* out, float* log_sum, float* largest);
 
 // dQ, dK and dV of a head, rows side by side; `out` is null where O was rounded to bfloat16.
 void attend_grad(const AttentionRule& rule, const Head& head, const float* out, const float* log_sum,

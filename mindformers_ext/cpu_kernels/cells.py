@@ -37,16 +37,23 @@ class FirstOf(Kernel):
 
 
 class Attention(nn.Cell):
-    """An operator with a mask as its last input, which it does not have where that is None: causal."""
+    """An operator with a mask as its last input, which it does not have where that is None: causal.
+
+    Its outputs are the context, L of attention.h and the largest score of every query; `with_scores` returns the last
+    one too.
+    """
 
     def __init__(self, operator: Callable, causal_bprop: Callable, masked_bprop: Callable):
         super().__init__()
         self.causal, self.masked = operator(bprop=causal_bprop), operator(bprop=masked_bprop)
 
     def construct(self, *inputs):
-        if inputs[-1] is None:
-            return self.causal(*inputs[:-1])[0]
-        return self.masked(*inputs)[0]
+        return self.with_scores(*inputs)[0]
+
+    def with_scores(self, *inputs):
+        """The context and the largest score of every query (B, N, S) float32, which takes no gradient."""
+        found = self.causal(*inputs[:-1]) if inputs[-1] is None else self.masked(*inputs)
+        return found[0], found[2]
 
 
 class RmsNorm(FirstOf):
@@ -81,9 +88,10 @@ class FlashAttention(Attention):
             return (*grad(dout[0], query, key, value, out[0], out[1], mask), ops.zeros_like(mask))
 
         def shapes(q, k, v, *_):
-            return (*q[:3], v[3]), tuple(q[:3])
+            return (*q[:3], v[3]), tuple(q[:3]), tuple(q[:3])
 
-        operator = partial(custom, "FlashAttention", shapes, lambda q, *_: (q, mstype.float32), **rule)
+        types = (mstype.float32,) * 2
+        operator = partial(custom, "FlashAttention", shapes, lambda q, *_: (q, *types), **rule)
         super().__init__(operator, causal_bprop, masked_bprop)
 
 
@@ -108,9 +116,11 @@ class LatentAttention(Attention):
             return (*gradients, ops.zeros_like(cos), ops.zeros_like(sin), ops.zeros_like(mask))
 
         def shapes(q, kv, pe, cos, *_):
-            return (q[0], kv[1] - q[1] + heads * pe[1]), (q[0] // cos[2], heads, cos[2])
+            rows = (q[0] // cos[2], heads, cos[2])
+            return (q[0], kv[1] - q[1] + heads * pe[1]), rows, rows
 
-        operator = partial(custom, "LatentAttention", shapes, lambda q, *_: (q, mstype.float32), **rule)
+        types = (mstype.float32,) * 2
+        operator = partial(custom, "LatentAttention", shapes, lambda q, *_: (q, *types), **rule)
         super().__init__(operator, causal_bprop, masked_bprop)
 
 

@@ -24,12 +24,12 @@ Head head_of(const AttentionRule& rule, const float* q, const float* k, const fl
 }
 
 // Inputs query (B, N, Sq, Dk), key (B, N, Sk, Dk), value (B, N, Sk, Dv) and, unless causal, a mask (1 or B, 1, Sq, Sk);
-// outputs context (B, N, Sq, Dv), L (B, N, Sq) float32. Attributes scale, diagonal.
+// outputs context (B, N, Sq, Dv), L and the largest scores (B, N, Sq) float32. Attributes scale, diagonal.
 void flash_attention(const Call& call) {
-  const Tensor* mask = call.size() == 6 ? &call[3] : nullptr;
+  const Tensor* mask = call.size() == 7 ? &call[3] : nullptr;
   const AttentionRule rule = rule_of(call, 0, 1, 2);
   const Input q(call[0]), k(call[1]), v(call[2]);
-  Output out(call[call.size() - 2]), log_sum(call[call.size() - 1]);
+  Output out(call[call.size() - 3]), log_sum(call[call.size() - 2]), largest(call[call.size() - 1]);
   const int64_t heads = call[0].shape.at(1), count = call[0].shape.at(0) * heads;
   const int64_t blocks = blocks_of(rule.queries, kQueryBlock);
   const Scratch k_turned(count * rule.turned_keys());
@@ -41,7 +41,7 @@ void flash_attention(const Call& call) {
     const int64_t index = task / blocks;
     const int64_t query = (blocks - 1 - task % blocks) * kQueryBlock;  // the longest rows first
     const int64_t row = index * rule.queries + query;
-    attend(rule, prepared[index], query, out + row * rule.value_width, log_sum + row);
+    attend(rule, prepared[index], query, out + row * rule.value_width, log_sum + row, largest + row);
   });
 }
 
@@ -64,17 +64,23 @@ void flash_attention_grad(const Call& call) {
 }
 
 // Inputs query, key, value and perhaps a mask; outputs softmax_max (B, N, Sq, 8), softmax_sum, softmax_out, context.
-// softmax_max carries L in its first B*N*Sq values. The rest of these three is not used and NaN: Ascend's operator
-// writes no softmax_out either.
+// softmax_max has each row's largest score 8 times, as Ascend's; softmax_sum carries L in its first B*N*Sq values. The
+// rest of it and softmax_out are not used and NaN: Ascend's operator writes no softmax_out either.
 void flash_attention_score(const Call& call) {
   const int inputs = call.size() - 4;
-  for (int i = inputs; i < inputs + 3; ++i) {
+  for (int i = inputs + 1; i < inputs + 3; ++i) {
     Output unused(call[i]);
     std::fill_n(static_cast<float*>(unused), call[i].count(), std::numeric_limits<float>::quiet_NaN());
   }
-  std::vector<int> order = {0, 1, 2, inputs + 3, inputs};
+  std::vector<int> order = {0, 1, 2, inputs + 3, inputs + 1, inputs};
   if (inputs == 4) order.insert(order.begin() + 3, 3);
   flash_attention(call.pick(order));
+  Output largest(call[inputs]);
+  float* values = largest;
+  const int64_t copies = call[inputs].shape.at(3);
+  for (int64_t row = call[inputs].count() / copies - 1; row >= 0; --row) {
+    std::fill_n(values + row * copies, copies, values[row]);
+  }
 }
 
 }  // namespace

@@ -75,15 +75,15 @@ Head prepare(const Sizes& s, const AttentionRule& rule, const Tables& tables, co
 }
 
 // Inputs query (T, N*(nope+rope)), kv (T, N*(nope+Dv)), k_pe (T, rope), cos and sin (1 or B, 1, S, rope), each angle
-// twice, and, unless causal, a mask (1 or B, 1, S, S); outputs context (T, N*Dv), L (B, N, S) float32.
+// twice, and, unless causal, a mask (1 or B, 1, S, S); outputs context (T, N*Dv), L and the largest scores (B, N, S) float32.
 // Attributes heads, scale.
 void latent_attention(const Call& call) {
   const Sizes s = sizes_of(call, 0);
   const AttentionRule rule = rule_of(call, s);
-  const Tensor* mask = call.size() == 8 ? &call[5] : nullptr;
+  const Tensor* mask = call.size() == 9 ? &call[5] : nullptr;
   const Input query(call[0]), kv(call[1]), k_pe(call[2]);
   const Tables tables(call, 3);
-  Output out(call[call.size() - 2]), log_sum(call[call.size() - 1]);
+  Output out(call[call.size() - 3]), log_sum(call[call.size() - 2]), largest(call[call.size() - 1]);
   const int64_t count = s.batch * s.heads, size = head_memory(rule), blocks = blocks_of(s.length, kQueryBlock);
   const Scratch memory(count * size);
   std::vector<Head> heads(count);
@@ -93,7 +93,8 @@ void latent_attention(const Call& call) {
   parallel(count * blocks, [&](int64_t task) {
     const int64_t i = task / blocks, first = (blocks - 1 - task % blocks) * kQueryBlock;  // the longest rows first
     const int64_t token = i / s.heads * s.length + first, n = i % s.heads;
-    attend(rule, heads[i], first, out + token * s.out_row() + n * s.value, log_sum + i * s.length + first);
+    const int64_t row = i * s.length + first;
+    attend(rule, heads[i], first, out + token * s.out_row() + n * s.value, log_sum + row, largest + row);
   });
 }
 

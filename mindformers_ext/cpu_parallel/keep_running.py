@@ -24,6 +24,7 @@ from pathlib import Path
 
 from mindformers_ext.bin_dataset.sample_order import LeftOut, Place, ranges_of, samples_of_step
 from mindformers_ext.config.data_check import read_loader
+from mindformers_ext.config.recipe import micro_batch_key, phase_after, phases, samples_per_step
 from mindformers_ext.config.run import Run
 from mindformers_ext.cpu_parallel.command import read_plan
 from mindformers_ext.errors import INTERRUPTED, ConfigError, TrainingStopped, exit_code_of
@@ -48,6 +49,7 @@ class State:
     restarts: list[float] = field(default_factory=list)  # when, seconds since 1970
     died: dict[int, int] = field(default_factory=dict)  # how often in which step
     leave_out: list[list[int]] = field(default_factory=list)  # ranges of samples, beside the YAML's own
+    phases: list[int] = field(default_factory=list)  # of the recipe that were begun, by the step before them
 
 
 def words_of(command: list[str]) -> list[str]:
@@ -74,9 +76,11 @@ def left_out_so_far(run: Run, state: State) -> list[list[int]]:
 
 
 def options_of(run: Run, state: State) -> list[str]:
-    """What the next start is told: where to go on, and what not to read."""
+    """What the next start is told: where to go on, with which batch, and what not to read."""
     options = []
     root = Path(run.sections.output_dir) / "checkpoint"
+    if run.sections.recipe and run.sections.recipe.micro_batches:
+        options += [f"--{micro_batch_key(run)}", str(phase_after(phases(run), saved_step(run))[0].micro_batches)]
     if (root / LATEST).exists():
         options += ["--load_checkpoint", str(root), "--resume_training", "True", "--ignore_data_skip", "False"]
     if state.leave_out:
@@ -95,7 +99,8 @@ def samples_of(run: Run, state: State, step: int) -> list[list[int]]:
     skipped = 0 if meta else run.sections.data_skip_steps or 0
     left_out = LeftOut(left_out_so_far(run, state), read_loader(run, "train_dataset").count())
     whole = run.value("train_dataset.drop_remainder") is not False
-    return ranges_of(samples_of_step(left_out, run.global_batch, step, skipped, after, whole))
+    per_step = samples_per_step(run, phase_after(phases(run), step - 1)[0])
+    return ranges_of(samples_of_step(left_out, per_step, step, skipped, after, whole))
 
 
 def note_death(run: Run, state: State, deaths: int, say: Callable[[str], None]) -> None:
@@ -109,6 +114,7 @@ def note_death(run: Run, state: State, deaths: int, say: Callable[[str], None]) 
     state.died[step] = state.died.get(step, 0) + 1
     say(f"it died at step {step}, for the {state.died[step]}. time")
     if 0 < deaths <= state.died[step] and run.sections.train_dataset.megatron is not None:
+        run.device_num = len(beats)
         ranges = samples_of(run, state, step)
         state.leave_out += ranges
         state.died[step] = 0  # other samples now
@@ -128,6 +134,9 @@ def keep_running(command: list[str], restarts: int, hours: float, deaths: int, s
     while True:
         heartbeat.clear(output_dir)
         code = run_once(with_options(command, options_of(run, state)), output_dir, bound_of(run), say)
+        if code == 0 and begins_phase(run, state):
+            say("the batch grows")
+            continue
         if code == 0 or code in NO_RESTART:
             return code
         say(f"the run ended with exit code {code}")
@@ -142,6 +151,23 @@ def keep_running(command: list[str], restarts: int, hours: float, deaths: int, s
         state.restarts.append(now)
         write_json(path, asdict(state))
         say(f"restart {len(state.restarts)} of at most {restarts} in {hours:g} hours")
+
+
+def saved_step(run: Run) -> int:
+    """The step of the last checkpoint, 0 without."""
+    root = Path(run.sections.output_dir) / "checkpoint"
+    source = open_source(root) if (root / LATEST).exists() else None
+    return source.meta.step if isinstance(source, Checkpoint) else 0
+
+
+def begins_phase(run: Run, state: State) -> bool:
+    """True when the run has ended because its recipe goes on with another batch; once for every phase."""
+    begins = {phase.step for phase in phases(run)[1:]}.difference(state.phases)
+    step = saved_step(run) if begins else 0
+    if step not in begins:
+        return False
+    state.phases.append(step)
+    return True
 
 
 def bound_of(run: Run) -> float:

@@ -28,6 +28,12 @@ ALL_TO_ALL = {"moe_config.moe_token_dispatcher_type": "alltoall"}
 BY_NODE = {"moe_config.moe_token_dispatcher_type": "alltoall_deredundency", "moe_config.npu_nums_per_device": 2}
 BOUNDED = {"moe_config.dropless_rows": "bounded", "moe_config.dropless_row_factor": 2.0}  # all choices of two ranks
 DROPS = {"moe_config.use_gmm": False, "moe_config.capacity_factor": 0.75}
+MUON = {"optimizer": {"type": "Muon", "weight_decay": 0.1}}
+CLIP = {  # so low that every head is scaled down in every step
+    "optimizer": {"type": "Muon", "qk_clip_threshold": 0.0001},
+    "model.model_config.track_max_attention_logit": True,
+}
+RECIPE = {"recipe": {"mtp_loss_factor": [[1, 0.1]], "topk_bias_update_rate": [[1, 0.0]]}}  # from the second step on
 SCHEDULER = "parallel.pipeline_config.pipeline_scheduler"
 OPTIMIZER = "parallel.enable_parallel_optimizer"
 SHARDS = "parallel.parallel_optimizer_config"
@@ -78,6 +84,17 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any], dict[str, Any]]] = {
         {"dp": 4},
         {OPTIMIZER: True, SHARDS: {"parallel_optimizer_threshold": 0, "optimizer_weight_shard_size": 2}},
         {},
+    ),
+    "dp2-muon": ({"dp": 2}, {}, MUON),
+    "mp2-muon": ({"mp": 2}, {}, MUON),
+    "ep2-muon": ({"dp": 2, "ep": 2}, {}, MUON),
+    "pp2-muon": ({"pp": 2, "micro": 2}, {}, MUON),
+    "dp2-mp2-qk-clip": ({"dp": 2, "mp": 2}, {}, CLIP),
+    "pp2-recipe": ({"pp": 2, "micro": 2}, {}, RECIPE),
+    "dp2-mp2-ep2-muon-shards": (
+        {"dp": 2, "mp": 2, "ep": 2},
+        {OPTIMIZER: True, SHARDS: {"parallel_optimizer_threshold": 0}},
+        MUON,
     ),
     "dp2-recompute": ({"dp": 2}, {"recompute_config.recompute": True}, {}),
     "dp2-select-recompute": ({"dp": 2}, {"recompute_config.select_recompute": True}, {}),

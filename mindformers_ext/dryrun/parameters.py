@@ -11,6 +11,7 @@ from math import prod
 from mindformers_ext.config.model import LoraConfig
 from mindformers_ext.config.run import DTYPE_BYTES, Run
 from mindformers_ext.dryrun.plan import Plan
+from mindformers_ext.sharded_checkpoint.shards import optimizer_ways as ways_of_copies
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,9 @@ def optimizer_ways(weight: Weight, plan: Run | Plan) -> int:
     """Over how many ranks optimizer parallelism splits the slice of a weight (1: not at all)."""
     if not plan.shard_optimizer or not weight.trainable:
         return 1
-    copies = plan.devices_per_stage // weight.ways
-    ways = copies if plan.optimizer_shard_size == -1 else min(plan.optimizer_shard_size, copies)
-    too_small = weight.size * parameter_bytes(weight, plan) < plan.optimizer_threshold_bytes  # before any split
-    indivisible = weight.slice_shape[0] % ways and not (isinstance(plan, Plan) and plan.software.splits_any_axis)
-    return 1 if too_small or copies % ways or indivisible else ways
+    rows = 0 if isinstance(plan, Plan) and plan.software.splits_any_axis else weight.slice_shape[0]
+    size, copies = weight.size * parameter_bytes(weight, plan), plan.devices_per_stage // weight.ways
+    return ways_of_copies(rows, size, copies, plan.optimizer_shard_size, plan.optimizer_threshold_bytes)
 
 
 def parameter_bytes(weight: Weight, plan: Run | Plan) -> int:

@@ -83,9 +83,13 @@ class BasicAttention(nn.Cell):
         self.weigh_value = ops.BatchMatMul()
 
     def construct(self, query, key, value, mask):
+        return self.with_scores(query, key, value, mask)[0]
+
+    def with_scores(self, query, key, value, mask):
+        """The context, and scores (B, N, S, ...) with the largest of every query among them."""
         scores = self.query_key(self.scale_query(query, self.scale), key)  # (B, N, S, S)
         scores = self.add_mask(ops.cast(scores, self.softmax_type), mask)
-        return self.weigh_value(ops.cast(self.softmax(scores), value.dtype), value)
+        return self.weigh_value(ops.cast(self.softmax(scores), value.dtype), value), scores
 
 
 class FlashAttention(nn.Cell):
@@ -99,9 +103,15 @@ class FlashAttention(nn.Cell):
         self.triangle = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
 
     def construct(self, query, key, value, mask):
+        return self.with_scores(query, key, value, mask)[0]
+
+    def with_scores(self, query, key, value, mask):
+        """The context, and the largest score of every query, (B, N, S, 8)."""
         if mask is None:
-            return self.causal(query, key, value, None, None, None, self.triangle, None)[3]
-        return self.masked(query, key, value, None, None, None, mask, None)[3]
+            found = self.causal(query, key, value, None, None, None, self.triangle, None)
+        else:
+            found = self.masked(query, key, value, None, None, None, mask, None)
+        return found[3], found[0]
 
 
 class BasicRotary(nn.Cell):

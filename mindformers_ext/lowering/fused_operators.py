@@ -48,9 +48,9 @@ def flash_attention(graph: Graph, node: pb.NodeProto) -> None:
 
 
 def flash_attention_grad(graph: Graph, node: pb.NodeProto) -> None:
-    """FlashAttentionScoreGrad(query, key, value, dy, ..., attn_mask at 7, softmax_max at 8, ..., context at 11 ...)."""
+    """FlashAttentionScoreGrad(query, key, value, dy, ..., attn_mask at 7, .., softmax_sum at 9, .., context at 11)."""
     attributes = attention_attributes(graph, node, 17)
-    order = (3, 0, 1, 2, 11, 8, 7) if graph.constant(node.input[22]) == BY_MASK else (3, 0, 1, 2, 11, 8)
+    order = (3, 0, 1, 2, 11, 9, 7) if graph.constant(node.input[22]) == BY_MASK else (3, 0, 1, 2, 11, 9)
     del mindir.attribute(node, "shape").values[3:]  # the gradient of the position bias, which is empty
     graph.kernel(node, "FlashAttentionGrad", [node.input[i] for i in order], **attributes)
 

@@ -142,19 +142,19 @@ def launch(cell, inputs: tuple) -> None:
         cell(*inputs)
 
 
-def never_skips(overflow) -> bool:
-    """In place of a training cell's `process_loss_scale`: every step updates the weights."""
-    return False
+def always(norm) -> bool:
+    """In place of a training cell's `is_taken`: every step updates the weights."""
+    return True
 
 
 def without_branch(cell) -> None:
-    """Take the branch "no update after an overflow" out of a training cell, in place.
+    """Take the branch "no update where the norm is not finite" out of a training cell, in place.
 
     MindSpore 2.9's simulated backend refuses a graph with a branch ("contains ConditionSwitch"). The branch holds the
     whole update, so the memory plan is that of a step which is taken.
     """
-    if hasattr(cell, "process_loss_scale"):
-        cell.process_loss_scale = never_skips
+    if hasattr(cell, "is_taken") and not cell.optimizer_decides:
+        cell.is_taken = always
 
 
 def assume_balanced(cell) -> bool:

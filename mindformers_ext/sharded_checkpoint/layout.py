@@ -20,8 +20,9 @@ FORMAT = 1
 BLOCK_BYTES = 4 * 2**20
 # Sums over the micro-batches of one step: zero, or about to be, whenever a step has ended.
 COUNTERS = ("expert_load", "dropped_choices", "loss_parts", "max_logits_val")
-# A parameter of MindSpore's optimizers, but the YAML decides it; training/bad_steps.py decides the other.
-SETTINGS = ("learning_rate", "norm_limit")
+# Parameters that no checkpoint decides, but the YAML, training/bad_steps.py and training/recipe.py.
+SETTINGS = ("learning_rate", "norm_limit", "mtp_loss_factor")
+AVERAGE = "average."  # before the name of a weight: its average over the steps (training/recipe.py)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mindformers_ext.errors import ConfigError
 from mindformers_ext.files.json_files import convert
 from mindformers_ext.files.safetensors_format import DTYPES, StoredTensor, read_folder, read_header
 from mindformers_ext.sharded_checkpoint.layout import (
+    AVERAGE,
     BLOCK_BYTES,
     FORMAT,
     Entry,
@@ -181,6 +182,29 @@ class Checkpoint:
                 if xxhash.xxh3_64_hexdigest(data) != piece.checksums[block]:
                     return f"'{name}' in {stored.file.name}"
         return ""
+
+
+class Averaged(Checkpoint):
+    """A saved step whose weights are their averages (training/recipe.py).
+
+    Raises:
+        ConfigError: it has none.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        if not any(name.startswith(AVERAGE) for name in self.names()):
+            raise ConfigError(f"{folder}: holds no averages; they are kept with recipe.ema_decay")
+
+    def stored_as(self, name: str) -> str:
+        """The name of what stands for a parameter; itself for one that is not trained, as a router's bias."""
+        return AVERAGE + name if AVERAGE + name in self.layout.entries else name
+
+    def read(self, name: str) -> "SavedTensor":
+        return super().read(self.stored_as(name))
+
+    def verify(self, slots: Mapping[str, Slot]) -> None:
+        super().verify({self.stored_as(name): slot for name, slot in slots.items()})
 
 
 class SavedTensor:

@@ -28,8 +28,8 @@ LAYOUT_FIELDS = (
 )
 # How the names of these begin: gradient buffers of accumulation and pipelines, zero when a step starts;
 GRADIENT_BUFFERS = ("accu_grads.",)
-# the optimizers' first moments, of MindSpore's AdamWeightDecay and MindFormers' AdamW.
-FIRST_MOMENTS = ("adam_m.", "exp_avg.")
+# the optimizers' first moments, of MindSpore's AdamWeightDecay and MindFormers' AdamW, and of Muon.
+FIRST_MOMENTS = ("adam_m.", "exp_avg.", "muon_m.")
 
 
 Ranges = tuple[tuple[int, int], ...]  # half-open, one for every dimension
@@ -95,6 +95,15 @@ def shard_of(name: str, full_shape: Sequence[int], stored_shape: Sequence[int], 
             f"on device {index} of its stage"
         )
     return slot
+
+
+def optimizer_ways(rows: int, size: int, copies: int, shard_size: int, threshold: int) -> int:
+    """Over how many ranks optimizer parallelism splits a rank's part of a weight along its first axis (1: not at all).
+
+    `rows` are that axis' length on the rank, `size` the whole weight's bytes, `copies` the ranks that hold the part.
+    """
+    ways = copies if shard_size == -1 else min(shard_size, copies)
+    return 1 if size < threshold or copies % ways or rows % ways else ways
 
 
 def slot_of(

@@ -162,7 +162,8 @@ class CheckpointMonitor(Callback):
         """Save this rank's part of the step that has ended."""
         network = cb_params.train_network
         saved = partial(logger.info, "saved step %d in %s", step, self.saver.root)
-        self.saver.save(self.meta(cb_params, step), pieces_of(network), {"random_state": random_state()}, saved)
+        pieces = pieces_of(network) | cb_params.get("average", {})
+        self.saver.save(self.meta(cb_params, step), pieces, {"random_state": random_state()}, saved)
         self.last_saved = step
 
     def meta(self, cb_params: Any, step: int) -> Meta:

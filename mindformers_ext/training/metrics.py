@@ -49,6 +49,11 @@ def take_loss_parts(model: nn.Cell) -> tuple[float | None, float | None, float |
     return tuple(float(part) for part in parts[:3] / parts[3])
 
 
+def total_loss(model: nn.Cell, main: float | None, mtp: float, balance: float) -> float | None:
+    """The loss that was trained, of its parts; None on a pipeline stage that computes none."""
+    return None if main is None else main + as_float(model.mtp_factor()) * mtp + balance
+
+
 def take_dropped(model: nn.Cell) -> int | None:
     """Choices of experts that found no row in this step, with dropless_rows: bounded, over the layers here; reset."""
     counters = [router.dropped_choices for _, router in model.moe_routers() if hasattr(router, "dropped_choices")]
@@ -203,7 +208,7 @@ class TrainingMetrics(Callback):
         }
         if self.monitors is not None:
             network, outputs = cb_params.train_network, cb_params.net_outputs
-            record |= self.monitors.end(network, outputs, record["step"], self.loads)
+            record |= self.monitors.end(network, outputs, record["step"], self.loads, record.get("dropped_choices"))
         if cb_params.get("left_out"):
             record["left_out"] = cb_params.left_out
         else:
@@ -229,7 +234,7 @@ class TrainingMetrics(Callback):
         dropped = take_dropped(self.model)
         return {
             **({} if dropped is None else {"dropped_choices": dropped}),
-            "loss": None if main is None else main + self.model.mtp_factor() * mtp + balance,
+            "loss": total_loss(self.model, main, mtp, balance),
             "main_loss": main,
             "mtp_loss": mtp,
             "balance_loss": balance,

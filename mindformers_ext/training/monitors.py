@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from mindspore import nn
+from mindspore import Tensor, nn
+from mindspore.train import Callback, RunContext
 
 from mindformers_ext.config.sections import Monitors
 from mindformers_ext.sharded_checkpoint.network import pieces_of
 from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS
+from mindformers_ext.training.muon import MOMENTUM
 from mindformers_ext.training.over_ranks import reduce_over_ranks
-from mindformers_ext.training.wrapper import CLIP_EPSILON, as_numpy, was_left_out
+from mindformers_ext.training.wrapper import CLIP_EPSILON, as_numpy, real_model, was_left_out
 
 SECOND_MOMENT = "adam_v."
 LAYER = re.compile(r"(?:^|\.)((?:layers|mtp)\.\d+)\.")
@@ -48,7 +50,9 @@ class RunMonitors:
             }
         self.began = time.perf_counter()
 
-    def end(self, network: nn.Cell, outputs: tuple, step: int, loads: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def end(
+        self, network: nn.Cell, outputs: tuple, step: int, loads: Mapping[str, np.ndarray], dropped: int | None
+    ) -> dict[str, Any]:
         """After the step: what the monitors found, for its record."""
         now = time.perf_counter()
         found: dict[str, Any] = {}
@@ -56,6 +60,12 @@ class RunMonitors:
             found["seconds"] = {"step": now - self.began, "between_steps": self.began - self.ended}
         if self.due("experts", step):
             found["experts"] = {layer: of_experts(load) for layer, load in loads.items()}
+            if dropped is not None:
+                found["experts"]["drop_rate"] = dropped / max(sum(float(load.sum()) for load in loads.values()), 1.0)
+        if self.due("attention_logits", step):
+            largest = {layer: logits.asnumpy().max() for layer, logits in real_model(network).attention_logits()}
+            over_ranks = reduce_over_ranks(np.array(list(largest.values()), np.float32), "max")
+            found["attention_logits"] = {layer: float(v) for layer, v in zip(largest, over_ranks, strict=True)}
         weights = {weight.name for weight in network.optimizer.parameters}
         arrays = dict(own(network)) if self.norms_are_due(step) else {}
         if self.due("gradient_norms", step) and not was_left_out(network, outputs):
@@ -77,6 +87,15 @@ class RunMonitors:
         return any(self.due(n, step) for n in ("gradient_norms", "weight_norms", "update_norms", "moment_norms"))
 
 
+class ForgetLogits(Callback):
+    """Let the largest attention logits be those of one step."""
+
+    def on_train_step_begin(self, run_context: RunContext) -> None:
+        """Begin anew."""
+        for _, logits in real_model(run_context.original_args().train_network).attention_logits():
+            logits.set_data(Tensor(np.full(logits.shape, -np.inf, np.float32)))
+
+
 def own(network: nn.Cell) -> Iterator[tuple[str, np.ndarray]]:
     """What this rank holds and no rank before it; on CPU the arrays share the parameters' memory."""
     return ((name, piece.array) for name, piece in pieces_of(network).items() if piece.slot.copy == 0)
@@ -91,14 +110,15 @@ def gradients(
     network: nn.Cell, outputs: tuple, arrays: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The step's gradients before clipping, from m = b m + (1 - b) g."""
-    beta = float(as_numpy(network.optimizer.beta1).item())
+    optimizer = network.optimizer
     norm = as_numpy(outputs[4])
     clip = 1.0
     if norm is not None:
         largest = float(as_numpy(network.clip_grad_norm.clip_norm).item())
         clip = min(1.0, largest / (max(float(norm.item()), largest) + CLIP_EPSILON))
     for name, array in of_weights(arrays, FIRST_MOMENTS):
-        old = next(before[prefix + name] for prefix in FIRST_MOMENTS if prefix + name in before)
+        prefix, old = next((prefix, before[prefix + name]) for prefix in FIRST_MOMENTS if prefix + name in before)
+        beta = optimizer.momentum if prefix == MOMENTUM else float(as_numpy(optimizer.beta1).item())
         yield name, (array - beta * old) / ((1 - beta) * clip)
 
 

@@ -10,7 +10,7 @@ from mindspore.train import Callback, RunContext
 from mindformers_ext.files.atomic import write_json
 from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS
 from mindformers_ext.training.certain_elements import CertainElements
-from mindformers_ext.training.metrics import take_loss_parts
+from mindformers_ext.training.metrics import take_loss_parts, total_loss
 from mindformers_ext.training.wrapper import real_model
 
 
@@ -40,8 +40,7 @@ class ParallelCheck(Callback):
     def on_train_step_end(self, run_context: RunContext) -> None:
         """Note the loss: the mean over micro-batches, None on a pipeline stage that has none."""
         model = real_model(self.network)
-        main, mtp, balance = take_loss_parts(model)
-        self.outputs.append([None if main is None else main + model.mtp_factor() * mtp + balance])
+        self.outputs.append([total_loss(model, *take_loss_parts(model))])
         self.seconds.append(time.perf_counter() - self.start)
         moments = self._values(FIRST_MOMENTS)
         self.certain.note(moments)

@@ -5,6 +5,7 @@ import mindformers_ext.training.adapter_monitor
 import mindformers_ext.training.checkpoint_monitor
 import mindformers_ext.training.lr_schedule
 import mindformers_ext.training.metrics
+import mindformers_ext.training.muon
 import mindformers_ext.training.parallel_check
 import mindformers_ext.training.resuming_trainer
 import mindformers_ext.training.speed_up_files

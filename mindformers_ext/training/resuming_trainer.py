@@ -11,6 +11,7 @@ from typing import Any
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers.trainer import CausalLanguageModelingTrainer
+from mindspore import nn
 from mindspore.dataset import Dataset
 from mindspore.train import Callback
 
@@ -20,12 +21,16 @@ from mindformers_ext.data.data_position import Start, position_of, read_before, 
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.sharded_checkpoint.layout import Meta
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint
+from mindformers_ext.training import muon
 from mindformers_ext.training.bad_steps import BadSteps
 from mindformers_ext.training.checkpoint_monitor import BeginAt, CheckpointMonitor, RestoreCheckpoint
 from mindformers_ext.training.evaluation import Evaluation
 from mindformers_ext.training.heartbeat import Heartbeat
 from mindformers_ext.training.metrics import samples_per_step
+from mindformers_ext.training.monitors import ForgetLogits
+from mindformers_ext.training.recipe import Average, FollowRecipe
 from mindformers_ext.training.steering import Steering
+from mindformers_ext.training.wrapper import real_model
 
 
 @MindFormerRegister.register(MindFormerModuleType.TRAINER, alias="CausalLanguageModelingTrainer")
@@ -63,6 +68,18 @@ class ResumingTrainer(CausalLanguageModelingTrainer):
         steps = (read - first) // samples_per_step(dataset)
         self.start = Start(meta.step, steps, first)
         return dataset
+
+    def create_lr_scheduler(self, lr_config: Any, *arguments: Any, **named: Any) -> Any:
+        """Count a schedule's steps without sinking, whose count would leave out what `leave_out` does."""
+        if lr_config and lr_config.total_steps in (None, -1):
+            lr_config.total_steps = self.config.runner_config.origin_epochs * self.get_train_data_size()
+        return super().create_lr_scheduler(lr_config, *arguments, **named)
+
+    def create_optimizer_scheduler(self, network: nn.Cell, model_params: set) -> nn.Optimizer:
+        """Let Muon ask the model which weights are matrices."""
+        if self.config.optimizer.type == muon.REGISTERED:
+            self.config.optimizer.model = real_model(network)
+        return super().create_optimizer_scheduler(network, model_params)
 
     def set_train_dataset(self, dataset: Dataset) -> None:
         """Go to the first batch; called when upstream has reset its counters, and the dataset has its final size."""
@@ -103,6 +120,13 @@ class ResumingTrainer(CausalLanguageModelingTrainer):
             first.append(RestoreCheckpoint(self.source, self.resume))
         if guards.use_skip_data_by_global_norm:
             first.append(BadSteps(guards.monitor_config or MonitorConfig()))
+        recipe = guards.recipe
+        if self.config.run.model and self.config.run.model.track_max_attention_logit:
+            first.append(ForgetLogits())
+        if recipe:
+            first.append(FollowRecipe(self.config.run))
+        if recipe and recipe.ema_decay:
+            first.append(Average(recipe.ema_decay, self.source if self.resume else None))
         if guards.use_graceful_exit or guards.max_train_hours is not None:
             first.append(Steering(guards.use_graceful_exit, guards.max_train_hours))
         monitors = [callback for callback in ordered if isinstance(callback, CheckpointMonitor)]

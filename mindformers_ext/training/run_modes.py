@@ -40,7 +40,7 @@ from mindformers_ext.config.sections import Context, MonitorConfig
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files import run_lock
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
-from mindformers_ext.training import scoring
+from mindformers_ext.training import muon, scoring
 from mindformers_ext.training.checkpoint_monitor import load_weights
 from mindformers_ext.training.console import print_own_lines
 from mindformers_ext.training.evaluation import EvaluationSet, forward_logits, loss_of, told
@@ -49,7 +49,7 @@ from mindformers_ext.training.text_generation import generate, pick_token
 
 # Keys of the YAML that MindFormers must not see: its own way of doing it is another, or it does not know them.
 OWN_KEYS = ("do_eval", "eval_step_interval", "use_graceful_exit", "data_skip_steps", "max_train_hours")
-OWN_KEYS += ("max_step_minutes",)
+OWN_KEYS += ("max_step_minutes", "recipe")
 AS_MINDFORMERS = {"compile": "train", "score": "predict"}  # run modes that it does not know
 # Keys of the context section that mean something on CPU; the others set up an NPU.
 CPU_CONTEXT = ("mode", "device_target", "max_call_depth", "save_graphs", "save_graphs_path")
@@ -107,6 +107,8 @@ def mindformers_settings(run: Run) -> MindFormerConfig:
     if run.model is not None:
         # MindFormers' own MoEConfig knows only its keys and has other defaults: ours travel inside model_config.
         values["model"]["model_config"]["experts"] = asdict(run.model.moe_config)
+        if run.sections.recipe and run.sections.recipe.mtp_loss_factor:
+            values["model"]["model_config"]["moves_mtp_factor"] = True
     fit_to_device(run, values)
     take_over(run, values)
     ConfigTemplate.apply_template(values)
@@ -117,7 +119,9 @@ def mindformers_settings(run: Run) -> MindFormerConfig:
 
 
 def take_over(run: Run, values: dict[str, Any]) -> None:
-    """Take out OWN_KEYS, and give MindFormers' step the limit of the gradient norm that it begins with."""
+    """Take out OWN_KEYS, name our Muon, and give MindFormers' step the gradient norm's limit that it begins with."""
+    if run.trains and run.sections.optimizer.type == "Muon":
+        values["optimizer"]["type"] = muon.REGISTERED
     for key in OWN_KEYS:
         values.pop(key, None)
     for section, own in (("moe_config", MoeConfig.own), ("context", Context.own)):
@@ -174,7 +178,7 @@ def train(run: Run, settings: MindFormerConfig) -> None:
     source = find_checkpoint(run) if settings.load_checkpoint or settings.resume_training else None
     skipped = run.sections.data_skip_steps or 0
     settings.start_from = {"source": source, "resume": bool(settings.resume_training), "skip_steps": skipped}
-    settings.guards = run.sections
+    settings.guards, settings.run = run.sections, run
     settings.load_checkpoint, settings.resume_training = "", False
     if run.only_compiles:
         Model.train = compile_only

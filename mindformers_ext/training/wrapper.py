@@ -5,8 +5,10 @@ gradient_accumulation_steps outside semi-automatic parallelism. Importing this f
 upstream's name, so that `runner_wrapper.type: MFTrainOneStepCell` also works on CPU. It can go when upstream checks
 overflow on CPU and accumulates gradients in stand-alone and data-parallel mode.
 
-With `use_skip_data_by_global_norm` a step whose global gradient norm is not below a limit is left out, as upstream
-does; here the limit is a parameter, which training/bad_steps.py moves while the compiled graph stays.
+A step whose global gradient norm is not finite is left out; with `use_skip_data_by_global_norm` one whose norm is not
+below a limit, too, as upstream does. Here the limit is a parameter, which training/bad_steps.py moves while the
+compiled graph stays, and the norm, which all devices share, decides alone and by one branch: upstream asks the device's
+overflow register besides, which CPU has not and INFNAN mode does not set, and nests one branch in the other.
 
 On CPU with AdamW, overflow check, clipping and update are two operators (the gradients' norm; AdamW for all weights)
 instead of some thousand: see mindformers_ext/cpu_kernels.
@@ -16,15 +18,15 @@ import math
 from typing import Any
 
 import numpy as np
-from mindformers.core.clip_grad import ClipGradNorm
 from mindformers.core.optim import BasicAdamW
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
-from mindformers.wrapper.wrapper import get_real_models
+from mindformers.wrapper.wrapper import _grad_scale, get_real_models, grad_scale, shard_grad_scale
 from mindspore import Parameter, Tensor, get_context, nn, ops
 from mindspore.common import dtype as mstype
 
 from mindformers_ext.cpu_kernels import cells
+from mindformers_ext.training.muon import Muon
 
 CLIP_EPSILON = 1e-6  # added to the norm, as MindFormers' ClipGradNorm
 
@@ -76,15 +78,55 @@ class ScaledLoss(nn.Cell):
 def can_update_at_once(step: MFTrainOneStepCell, optimizer: nn.Cell) -> bool:
     """True for plain AdamW with one learning rate, without upstream's extra reports."""
     plain = isinstance(optimizer, BasicAdamW) and not optimizer.is_group_lr and not optimizer.dynamic_weight_decay
-    reports = step.local_norm or step.use_graceful_exit or step.if_dump
-    return plain and not reports and not step.use_grouped_lr and not step.calculate_per_token_loss
+    return plain and not step.use_grouped_lr
+
+
+class WholeStep:
+    """The end of a training step, for both of upstream's cells: clip, decide, update.
+
+    Returns (loss, overflow, loss scale, learning rate, global norm before clipping), as MFLossMonitor expects; without
+    clipping the norm is None.
+    """
+
+    def begin(self):
+        """Replace upstream's limit, a number; called once the cell is built."""
+        if self.use_skip_data_by_global_norm:
+            self.global_norm_spike_threshold = norm_limit(self.global_norm_spike_threshold)
+        else:
+            self.global_norm_spike_threshold = Tensor([math.inf], mstype.float32)
+        self.optimizer_decides = isinstance(self.optimizer, Muon)
+
+    def is_taken(self, norm):
+        """Whether the step with this norm counts, (1,)."""
+        return norm < self.global_norm_spike_threshold
+
+    def end_of_step(self, loss, grads, scale):
+        """Update by these gradients, the mean over micro-batches and devices."""
+        clipped, norm = self.clip_grad_norm(grads)
+        if self.use_clip_grad:
+            grads = clipped
+        overflow = self.process_loss_scale(ops.logical_not(ops.isfinite(norm).all()))
+        rate = self.learning_rate
+        if self.use_grouped_lr:
+            rate = self.default_lr(self.optimizer.global_step).reshape(())
+            self.default_lr_parameter = rate
+            for group, schedule in enumerate(self.grouped_lr):
+                self.grouped_lr_parameter[group] = schedule(self.optimizer.global_step).reshape(())
+        elif self.optimizer.dynamic_lr:
+            schedule = self.learning_rate[-1] if self.optimizer.is_group_lr else self.learning_rate
+            rate = schedule(self.optimizer.global_step).reshape(())
+        taken = self.is_taken(norm)
+        if self.optimizer_decides:
+            loss = ops.depend(loss, self.optimizer(grads, taken))
+        elif taken:
+            loss = ops.depend(loss, self.optimizer(grads))
+        return loss, overflow, scale, rate, norm if self.use_clip_grad else None
 
 
 @MindFormerRegister.register(MindFormerModuleType.WRAPPER, alias="MFTrainOneStepCell")
-class DeviceAwareTrainOneStepCell(MFTrainOneStepCell):
+class DeviceAwareTrainOneStepCell(WholeStep, MFTrainOneStepCell):
     """Forward, backward, gradient mean over micro-batches and ranks, clipping by global norm, optimizer step.
 
-    Returns (loss, overflow, loss scale, learning rate, global norm before clipping), as MFLossMonitor expects.
     A step whose gradients are not finite leaves the parameters unchanged and reports overflow True.
 
     Args:
@@ -114,11 +156,9 @@ class DeviceAwareTrainOneStepCell(MFTrainOneStepCell):
             scale_sense=scale_sense,
             **kwargs,
         )
-        if self.use_skip_data_by_global_norm:
-            self.global_norm_spike_threshold = norm_limit(self.global_norm_spike_threshold)
+        self.begin()
         self.on_cpu = get_context("device_target") == "CPU"
         self.accumulation_steps = accumulation_steps
-        self.grad_norm = ClipGradNorm(max_norm=float(max_grad_norm))
         self.loss_and_grads = ops.value_and_grad(ScaledLoss(network), grad_position=None, weights=self.weights)
         self.updates_at_once = self.on_cpu and can_update_at_once(self, optimizer)
         if self.updates_at_once:
@@ -139,19 +179,20 @@ class DeviceAwareTrainOneStepCell(MFTrainOneStepCell):
     def construct(self, *inputs):
         """Train one step; see the class for what it returns."""
         if not self.updates_at_once:
-            return super().construct(*inputs)
+            loss, grads, steps = self.grads_for_legacy(self.scale_sense, *inputs)
+            grads = self.hyper_map(ops.partial(_grad_scale, self.scale_sense * steps), grads)
+            return self.end_of_step(loss, self.grad_reducer(grads), self.scale_sense)
         loss, grads, steps = self.grads_for_legacy(self.scale_sense, *inputs)
         grads = self.grad_reducer(grads)
         factor = 1.0 / (self.scale_sense * steps).reshape((1,))  # what the gradients are multiplied with
         norm = self.global_norm(grads) * factor
-        finite = ops.isfinite(norm)
         if self.use_clip_grad:
             clipped = self.max_norm / (ops.maximum(norm, self.max_norm) + CLIP_EPSILON)
             factor = factor * ops.minimum(clipped, 1.0)
         scale = self.scale_sense
-        overflow = self.process_loss_scale(ops.logical_not(finite.all()))
+        overflow = self.process_loss_scale(ops.logical_not(ops.isfinite(norm).all()))
         rate = self.optimizer.get_lr()
-        taken = norm < self.global_norm_spike_threshold if self.use_skip_data_by_global_norm else finite
+        taken = norm < self.global_norm_spike_threshold
         factor = ops.select(taken, factor, self.not_a_number)  # the update leaves everything as it is
         loss = ops.depend(loss, self.adamw(rate, factor, grads))
         return loss, overflow, scale, rate, norm if self.use_clip_grad else None
@@ -182,19 +223,25 @@ class DeviceAwareTrainOneStepCell(MFTrainOneStepCell):
             micro_inputs = micro_inputs + (value[index * size : (index + 1) * size],)
         return micro_inputs
 
-    def get_overflow_status(self, status, compute_output):
-        """Tell whether any gradient is not finite; on CPU through the norm, elsewhere through the device."""
-        if not self.on_cpu:
-            return super().get_overflow_status(status, compute_output)
-        _, norm = self.grad_norm(compute_output)
-        return ops.logical_not(ops.isfinite(norm).all())
-
 
 @MindFormerRegister.register(MindFormerModuleType.WRAPPER, alias="MFPipelineWithLossScaleCell")
-class PipelineTrainOneStepCell(MFPipelineWithLossScaleCell):
-    """MindFormers' step of a pipeline and of accumulated gradients, with a limit of the norm that can be moved."""
+class PipelineTrainOneStepCell(WholeStep, MFPipelineWithLossScaleCell):
+    """The step of a pipeline and of accumulated gradients."""
 
     def __init__(self, network: nn.Cell, optimizer: nn.Cell, **kwargs):
         super().__init__(network, optimizer, **kwargs)
-        if self.use_skip_data_by_global_norm:
-            self.global_norm_spike_threshold = norm_limit(self.global_norm_spike_threshold)
+        self.begin()
+
+    @ops.add_flags(has_effect=True)
+    def construct(self, *inputs):
+        """Train one step; see WholeStep for what it returns."""
+        scale = self.scale_sense
+        loss, grads, factor = self.grads_for_legacy(scale, *inputs)
+        scaled = scale * self.degree
+        if self.opt_shard:
+            grads = self.grad_reducer(grads)
+            grads = self.hyper_map(ops.partial(shard_grad_scale, scaled, factor), grads, self.accu_grads)
+        else:
+            summed = self.grad_reducer(self.accu_grads)
+            grads = self.hyper_map(ops.partial(grad_scale, scaled, factor), grads, summed)
+        return self.end_of_step(loss, grads, scale.value())

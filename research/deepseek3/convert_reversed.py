@@ -31,7 +31,7 @@ from mindformers_ext.files.atomic import whole_file, write_json
 from mindformers_ext.files.json_files import read_object
 from mindformers_ext.files.safetensors_format import Output, write_folder, written_before
 from mindformers_ext.sharded_checkpoint.layout import is_state
-from mindformers_ext.sharded_checkpoint.reader import Checkpoint, Source, open_source
+from mindformers_ext.sharded_checkpoint.reader import Averaged, Checkpoint, Source, open_source
 from mindformers_ext.sharded_checkpoint.shards import Slot
 from mindformers_ext.training.pretrained import fingerprint, is_huggingface
 
@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hf_assets_path", required=True, type=Path, help="folder of config.json and the tokenizer")
     parser.add_argument("--export_dtype", choices=DTYPES, default="bf16", help="type of the weights (default bf16)")
     parser.add_argument("--merge_lora", type=Path, help="folder of an adapter in PEFT's format, added to the weights")
+    parser.add_argument("--averaged", action="store_true", help="the average of the weights (recipe.ema_decay)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (default: cores)")
     return parser
 
@@ -169,12 +170,16 @@ def convert(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     values = read_config(args.hf_assets_path)
     weights: Source = HuggingFaceWeights(args.input) if is_huggingface(args.input) else open_source(args.input)
+    if args.averaged:
+        if not isinstance(weights, Checkpoint):
+            raise ConfigError(f"--averaged: {args.input} is no checkpoint of a training")
+        weights = Averaged(weights.path)
     mtp_depth = len({name.split(".")[1] for name in weights.names() if name.startswith("mtp.")})
     entries = list(name_table(config_from_hf(values, mtp_depth, args.hf_assets_path / "config.json")))
     left_out = audit(entries, weights, args.input)
     if isinstance(weights, Checkpoint):  # the only source with checksums
         weights.verify({entry.ours: Slot.whole(entry.shape) for entry in entries})
-    source = f"{fingerprint(weights)} {args.export_dtype}"
+    source = f"{fingerprint(weights)} {args.export_dtype}{' averaged' * args.averaged}"
     if args.merge_lora:
         weights = MergedWeights(weights, entries, args.merge_lora)
         source += fingerprint(weights.adapter)

@@ -31,6 +31,7 @@ class DeepseekV2Config(ModelConfig, PretrainedConfig):
         moe_config: the same as a mapping or a MoeConfig; MindFormers' own object, which cannot hold all of our keys, is
             passed over.
         parallel_config: the degrees of parallelism, a mapping or MindFormers' object; default: one device.
+        moves_mtp_factor: the factor of the MTP loss is changed while the training runs.
         given: keys of `model.model_config`.
 
     Raises:
@@ -39,8 +40,16 @@ class DeepseekV2Config(ModelConfig, PretrainedConfig):
 
     part: ClassVar[type[ModelConfig]] = ModelConfig  # what is read from the YAML
 
-    def __init__(self, experts: dict | None = None, moe_config: Any = None, parallel_config: Any = None, **given: Any):
+    def __init__(
+        self,
+        experts: dict | None = None,
+        moe_config: Any = None,
+        parallel_config: Any = None,
+        moves_mtp_factor: bool = False,
+        **given: Any,
+    ):
         PretrainedConfig.__init__(self)
+        self.moves_mtp_factor = moves_mtp_factor
         reader = Reader()
         ours = experts if experts is not None else moe_config
         if not isinstance(ours, MoeConfig):

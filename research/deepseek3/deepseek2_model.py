@@ -22,6 +22,7 @@ from sharding import (
     is_sharded,
     losses_plan,
     place,
+    plans,
     put,
     run_locally,
     shard,
@@ -81,7 +82,7 @@ class Linear(nn.Cell):
         super().__init__()
         self.weight = weight(config, out_dim, in_dim)
         self.compute_dtype, self.out_type = getattr(mstype, config.compute_dtype), activation_type(config)
-        self.matmul = matrix_product()
+        self.matmul, self.axes = matrix_product(), axes
         shard(self, axes, config)
         self.adapted = config.lora.has(target)
         if self.adapted:
@@ -122,6 +123,7 @@ class MultiHeadLatentAttention(nn.Cell):
         self.key_rotary = RotaryEmbedding(config, "key_rotary")
         self.core_attention = core_attention(config, softmax_scale(config))
         shard(self.core_attention, "core_attention", config)
+        self.track = LargestLogits(config) if config.track_max_attention_logit else None
         self.attention_at_once = latent_attention(config, softmax_scale(config))
         self.split_kv_a = split_columns(self.latent)
         self.split_query, self.split_kv = split_columns(self.nope), split_columns(self.nope)
@@ -141,20 +143,43 @@ class MultiHeadLatentAttention(nn.Cell):
         kv = self.kv_b_proj(self.kv_a_layernorm(compressed_kv))
         if self.attention_at_once is not None:
             cos, sin = self.query_rotary.tables(seq, position_ids)
-            return self.o_proj(self.attention_at_once(query, kv, k_pe, cos, sin, mask))
+            return self.o_proj(self._attend(self.attention_at_once, query, kv, k_pe, cos, sin, mask))
         q_nope, q_pe = self.split_query(self._heads(query, seq))  # (B, N, S, nope), (B, N, S, rope)
         k_nope, value = self.split_kv(self._heads(kv, seq))  # (B, N, S, nope), (B, N, S, Dv)
         q_pe = self.query_rotary(q_pe, position_ids)
         k_pe = self.key_rotary(k_pe.reshape((-1, 1, seq, self.rope)), position_ids)  # one head, shared
         query = self.cat_query((q_nope, q_pe))  # (B, N, S, nope + rope)
         key = self.cat_key((k_nope, self.share_key(k_pe, (1, self.num_heads, 1, 1))))
-        context = self.core_attention(query, key, value, mask)  # (B, N, S, Dv)
+        context = self._attend(self.core_attention, query, key, value, mask)  # (B, N, S, Dv)
         context = self.from_heads(context, (0, 2, 1, 3)).reshape((-1, self.num_heads * self.value_dim))
         return self.o_proj(context)
+
+    def _attend(self, attention, *inputs):
+        if self.track is None:
+            return attention(*inputs)
+        context, scores = attention.with_scores(*inputs)
+        return ops.depend(context, self.track(scores))
 
     def _heads(self, x, seq):
         """(B, N, S, D) <- (T, N*D)."""
         return self.to_heads(x.reshape((-1, seq, self.num_heads, x.shape[-1] // self.num_heads)), (0, 2, 1, 3))
+
+
+class LargestLogits(nn.Cell):
+    """Keeps the largest logit of each head since somebody reset it to minus infinity, over all devices."""
+
+    def __init__(self, config):
+        super().__init__()
+        nothing = Tensor(np.full(config.num_heads, -np.inf), mstype.float32)
+        self.max_logits = Parameter(nothing, name="max_logits_val", requires_grad=False, parallel_optimizer=False)
+        self.largest, self.larger, self.keep = ops.ReduceMax(), ops.Maximum(), ops.Assign()
+        shard(self, "largest_logits", config)
+
+    def construct(self, scores):
+        """scores (B, N, S) or (B, N, S, ...)."""
+        axes = (0, 2) if scores.ndim == 3 else (0, 2, 3)
+        largest = self.largest(ops.cast(ops.stop_gradient(scores), mstype.float32), axes)  # (N,)
+        return self.keep(self.max_logits, self.larger(self.max_logits, largest))
 
 
 class FeedForward(nn.Cell):
@@ -417,6 +442,40 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         parts = main * self.is_main + mtp * self.is_mtp + balance * self.is_balance + self.is_count
         self.add_loss_parts(self.loss_parts, ops.stop_gradient(parts))
         return (main + mtp * self.mtp_factor() + balance).reshape(())
+
+    def matrices(self) -> dict[str, tuple[tuple[str, ...], int]]:
+        """Weights that Muon trains: {name: (the axis that splits each dimension, matrices side by side)}.
+
+        The projections of attention and feed-forward, and of every expert its own; not the head, embedding and router.
+        """
+        weights, (_, _, _, stacked, _) = plans(self.config), experts_plan(0)[0]
+        found = {}
+        for _, cell in self.cells_and_names():
+            if isinstance(cell, Experts):
+                found |= {cell.gate_up_proj.name: (stacked, 2), cell.down_proj.name: (stacked, 1)}
+            elif isinstance(cell, Linear) and cell is not self.lm_head:
+                found[cell.weight.name] = weights[cell.axes]["matmul"][1], 1
+        return found
+
+    def qk_rows(self) -> dict[str, tuple[Parameter, np.ndarray]]:
+        """What qk-clip scales: {weight: (largest logit of each head, and for each row N * kind + its head)}.
+
+        The kinds: 0, what a query multiplies with a key of the head's own; 1, with the key that all heads share; 2,
+        anything else.
+        """
+        found = {}
+        for _, layer in self.decoder_layers():
+            attention = layer.self_attn
+            heads = np.arange(attention.num_heads)[:, None]
+            kinds = {
+                (attention.q_b_proj if attention.has_q_lora else attention.q_proj): (attention.rope, 1),
+                attention.kv_b_proj: (attention.value_dim, 2),
+            }
+            for projection, (width, kind) in kinds.items():
+                own, other = (np.full(size, k) for size, k in ((attention.nope, 0), (width, kind)))
+                rows = np.concatenate((own, other))[None] * attention.num_heads + heads
+                found[projection.weight.name] = attention.track.max_logits, rows.reshape(-1).astype(np.int32)
+        return found
 
     def mtp_factor(self) -> float:
         """What the MTP loss is multiplied with."""

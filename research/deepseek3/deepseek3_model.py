@@ -7,8 +7,8 @@ from balance_loss import no_loss
 from deepseek2_model import DecoderLayer, DeepseekV2ForCausalLM, Linear, RMSNorm
 from deepseek3_config import DeepseekV3Config
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore import nn, ops
 from sharding import place, put, shard, share_graph
 
 __all__ = ["DeepseekV3ForCausalLM"]
@@ -80,13 +80,17 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
         self.mtp = nn.CellList([MultiTokenPredictor(config, index) for index in indices])
         self.depths = max(config.mtp_depth, 1)
         self.shift_left = ShiftLeft(config)
+        self.factor = config.mtp_loss_factor
+        if config.moves_mtp_factor:
+            value = Tensor([self.factor], mstype.float32)
+            self.factor = Parameter(value, name="mtp_loss_factor", requires_grad=False, parallel_optimizer=False)
         for index, predictor in zip(indices, self.mtp, strict=True):
             put(predictor, config.placed().last)
             place(predictor.layer, index, config)
 
-    def mtp_factor(self) -> float:
-        """lambda (eq. 25)."""
-        return self.config.mtp_loss_factor
+    def mtp_factor(self) -> float | Parameter:
+        """lambda (eq. 25); a parameter, (1,), where a recipe changes it."""
+        return self.factor
 
     def mtp_loss(self, hidden, labels, loss_mask, mask, token_mask, position_ids):
         """Mean over depths of the cross entropy, depth k of the token k after the next; the layers' balance loss."""

@@ -66,6 +66,11 @@ def plans(config) -> dict[str, dict[str, tuple]]:
         "split_tokens": {"split": (tokens, "->", tokens, tokens)},
         "split_heads": {"split": (heads(), "->", heads(), heads())},
         "core_attention": attention_plan(),
+        "largest_logits": {
+            "largest": (heads(),),
+            "larger": ((NONE,), (NONE,)),
+            "keep": ((NONE,), (NONE,)),
+        },
         "query_rotary": rotary_plan(heads()),
         "query_rotary_at": rotary_plan(heads(), "dp"),
         "key_rotary": rotary_plan(("dp", NONE, "cp", NONE)),

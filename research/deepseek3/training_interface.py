@@ -3,7 +3,7 @@
 import numpy as np
 from hf_weights import HuggingFaceWeights
 from lora import frozen_names, save_peft
-from mindspore import nn
+from mindspore import Parameter, nn
 
 from mindformers_ext.config.flops import flops_per_token
 from mindformers_ext.layers.router import TopkRouterV2
@@ -21,6 +21,11 @@ class TrainingInterface:
     def moe_routers(self) -> list[tuple[str, TopkRouterV2]]:
         """(layer name, router) of every MoE layer."""
         return [(name, layer.mlp.gate) for name, layer in self.decoder_layers() if layer.is_moe]
+
+    def attention_logits(self) -> list[tuple[str, Parameter]]:
+        """(layer name, largest logit of each head) of every layer, where the configuration tracks them."""
+        layers = self.decoder_layers() if self.config.track_max_attention_logit else []
+        return [(name, layer.self_attn.track.max_logits) for name, layer in layers]
 
     def update_topk_bias(self) -> None:
         """Move every router's bias one step towards balance (facts 4); once per optimizer step, before saving."""

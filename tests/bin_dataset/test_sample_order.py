@@ -80,6 +80,12 @@ def test_the_command_names_the_documents(toy_folder, monkeypatch, capsys) -> Non
     lines = capsys.readouterr().out.splitlines()
     assert {line.partition(":")[0] for line in lines} == {"sample 9", "sample 10", "sample 11", "sample 12"}
     assert all(line.partition(": ")[2].startswith("toy_text_document.bin, document ") for line in lines)
+    data_parallel = ["--use_parallel", "True", "--parallel.parallel_mode", "0", "--devices", "2"]
+    which_documents.report(
+        [*options, *data_parallel, "--step", "1"]
+    )  # two processes of 4 samples, uncounted in the YAML
+    samples = {int(line.partition(":")[0].split()[1]) for line in capsys.readouterr().out.splitlines()}
+    assert samples == {0, 1, 2, 3, 9, 10, 11, 12}
     with pytest.raises(ValueError, match="step 0 is not taken"):
         which_documents.report([*options, "--step", "0"])
     assert (ROOT / "dataset_tools/which_documents.py").is_file()

@@ -40,7 +40,8 @@ EFFECTS = {
             eval_step_interval""",
         "mindformers_ext/training/start.py": "use_parallel",
         "mindformers_ext/training/resuming_trainer.py": """
-            ignore_data_skip use_skip_data_by_global_norm use_graceful_exit max_train_hours max_step_minutes""",
+            ignore_data_skip use_skip_data_by_global_norm use_graceful_exit max_train_hours max_step_minutes
+            recipe""",
         "mindformers_ext/training/bad_steps.py": "monitor_config",
         "mindformers/trainer/trainer.py": """
             seed:293 trainer:310 parallel:301 profile:1116 profile_communication:1133 profile_memory:1141
@@ -116,7 +117,7 @@ EFFECTS = {
     },
     "MonitorConfig": {
         "mindformers/trainer/trainer.py": """
-            monitor_on:337 dump_path:339 step_interval:343 local_norm_format:346 device_local_norm_format:347""",
+            monitor_on:337 dump_path:339 step_interval:343""",
         "mindformers_ext/training/bad_steps.py": """
             global_norm_spike_threshold global_norm_spike_factor global_norm_spike_window
             global_norm_spike_count_threshold""",
@@ -165,6 +166,17 @@ EFFECTS = {
             use_fused:195 amsgrad:202 maximize:203 betas:199 eps:200 swap:204 learning_rate:198 weight_decay:201""",
         "mindformers/tools/register/register.py": "type:333 auto_register:362",
     },
+    "Muon": {
+        "mindformers_ext/training/muon.py": """
+            learning_rate weight_decay matched_adamw_rms momentum nesterov ns_steps adamw_betas adamw_eps
+            qk_clip_threshold""",
+        "mindformers/tools/register/register.py": "type:333 auto_register:362",
+    },
+    "Recipe": {
+        "mindformers_ext/config/recipe.py": "micro_batches",
+        "mindformers_ext/training/recipe.py": "mtp_loss_factor topk_bias_update_rate",
+        "mindformers_ext/training/resuming_trainer.py": "ema_decay",
+    },
     "WarmUp": {
         "mindformers/core/lr/lr_schedule.py": """
             learning_rate:187 warmup_steps:177 warmup_ratio:177 warmup_lr_init:188 total_steps:177""",
@@ -187,7 +199,6 @@ EFFECTS = {
     },
     "TrainOneStep": {
         "mindformers_ext/training/wrapper.py": "scale_sense use_clip_grad max_grad_norm",
-        "mindformers/wrapper/wrapper.py": "local_norm:326",
         "mindformers/tools/register/register.py": "type:333 auto_register:362",
     },
     "TrainingMetrics": {
@@ -197,7 +208,7 @@ EFFECTS = {
     },
     "Monitors": {
         "mindformers_ext/training/monitors.py": """
-            gradient_norms weight_norms update_norms moment_norms experts times""",
+            gradient_norms weight_norms update_norms moment_norms experts times attention_logits""",
     },
     "CheckpointMonitor": {
         "mindformers_ext/training/checkpoint_monitor.py": """
@@ -224,7 +235,8 @@ EFFECTS = {
         "research/deepseek3/deepseek2_model.py": """
             hidden_size num_layers num_heads intermediate_size vocab_size kv_lora_rank q_lora_rank qk_rope_head_dim
             qk_nope_head_dim v_head_dim tie_word_embeddings rms_norm_eps initializer_range compute_dtype
-            layernorm_compute_type param_init_type pad_token_id ignore_token_id input_sliced_sig moe_config""",
+            track_max_attention_logit layernorm_compute_type param_init_type pad_token_id ignore_token_id
+            input_sliced_sig moe_config""",
         "research/deepseek3/rope.py": "max_position_embeddings rotary_dtype theta",
         "research/deepseek3/balance_loss.py": "return_extra_loss",
         "research/deepseek3/deepseek3_model.py": "mtp_loss_factor",
@@ -309,7 +321,8 @@ REFUSED = {
     "SwapConfig": "swap layer_swap op_swap default_prefetch",
     "MonitorConfig": """
         local_loss_format device_local_loss_format max_attention_logit_format check_for_global_norm
-        health_checkpoint""",
+        health_checkpoint local_norm_format device_local_norm_format""",
+    "TrainOneStep": "local_norm",
     "Tensorboard": "log_expert_load_to_tensorboard",
     "ModelConfig": "use_past mtp_depth",
     "MoeConfig": "expert_model_parallel",

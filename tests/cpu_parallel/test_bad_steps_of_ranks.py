@@ -8,7 +8,7 @@ import pytest
 from helpers import poisoned
 from helpers.command_line import ROOT, run_command
 from helpers.small_yaml import small_sizes
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mindformers_ext.sharded_checkpoint.audit import differences
 from mindformers_ext.sharded_checkpoint.layout import is_weight
@@ -88,3 +88,22 @@ def test_nan_and_spike_are_left_out(folder: Path, layout: str) -> None:
     assert [record["step"] for record in records if "left_out" in record] == [2, 5]
     assert not list(differences(open_source(poison / "checkpoint"), open_source(clean / "checkpoint")))
     assert int(open_source(poison / "checkpoint").read("global_step")[0]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "single"])
+def test_infinite_gradients_change_nothing(folder: Path, layout: str) -> None:
+    """Without any key: the loss is finite, a steep head and a loss scale make its gradients infinite."""
+    weights = load_file(folder / "weights.safetensors")
+    weights["lm_head.weight"] *= 1000
+    save_file(weights, folder / "steep.safetensors")
+    more = ["--load_checkpoint steep.safetensors", "--runner_wrapper.scale_sense 3.0e38", WITHOUT]
+    output = train(folder, layout, f"{layout}_infinite", *more)
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(record["loss"]) and record["grad_norm"] is None for record in records)
+    final = open_source(output / "checkpoint")
+    names = set(final.names())
+    for name, value in weights.items():
+        np.testing.assert_array_equal(final.read(name)[:], value, err_msg=name)
+    moments = [name for name in names if name.startswith(("adam_m.", "adam_v."))]
+    assert moments and not any(np.any(final.read(name)[:]) for name in moments)
