@@ -34,7 +34,7 @@ def text_parser(description: str, dtype: str, marks: bool = True) -> argparse.Ar
         "--tokenizer-model",
         dest="tokenizer",
         required=True,
-        help="tokenizer.json, HuggingFace folder or sentencepiece .model",
+        help="tokenizer.json, HuggingFace folder, sentencepiece .model or tiktoken file",
     )
     parser.add_argument("--workers", "--worker", type=int, default=os.cpu_count(), help="threads (default: all cores)")
     parser.add_argument("--partitions", type=int, default=0, help="resumable parts (default: one per 4 GiB of input)")
