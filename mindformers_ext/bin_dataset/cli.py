@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from mindformers_ext.bin_dataset.tokenizer import TextTokenizer
@@ -105,7 +105,8 @@ def summary(job: Job, counts: Counts, seconds: float) -> str:
         f"written  {counts.sequences} sequences, {counts.tokens} tokens ({job.dtype.__name__})",
         f"empty    {counts.empty_documents} documents without a token",
         f"dropped  {counts.bad_lines} unreadable lines, {counts.dropped_tokens} tokens past the sample length "
-        f"({counts.truncated_documents} documents cut)",
+        f"({counts.truncated_documents} documents cut, {counts.dropped_documents} left out)",
+        *_of_samples(counts),
         *(f"settings {text} in {job.tokenizer.path} is switched off" for text in job.tokenizer.switched_off),
         f"checked  {_checked(job.tokenizer)}",
         f"speed    {seconds:.1f} s, {counts.input_bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s, "
@@ -116,6 +117,16 @@ def summary(job: Job, counts: Counts, seconds: float) -> str:
     lines += [f"skipped  {message}" for message in counts.bad_line_messages]
     lines += [f"output   {job.output(key)}.bin .idx .json" for key in job.keys]
     return "\n".join(lines)
+
+
+def _of_samples(counts: Counts) -> Iterator[str]:
+    """What only datasets of padded or masked samples have."""
+    if counts.padding_tokens:
+        yield f"padding  {counts.padding_tokens} tokens, {counts.padding_tokens / counts.tokens:.1%} of what is written"
+    if counts.learnt_tokens:
+        yield f"learnt   {counts.learnt_tokens} tokens, {counts.learnt_tokens / counts.tokens:.1%} of what is written"
+    if counts.reasoning_left_out:
+        yield f"warning  the chat template left {counts.reasoning_left_out} texts of reasoning_content out"
 
 
 def _checked(tokenizer: TextTokenizer) -> str:

@@ -38,7 +38,7 @@ from mindformers_ext.bin_dataset.text_sources import (
     plan_partitions,
     read_documents,
 )
-from mindformers_ext.bin_dataset.tokenizer import TextTokenizer
+from mindformers_ext.bin_dataset.tokenizer import TextTokenizer, TokenizerError
 from mindformers_ext.files.atomic import write_json
 
 TOOL_VERSION = "2"  # Raise it when the same input gives other bytes.
@@ -59,7 +59,11 @@ class Counts:
     empty_documents: int = 0
     bad_lines: int = 0
     truncated_documents: int = 0
+    dropped_documents: int = 0
     dropped_tokens: int = 0
+    padding_tokens: int = 0
+    learnt_tokens: int = 0  # of a dataset with a loss mask
+    reasoning_left_out: int = 0  # thoughts of assistants that the chat template does not write
     sequences: int = 0
     tokens: int = 0
     input_bytes: int = 0
@@ -70,6 +74,9 @@ class Counts:
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
         del self.bad_line_messages[KEPT_MESSAGES:]
+
+
+SHAPE_COUNTS = [item.name for item in fields(Shape)]
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Job:
     dtype: type[np.number]
     keys: tuple[str, ...] = ("text",)
     read: Callable[..., Iterator[Batch]] = read_documents
-    read_options: dict[str, list[str]] = field(default_factory=dict)  # more arguments for `read`
+    read_options: dict[str, object] = field(default_factory=dict)  # more arguments for `read`
     starts_document: Callable[[bytes], bool] = bool  # any line
     shape: Callable[[], Shape] = AsIs
     bos: int | None = None
@@ -114,7 +121,7 @@ class Job:
             "tokenizer": [self.tokenizer.sha256, self.tokenizer.backend],
             "dtype": np.dtype(self.dtype).name,
             "keys": self.keys,
-            "shape": [type(shape).__name__, getattr(shape, "length", None), getattr(shape, "pad", None)],
+            "shape": [type(shape).__name__, *(getattr(shape, item.name) for item in fields(shape) if item.init)],
             "marks": [self.bos, self.eod, self.vocab_size],
             "skip_bad_lines": self.skip_bad_lines,
             "read_options": self.read_options,
@@ -184,10 +191,12 @@ def _run_part(job: Job, spans: list[Span], writers: list[IndexedDatasetWriter], 
     for batch in _prefetch(batch for span in spans for batch in read(span)):
         for key in job.keys:
             encoded = encode_documents(job, batch.texts[key])
-            _write(by_key[key], shapes[key].add(*encoded), counts)
+            mask = batch.learnt and learnt_mask(job.tokenizer, batch.texts[key], batch.learnt, *encoded[:2])
+            _write(by_key[key], shapes[key].add(*encoded, mask), counts)
             counts.empty_documents += int((encoded[2] == 0).sum())
         counts.documents += len(batch.texts[job.keys[0]])
         counts.bad_lines += len(batch.bad)
+        counts.reasoning_left_out += batch.reasoning_left_out
         counts.bad_line_messages += batch.bad[: KEPT_MESSAGES - len(counts.bad_line_messages)]
         counts.input_bytes += batch.input_bytes
         if counts.documents - shown >= job.log_interval:
@@ -196,8 +205,8 @@ def _run_part(job: Job, spans: list[Span], writers: list[IndexedDatasetWriter], 
         bar.update(batch.input_bytes)
     for key in job.keys:
         _write(by_key[key], shapes[key].finish(), counts)
-        counts.dropped_tokens += shapes[key].dropped_tokens
-        counts.truncated_documents += shapes[key].truncated_documents
+        for name in SHAPE_COUNTS:
+            setattr(counts, name, getattr(counts, name) + getattr(shapes[key], name))
     job.tokenizer.finish_checks()  # before the files get their names
     _show(bar, before, counts)
     return counts
@@ -242,6 +251,31 @@ def encode_documents(job: Job, documents: list[Text]) -> tuple[np.ndarray, np.nd
             "model's own tokenizer, or raise vocab_size in the model"
         )
     return (*add_marks(tokens, lengths[lengths > 0], per_document, job.bos, job.eod), per_document)
+
+
+def learnt_mask(
+    tokenizer: TextTokenizer,
+    texts: list[str],
+    learnt: list[list[tuple[int, int]]],
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+) -> np.ndarray:
+    """1 on each token that has a byte of what is learnt, 0 on the others: (tokens,) uint8."""
+    mask = np.zeros(len(tokens), np.uint8)
+    sizes = tokenizer.byte_lengths[tokens]
+    ends = np.cumsum(lengths)
+    for text, spans, first, last in zip(texts, learnt, ends - lengths, ends, strict=True):
+        until = np.cumsum(sizes[first:last])
+        if until[-1] != len(text.encode()):
+            raise TokenizerError(
+                f"{tokenizer.path} changes a text before it cuts it, so what the assistant wrote cannot be found in "
+                f"the tokens of {text[:60]!r}; conversations need a byte-level tokenizer"
+            )
+        for start, end in spans:
+            before = len(text[:start].encode())
+            within = before, before + len(text[start:end].encode())
+            mask[first + np.searchsorted(until, within[0], "right") : first + np.searchsorted(until, within[1]) + 1] = 1
+    return mask
 
 
 def add_marks(

@@ -174,6 +174,21 @@ class TextTokenizer:
         return load_reference(self.file)[0].decode(list(map(int, ids)), skip_special_tokens=False)
 
     @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """How many bytes of a text each id stands for, (ids,) int64, in a byte-level tokenizer."""
+        import numpy as np
+
+        if self.file.kind == SENTENCEPIECE:
+            raise TokenizerError(f"{self.path} is a sentencepiece model; conversations need a byte-level tokenizer")
+        vocab = load_reference(self.file)[0].get_vocab()
+        lengths = np.zeros(max(vocab.values()) + 1, np.int64)
+        for token, number in vocab.items():  # A byte is a letter there.
+            lengths[number] = len(token)
+        for token, number in self.special_ids.items():
+            lengths[number] = len(token.encode())
+        return lengths
+
+    @cached_property
     def sha256(self) -> str:
         """Hash of the tokenizer file, and of what stands beside it that decides ids."""
         return identity(self.file)

@@ -29,7 +29,13 @@ def check_data(run: Run, dataset: str) -> None:
     asked = read_loader(run, dataset)
     check_tokenizer(run)
     vocab_size = run.value("model.model_config.vocab_size")
-    for key, given in config.paths.items():
+    try:
+        paths = asked.data_paths()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {name}.conversations: {error}") from None
+    for key, given in paths.items():
+        if not given:
+            continue
         files = [open_dataset(prefix, f"{name}.{key}", path) for prefix in parse_blend(given)[0]]
         tokens = sum(len(file.tokens) for file in files)
         if tokens < config.seq_length + 1:
