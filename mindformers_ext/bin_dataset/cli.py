@@ -38,6 +38,9 @@ def text_parser(description: str, dtype: str, marks: bool = True) -> argparse.Ar
     )
     parser.add_argument("--workers", "--worker", type=int, default=os.cpu_count(), help="threads (default: all cores)")
     parser.add_argument("--partitions", type=int, default=0, help="resumable parts (default: one per 4 GiB of input)")
+    parser.add_argument(
+        "--shard", type=shard, default=(0, 1), metavar="I/N", help="write part I of N (from 0) for merge_bin.py to join"
+    )
     if marks:
         parser.add_argument("--append-eod", action="store_true", help="end every document with the eod token")
         parser.add_argument("--eod-token", help="name of that token (default: eos_token of tokenizer_config.json)")
@@ -51,6 +54,19 @@ def text_parser(description: str, dtype: str, marks: bool = True) -> argparse.Ar
     parser.add_argument("--no-fast-tokenizer", action="store_true", help="use the reference library `tokenizers`")
     parser.add_argument("--log-interval", type=int, default=1000, help="documents between updates of the progress line")
     return parser
+
+
+def shard(text: str) -> tuple[int, int]:
+    """``3/10`` as (3, 10)."""
+    index, _, shards = text.partition("/")
+    if not (index.isdecimal() and shards.isdecimal() and int(index) < int(shards)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text!r}")
+    return int(index), int(shards)
+
+
+def shard_prefix(prefix: str, index: int, shards: int) -> str:
+    """Prefix of one of many parts; sorted by name they are in order."""
+    return prefix if shards == 1 else f"{prefix}.shard-{index:05d}-of-{shards:05d}"
 
 
 def load_tokenizer(args: argparse.Namespace) -> TextTokenizer:
@@ -72,7 +88,8 @@ def text_job(tool: str, args: argparse.Namespace, tokenizer: TextTokenizer, **mo
     return Job(
         tool=tool,
         inputs=tuple(find_inputs(args.input)),
-        prefix=args.output_prefix,
+        prefix=shard_prefix(args.output_prefix, *args.shard),
+        shard=args.shard,
         tokenizer=tokenizer,
         dtype=dtype,
         eod=tokenizer.special_id("eod", args.eod_token) if getattr(args, "append_eod", False) else None,

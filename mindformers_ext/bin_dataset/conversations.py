@@ -19,6 +19,7 @@ from mindformers_ext.bin_dataset.text_sources import (
     lines_before,
     table_batches,
 )
+from mindformers_ext.files import remote
 
 # ShareGPT's and older words for OpenAI's roles.
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
@@ -247,9 +248,9 @@ def _rows(span: Span) -> Iterator[tuple[list[tuple[int, object]], int]]:
             number += len(group)
         return
     if is_json_array(span.path):
-        with open(span.path, encoding="utf-8-sig") as file:
+        with remote.open_binary(span.path) as file:
             try:
-                items = json.load(file)
+                items = json.loads(file.read().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 raise BadInputError(f"{span.path} is no JSON array: {error}") from error
         for start in range(0, len(items), ROWS_PER_BATCH):

@@ -8,12 +8,14 @@ belong to the same inputs, tokenizer and arguments, and writes the same bytes as
 import hashlib
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -39,6 +41,7 @@ from mindformers_ext.bin_dataset.text_sources import (
     read_documents,
 )
 from mindformers_ext.bin_dataset.tokenizer import TextTokenizer, TokenizerError
+from mindformers_ext.files import remote
 from mindformers_ext.files.atomic import write_json
 
 TOOL_VERSION = "2"  # Raise it when the same input gives other bytes.
@@ -97,6 +100,7 @@ class Job:
     eod: int | None = None
     vocab_size: int | None = None  # the model's, if ids are to be checked against it
     partitions: int = 0  # 0: one per 4 GiB of input
+    shard: tuple[int, int] = (0, 1)  # which part of the inputs, of how many that other machines take
     skip_bad_lines: bool = False
     log_interval: int = 1000  # documents between two updates of the progress line
     arguments: dict[str, object] = field(default_factory=dict)
@@ -112,12 +116,11 @@ class Job:
 
     def identity(self, partitions: int) -> str:
         """Hash that two runs share if they write the same bytes."""
-        stats = [(os.path.abspath(path), os.stat(path)) for path in self.inputs]
         shape = self.shape()
         facts = {
             "version": TOOL_VERSION,
             "tool": self.tool,
-            "inputs": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+            "inputs": list(map(remote.state, self.inputs)),
             "tokenizer": [self.tokenizer.sha256, self.tokenizer.backend],
             "dtype": np.dtype(self.dtype).name,
             "keys": self.keys,
@@ -125,7 +128,7 @@ class Job:
             "marks": [self.bos, self.eod, self.vocab_size],
             "skip_bad_lines": self.skip_bad_lines,
             "read_options": self.read_options,
-            "partitions": partitions,
+            "partitions": [partitions, self.shard],
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -133,44 +136,73 @@ class Job:
 def run(job: Job) -> Counts:
     """Write the job's output, or find it written. Returns the counts; raises what reading and writing raise."""
     started = time.monotonic()
-    total = sum(map(os.path.getsize, job.inputs))
-    partitions = job.partitions or max(1, -(-total // AUTO_PARTITION_BYTES))
-    parts = plan_partitions(job.inputs, partitions, job.starts_document)
+    total = sum(map(remote.size, job.inputs))
+    index, shards = job.shard
+    partitions = job.partitions or max(1, -(-total // shards // AUTO_PARTITION_BYTES))
+    parts = plan_partitions(job.inputs, partitions * shards, job.starts_document)
+    parts = [part for part in parts[index * partitions : (index + 1) * partitions] if part] or [[]]
     identity = job.identity(partitions)
     done = finished_counts(job.prefix, job, identity)
-    if done is None:
-        done = _run_parts(job, parts, identity, total)
+    if done is None and remote.is_remote(job.prefix):
+        done = _run_and_upload(job)
+    elif done is None:
+        done, files = _run_parts(job, parts, identity)
         for key in job.keys:
-            _write_summary(f"{job.output(key)}.json", job, identity, done, time.monotonic() - started)
+            _write_summary(f"{job.output(key)}.json", job, identity, done, files, time.monotonic() - started)
     else:
         print(f"{job.output(job.keys[0])} was finished by an earlier run of this command", file=sys.stderr)
-    for number in range(len(parts)):
+    for number in range(0 if remote.is_remote(job.prefix) else len(parts)):
         _remove_part(job, number)
     return done
 
 
-def _run_parts(job: Job, parts: list[list[Span]], identity: str, total: int) -> Counts:
+def _run_and_upload(job: Job) -> Counts:
+    """Write the output on this machine, where an interrupted run finds its partitions again, then to its address."""
+    name = hashlib.sha256(job.prefix.encode()).hexdigest()[:16]
+    scratch = Path(tempfile.gettempdir()) / f"bin_dataset-{os.getuid()}-{name}"
+    local = replace(job, prefix=str(scratch / job.prefix.rsplit("/", 1)[1]))
+    counts = run(local)
+    folder = job.prefix.rsplit("/", 1)[0]
+    paths = [path(name) for name in local.outputs(local.prefix) for path in (bin_path, idx_path)]
+    paths += [Path(f"{local.output(key)}.json") for key in job.keys]
+    remote.upload([(str(path), f"{folder}/{path.name}") for path in paths])
+    shutil.rmtree(scratch)
+    return counts
+
+
+def _run_parts(job: Job, parts: list[list[Span]], identity: str) -> tuple[Counts, dict[str, object]]:
+    """The counts, and what the manifest says of every file."""
+    total = sum(span.end - span.start for part in parts for span in part)
     counts = Counts()
     with ExitStack() as stack, tqdm(total=total, unit="B", unit_scale=True, desc=job.tool, mininterval=0.5) as bar:
         wholes = _open(stack, job, job.prefix)  # first: what keeps other jobs from this one's partitions too
         if len(parts) == 1:
-            return _run_part(job, parts[0], wholes, counts, bar)
-        prefixes = [_part_prefix(job, number) for number in range(len(parts))]
-        finished = [finished_counts(prefix, job, identity) for prefix in prefixes]
-        if any(finished):
-            done = sum(map(bool, finished))
-            print(f"{done} of {len(parts)} partitions were finished by an earlier run", file=sys.stderr)
-        for spans, prefix, part in zip(parts, prefixes, finished, strict=True):
-            if part is None:
-                with ExitStack() as of_part:
-                    part = _run_part(job, spans, _open(of_part, job, prefix), counts, bar)
-                write_json(f"{prefix}.json", {"identity": identity, "counts": asdict(part)})
-            else:
-                bar.update(part.input_bytes)
-            counts.add(part)
-        for prefix in prefixes:
-            for whole, source in zip(wholes, job.outputs(prefix), strict=True):
-                whole.add_index(source)
+            counts = _run_part(job, parts[0], wholes, counts, bar)
+        else:
+            counts = _join_parts(job, parts, identity, wholes, bar)
+    return counts, {Path(whole.prefix).name: whole.files for whole in wholes}
+
+
+def _join_parts(
+    job: Job, parts: list[list[Span]], identity: str, wholes: list[IndexedDatasetWriter], bar: tqdm
+) -> Counts:
+    """Write every part that an earlier run has not finished, then the whole of them."""
+    counts = Counts()
+    prefixes = [_part_prefix(job, number) for number in range(len(parts))]
+    finished = [finished_counts(prefix, job, identity) for prefix in prefixes]
+    if any(finished):
+        done = sum(map(bool, finished))
+        print(f"{done} of {len(parts)} partitions were finished by an earlier run", file=sys.stderr)
+    for spans, prefix, part in zip(parts, prefixes, finished, strict=True):
+        if part is None:
+            with ExitStack() as of_part:
+                part = _run_part(job, spans, _open(of_part, job, prefix), counts, bar)
+            write_json(f"{prefix}.json", {"identity": identity, "counts": asdict(part)})
+        else:
+            bar.update(part.input_bytes)
+        counts.add(part)
+    for whole, sources in zip(wholes, zip(*map(job.outputs, prefixes), strict=True), strict=True):
+        whole.add_indices(sources)
     return counts
 
 
@@ -308,23 +340,28 @@ def finished_counts(prefix: str, job: Job, identity: str) -> Counts | None:
     """The counts of an output (or part) that was finished with the same identity, else None."""
     name = f"{job.output(job.keys[0])}.json" if prefix == job.prefix else f"{prefix}.json"
     try:
-        summary = json.loads(Path(name).read_text())
+        summary = json.loads(remote.read_text(name))
         if summary["identity"] != identity:
             return None
         for name in job.outputs(prefix):
-            IndexedDataset(name)
+            remote.size(f"{name}.idx") if remote.is_remote(name) else IndexedDataset(name)
         return Counts(**summary["counts"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError, CorruptDatasetError):
         return None
 
 
-def _write_summary(path: str, job: Job, identity: str, counts: Counts, seconds: float) -> None:
+def _write_summary(
+    path: str, job: Job, identity: str, counts: Counts, files: dict[str, object], seconds: float
+) -> None:
     summary = {
         "tool": job.tool,
         "tool_version": TOOL_VERSION,
         "identity": identity,
         "arguments": job.arguments,
         "inputs": list(job.inputs),
+        "sources": [{"path": path, "bytes": remote.size(path)} for path in job.inputs],
+        "shard": list(job.shard),
+        "files": files,
         "tokenizer": str(job.tokenizer.path),
         "tokenizer_sha256": job.tokenizer.sha256,
         "tokenizer_backend": job.tokenizer.backend,

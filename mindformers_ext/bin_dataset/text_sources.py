@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import glob
 import gzip
 import io
 import json
@@ -11,11 +10,14 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+
+from mindformers_ext.files import remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,10 +61,10 @@ def find_inputs(patterns: Sequence[str]) -> list[str]:
         if pattern.startswith(HUB):
             found += huggingface_files(pattern)
             continue
-        matches = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
-        if not matches:
+        matching = remote.matches(pattern)
+        if not matching:
             raise FileNotFoundError(f"--input {pattern} matches no file")
-        found += matches
+        found += matching
     return list(dict.fromkeys(found))
 
 
@@ -87,17 +89,19 @@ def huggingface_files(address: str) -> list[str]:
 def plan_partitions(
     paths: Sequence[str], partitions: int, starts_document: Callable[[bytes], bool] = lambda line: True
 ) -> list[list[Span]]:
-    """Cut the inputs, in order, into at most ``partitions`` parts of about the same size.
+    """Cut the inputs, in order, into ``partitions`` parts of about the same size; some may be empty.
 
     Cuts fall before lines for which ``starts_document`` holds, and between files where a file cannot be cut.
     """
-    sizes = [os.path.getsize(path) for path in paths]
+    with ThreadPoolExecutor(16) as pool:  # a server answers many questions at once
+        sizes = list(pool.map(remote.size, paths))
     total = sum(sizes)
     parts: list[list[Span]] = [[] for _ in range(partitions)]
     before = 0
     for path, size in zip(paths, sizes, strict=True):
         if _is_cuttable(path):
-            cuts = (total * i // partitions - before for i in range(1, partitions))
+            first, last = (bytes_ * partitions // max(total, 1) for bytes_ in (before, before + size))
+            cuts = (total * i // partitions - before for i in range(first, last + 1))
             cuts = sorted({0, size, *(cut for cut in cuts if 0 < cut < size)})
             bounds = [_align(path, cut, size, starts_document) for cut in cuts]
         else:
@@ -107,7 +111,7 @@ def plan_partitions(
                 number = min(partitions - 1, (before + start) * partitions // max(total, 1))
                 parts[number].append(Span(path, start, end))
         before += size
-    return [part for part in parts if part] or [[]]
+    return parts
 
 
 def is_table(path: str) -> bool:
@@ -123,7 +127,7 @@ def is_json_array(path: str) -> bool:
     """Whether a .json file is one array rather than an object a line."""
     if not path.endswith(".json"):
         return False
-    with open(path, "rb") as file:
+    with remote.open_binary(path) as file:
         return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
@@ -131,7 +135,7 @@ def _align(path: str, offset: int, size: int, starts_document: Callable[[bytes],
     """The first document start at or after ``offset``."""
     if offset in (0, size):
         return offset
-    with open(path, "rb") as file:
+    with remote.open_binary(path) as file:
         file.seek(offset - 1)
         file.readline()
         while True:
@@ -206,7 +210,7 @@ def lines_before(span: Span) -> int:
     """Lines of the file before the span; they are read again for it."""
     if span.start == 0:
         return 0
-    with open(span.path, "rb") as file:
+    with remote.open_binary(span.path) as file:
         return sum(file.read(min(BLOCK, span.start - at)).count(b"\n") for at in range(0, span.start, BLOCK))
 
 
@@ -233,7 +237,7 @@ Table = tuple[list[str], int, Iterator["pa.RecordBatch"]]  # names of columns, r
 def _parquet_batches(path: str, columns: Sequence[str] | None) -> Table:
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)
+    file = pq.ParquetFile(remote.open_binary(path) if remote.is_remote(path) else path)
     rows = file.iter_batches(batch_size=2000, columns=columns and list(columns))
     return file.schema_arrow.names, file.metadata.num_rows, rows
 
@@ -241,7 +245,8 @@ def _parquet_batches(path: str, columns: Sequence[str] | None) -> Table:
 def _arrow_batches(path: str, columns: Sequence[str] | None) -> Table:
     import pyarrow as pa
 
-    table = pa.ipc.open_stream(pa.memory_map(path)).read_all()  # mapped: no row is read yet
+    file = remote.open_binary(path) if remote.is_remote(path) else pa.memory_map(path)
+    table = pa.ipc.open_stream(file).read_all()  # of a mapped file no row is read yet
     chosen = table.select(list(columns)) if columns and set(columns) <= set(table.column_names) else table
     return table.column_names, len(table), iter(chosen.to_batches(max_chunksize=2000))
 
@@ -393,7 +398,7 @@ def blocks(span: Span) -> Iterator[tuple[bytes, int, int]]:
     for one that is no text whatever its name says.
     """
     at_start, lines = span.start == 0, 0
-    with open(span.path, "rb") as raw:
+    with remote.open_binary(span.path) as raw:
         stream = _decompressed(raw, span)
         remaining = span.end - span.start if _is_cuttable(span.path) else None
         at = raw.tell()
@@ -433,7 +438,7 @@ def _refuse_other_formats(block: bytes, path: str) -> None:
 
 
 def _is_parquet(path: str) -> bool:
-    with open(path, "rb") as file:
+    with remote.open_binary(path) as file:
         file.seek(-4, os.SEEK_END)
         return file.read() == b"PAR1"
 
