@@ -1,16 +1,20 @@
-"""Join .bin/.idx pairs (partitions) into one, in the order given; loss masks are joined where every part has one.
+"""Join .bin/.idx pairs (shards) into one, in the order given; loss masks are joined where every part has one.
 
-python dataset_tools/merge_bin.py --input part0_text_document part1_text_document --output-prefix all_text_document
+    python dataset_tools/merge_bin.py --input 'P.shard-*_text_document' --output-prefix P_text_document
+
+Every token is read once, by many threads, and compared with the checksum that the tool wrote beside its part. With
+--blend nothing is copied: P_text_document.json names the parts, and data_path takes that file for all of them.
 """
 
 import argparse
+import glob
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tqdm import tqdm
 
 from mindformers_ext.bin_dataset import cli, pipeline
 from mindformers_ext.bin_dataset.indexed_dataset import (
@@ -22,50 +26,90 @@ from mindformers_ext.bin_dataset.indexed_dataset import (
 from mindformers_ext.files.atomic import write_json
 
 
-def merge(prefixes: list[str], output: str) -> None:
-    """Write the concatenation of ``prefixes`` as ``output``. Raises ValueError if the parts do not fit together."""
+def merge(prefixes: list[str], output: str) -> dict[str, object]:
+    """Write the concatenation of ``prefixes`` as ``output``; returns what the manifest says of the files.
+
+    Raises ValueError if the parts do not fit together, or are not what their manifests say.
+    """
     masks = [loss_mask_prefix(prefix) for prefix in prefixes]
     with_mask = [idx_path(mask).is_file() for mask in masks]
     if any(with_mask) and not all(with_mask):
         raise ValueError(f"{prefixes[with_mask.index(False)]} has no loss mask, other parts have; merge like with like")
     if output in prefixes:
         raise ValueError(f"--output-prefix {output} is also an input")
-    join(prefixes, output)
-    if all(with_mask):
-        join(masks, loss_mask_prefix(output))
+    files = join(prefixes, output)
+    return files | join(masks, loss_mask_prefix(output)) if all(with_mask) else files
 
 
-def join(prefixes: list[str], output: str) -> None:
+def join(prefixes: list[str], output: str) -> dict[str, object]:
     """Write the concatenation of pairs of one dtype."""
     with IndexedDatasetWriter(output, IndexedDataset(prefixes[0]).dtype) as writer:
-        for prefix in tqdm(prefixes, desc="merge", unit="pair"):
-            writer.add_index(prefix)
+        for prefix, checksum in zip(prefixes, writer.add_indices(prefixes), strict=True):
+            recorded = checksum_of(prefix)
+            if recorded not in (None, checksum):
+                raise ValueError(f"{prefix}.bin has sha256 {checksum}, but {recorded} in its manifest; make it again")
+    return {Path(output).name: writer.files}
 
 
-def sidecar(args: argparse.Namespace, whole: IndexedDataset) -> dict[str, object]:
-    """How the whole came to be: arguments, counts, and what the tools wrote beside the parts."""
-    beside = [Path(f"{prefix}.json") for prefix in args.input]
+def checksum_of(prefix: str) -> str | None:
+    """The sha256 that the manifest beside a part says of its tokens; None if it says nothing, or of pieces."""
+    name = Path(prefix).name
+    manifest = Path(prefix.removesuffix(loss_mask_prefix("")) + ".json")
+    pieces = json.loads(manifest.read_text())["files"][name]["bin"] if manifest.is_file() else ()
+    return pieces[0]["sha256"] if len(pieces) == 1 else None
+
+
+def manifest(args: argparse.Namespace, prefixes: list[str], files: dict[str, object]) -> dict[str, object]:
+    """How the whole came to be: arguments, counts, checksums, and what the tools wrote beside the parts."""
+    parts = [IndexedDataset(prefix) for prefix in prefixes]
+    beside = [Path(f"{prefix}.json") for prefix in prefixes]
     return {
         "tool": "merge_bin.py",
         "tool_version": pipeline.TOOL_VERSION,
         "arguments": vars(args),
-        "counts": {"documents": whole.num_documents, "sequences": len(whole), "tokens": len(whole.tokens)},
+        "counts": {
+            "documents": sum(part.num_documents for part in parts),
+            "sequences": sum(map(len, parts)),
+            "tokens": sum(len(part.tokens) for part in parts),
+        },
+        "data_path": [os.path.abspath(prefix) for prefix in prefixes] if args.blend else None,
+        "files": files,
         "parts": [json.loads(path.read_text()) if path.is_file() else None for path in beside],
     }
+
+
+def parts_of(patterns: list[str]) -> list[str]:
+    """Prefixes, and what patterns of them match in the order of their names."""
+    found = []
+    for pattern in patterns:
+        matching = [path.removesuffix(".idx") for path in sorted(glob.glob(f"{pattern}.idx"))]
+        if not matching and glob.has_magic(pattern):
+            raise ValueError(f"--input {pattern} matches no .idx file")
+        found += matching or [pattern]
+    shards = {int(part[1]) for prefix in found if (part := re.search(r"\.shard-\d+-of-(\d+)", prefix))}
+    if shards and shards != {len(found)}:
+        raise ValueError(f"--input has {len(found)} parts of {sorted(shards)} shards; finish the others first")
+    return found
 
 
 def run(arguments: list[str] | None = None) -> None:
     """Parse the command line, merge and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="prefixes of the parts, without .bin/.idx")
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="prefixes of the parts, without .bin/.idx, or patterns"
+    )
     parser.add_argument("--output-prefix", required=True, help="prefix of the whole")
+    parser.add_argument(
+        "--blend", action="store_true", help="leave the parts where they are, and name them in one file"
+    )
     args = parser.parse_args(arguments)
-    merge(args.input, args.output_prefix)
-    whole = IndexedDataset(args.output_prefix)
-    write_json(f"{args.output_prefix}.json", sidecar(args, whole))
+    prefixes = parts_of(args.input)
+    facts = manifest(args, prefixes, {} if args.blend else merge(prefixes, args.output_prefix))
+    write_json(f"{args.output_prefix}.json", facts)
+    counts = facts["counts"]
     print(
-        f"merged {len(args.input)} datasets: {whole.num_documents} documents, {len(whole)} sequences, "
-        f"{len(whole.tokens)} tokens in {args.output_prefix}.bin"
+        f"merged {len(prefixes)} datasets: {counts['documents']} documents, {counts['sequences']} sequences, "
+        f"{counts['tokens']} tokens in {args.output_prefix}.{'json' if args.blend else 'bin'}"
     )
 
 

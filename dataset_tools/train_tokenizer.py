@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER
+from mindformers_ext.bin_dataset.chat_template import NEEDED
 from mindformers_ext.errors import exit_code_of
 from mindformers_ext.files.atomic import write_text
 
@@ -24,7 +24,7 @@ def train(files: list[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[BOS, EOS, USER, ASSISTANT],  # ids 0 to 3: DeepSeek-V3 has the same words
+        special_tokens=list(NEEDED),  # ids 0 to 3: DeepSeek-V3 has the same words
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train(files, trainer)

@@ -1,5 +1,6 @@
 """Blends of GPTDatasets by weight, and the train/valid/test splits, as megatron-core 0.16.1 draws them."""
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -219,9 +220,12 @@ def split_ranges(split: str) -> list[tuple[float, float] | None]:
 def parse_blend(paths: str | Sequence[str | float]) -> tuple[list[str], list[float] | None]:
     """Prefixes and weights of ``["30", "a", "70", "b"]``, or prefixes and None of ``["a", "b"]``.
 
-    One text is a prefix or, as on Megatron's command line, all of these words apart. Weights are above 0.
+    One text is a prefix, the JSON file of merge_bin.py --blend or, as on Megatron's command line, all of these words
+    apart. Weights are above 0.
     """
-    if isinstance(paths, str):
+    if isinstance(paths, str) and paths.endswith(".json"):  # of merge_bin.py --blend
+        paths = json.loads(Path(paths).read_text(encoding="utf-8"))["data_path"]
+    elif isinstance(paths, str):
         paths = [paths] if idx_path(paths).is_file() else paths.split()
     items = [str(path).strip() for path in paths]
     if not items:

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from mindformers_ext.bin_dataset.tokenizer import TextTokenizer
@@ -34,10 +34,13 @@ def text_parser(description: str, dtype: str, marks: bool = True) -> argparse.Ar
         "--tokenizer-model",
         dest="tokenizer",
         required=True,
-        help="tokenizer.json, HuggingFace folder or sentencepiece .model",
+        help="tokenizer.json, HuggingFace folder, sentencepiece .model or tiktoken file",
     )
     parser.add_argument("--workers", "--worker", type=int, default=os.cpu_count(), help="threads (default: all cores)")
     parser.add_argument("--partitions", type=int, default=0, help="resumable parts (default: one per 4 GiB of input)")
+    parser.add_argument(
+        "--shard", type=shard, default=(0, 1), metavar="I/N", help="write part I of N (from 0) for merge_bin.py to join"
+    )
     if marks:
         parser.add_argument("--append-eod", action="store_true", help="end every document with the eod token")
         parser.add_argument("--eod-token", help="name of that token (default: eos_token of tokenizer_config.json)")
@@ -51,6 +54,19 @@ def text_parser(description: str, dtype: str, marks: bool = True) -> argparse.Ar
     parser.add_argument("--no-fast-tokenizer", action="store_true", help="use the reference library `tokenizers`")
     parser.add_argument("--log-interval", type=int, default=1000, help="documents between updates of the progress line")
     return parser
+
+
+def shard(text: str) -> tuple[int, int]:
+    """``3/10`` as (3, 10)."""
+    index, _, shards = text.partition("/")
+    if not (index.isdecimal() and shards.isdecimal() and int(index) < int(shards)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text!r}")
+    return int(index), int(shards)
+
+
+def shard_prefix(prefix: str, index: int, shards: int) -> str:
+    """Prefix of one of many parts; sorted by name they are in order."""
+    return prefix if shards == 1 else f"{prefix}.shard-{index:05d}-of-{shards:05d}"
 
 
 def load_tokenizer(args: argparse.Namespace) -> TextTokenizer:
@@ -72,7 +88,8 @@ def text_job(tool: str, args: argparse.Namespace, tokenizer: TextTokenizer, **mo
     return Job(
         tool=tool,
         inputs=tuple(find_inputs(args.input)),
-        prefix=args.output_prefix,
+        prefix=shard_prefix(args.output_prefix, *args.shard),
+        shard=args.shard,
         tokenizer=tokenizer,
         dtype=dtype,
         eod=tokenizer.special_id("eod", args.eod_token) if getattr(args, "append_eod", False) else None,
@@ -105,7 +122,8 @@ def summary(job: Job, counts: Counts, seconds: float) -> str:
         f"written  {counts.sequences} sequences, {counts.tokens} tokens ({job.dtype.__name__})",
         f"empty    {counts.empty_documents} documents without a token",
         f"dropped  {counts.bad_lines} unreadable lines, {counts.dropped_tokens} tokens past the sample length "
-        f"({counts.truncated_documents} documents cut)",
+        f"({counts.truncated_documents} documents cut, {counts.dropped_documents} left out)",
+        *_of_samples(counts),
         *(f"settings {text} in {job.tokenizer.path} is switched off" for text in job.tokenizer.switched_off),
         f"checked  {_checked(job.tokenizer)}",
         f"speed    {seconds:.1f} s, {counts.input_bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s, "
@@ -116,6 +134,16 @@ def summary(job: Job, counts: Counts, seconds: float) -> str:
     lines += [f"skipped  {message}" for message in counts.bad_line_messages]
     lines += [f"output   {job.output(key)}.bin .idx .json" for key in job.keys]
     return "\n".join(lines)
+
+
+def _of_samples(counts: Counts) -> Iterator[str]:
+    """What only datasets of padded or masked samples have."""
+    if counts.padding_tokens:
+        yield f"padding  {counts.padding_tokens} tokens, {counts.padding_tokens / counts.tokens:.1%} of what is written"
+    if counts.learnt_tokens:
+        yield f"learnt   {counts.learnt_tokens} tokens, {counts.learnt_tokens / counts.tokens:.1%} of what is written"
+    if counts.reasoning_left_out:
+        yield f"warning  the chat template left {counts.reasoning_left_out} texts of reasoning_content out"
 
 
 def _checked(tokenizer: TextTokenizer) -> str:

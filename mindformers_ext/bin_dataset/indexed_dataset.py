@@ -7,10 +7,12 @@ of each document, and S at the end) and, in multimodal files only, a mode per se
 """
 
 import fcntl
+import hashlib
+import io
 import os
-import shutil
 import struct
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 CHUNK = 1 << 24  # tokens that are looked at together
+PIECE = 1 << 22  # bytes that are copied at once
 
 
 class CorruptDatasetError(ValueError):
@@ -219,9 +222,12 @@ class IndexedDatasetWriter:
         self._lengths: list[np.ndarray] = []  # of each batch: int32
         self._marks: list[tuple[int, np.ndarray]] = [(0, np.zeros(1, np.int64))]  # and what is to be added to each
         self._sequences = 0
+        self.pieces: list[tuple[int, str]] = []  # bytes and sha256 of the tokens, part after part
+        self._digest: hashlib._Hash | None = None
         self._partial = Path(f"{prefix}.bin.partial")
         self._partial.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._partial, "ab")  # noqa: SIM115 (closed in close or abort)
+        # Not for appending: Linux then ignores the place that a copy is to be written to.
+        self._file = open(os.open(self._partial, os.O_WRONLY | os.O_CREAT, 0o666), "wb")  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -256,16 +262,38 @@ class IndexedDatasetWriter:
         lengths = [len(tokens)] if lengths is None else lengths
         self.add_batch(np.asarray(tokens), np.asarray(lengths, np.int32), np.array([len(lengths)], np.int64))
 
-    def add_index(self, prefix: str | Path) -> None:
-        """Append all documents of another dataset of the same dtype."""
-        other = IndexedDataset(prefix)
-        if other.dtype != self.dtype:
-            raise ValueError(f"{prefix} holds {other.dtype}, {self.prefix} is being written as {self.dtype}")
-        self._lengths.append(other.sequence_lengths)
-        self._marks.append((self._sequences, other.document_indices[1:]))
-        self._sequences += len(other)
-        with naming(self._partial), open(bin_path(prefix), "rb") as source:
-            shutil.copyfileobj(source, self._file, 1 << 22)
+    def add_indices(self, prefixes: Sequence[str | Path], threads: int = 8) -> list[str]:
+        """Append all documents of other datasets of the same dtype; returns the sha256 of each one's tokens.
+
+        The tokens are read once, copied by several threads, each to its place.
+        """
+        self._file.flush()
+        self._end_piece()
+        at = self._file.tell()
+        copies = []
+        for prefix in prefixes:
+            other = IndexedDataset(prefix)
+            if other.dtype != self.dtype:
+                raise ValueError(f"{prefix} holds {other.dtype}, {self.prefix} is being written as {self.dtype}")
+            self._lengths.append(other.sequence_lengths)
+            self._marks.append((self._sequences, other.document_indices[1:]))
+            self._sequences += len(other)
+            copies.append((bin_path(prefix), at, other.tokens.nbytes))
+            at += other.tokens.nbytes
+        with naming(self._partial), ThreadPoolExecutor(threads) as pool:
+            checksums = list(pool.map(self._copy, copies))
+            self._file.seek(at)
+        self.pieces += [(size, checksum) for (_, _, size), checksum in zip(copies, checksums, strict=True)]
+        return checksums
+
+    def _copy(self, copy: tuple[Path, int, int]) -> str:
+        path, at, size = copy
+        digest, piece = hashlib.sha256(), memoryview(bytearray(min(PIECE, size)))
+        with open(path, "rb", buffering=0) as source:
+            while count := size and source.readinto(piece):
+                digest.update(piece[:count])
+                at += write_all(self._file.fileno(), piece[:count], at)
+        return digest.hexdigest()
 
     def add_batch(self, tokens: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray) -> None:
         """Append many documents: flat tokens, the length of each sequence, how many sequences each document has."""
@@ -273,10 +301,30 @@ class IndexedDatasetWriter:
         if int(lengths.sum(dtype=np.int64)) != len(tokens):
             raise ValueError(f"lengths sum to {lengths.sum(dtype=np.int64)} but there are {len(tokens)} tokens")
         with naming(self._partial):
-            self._file.write(_cast(tokens, self.dtype).data)
+            data = _cast(tokens, self.dtype).data
+            self._file.write(data)
+        self._hash(data)
         self._lengths.append(lengths)
         self._marks.append((self._sequences, np.cumsum(sequences_per_document, dtype=np.int32)))
         self._sequences += len(lengths)
+
+    def _hash(self, data: memoryview) -> None:
+        """Tokens that are written here, not copied, are one piece until others come between."""
+        if self._digest is None:
+            self._digest, self._hashed = hashlib.sha256(), 0
+        self._digest.update(data)
+        self._hashed += data.nbytes
+
+    def _end_piece(self) -> None:
+        if self._digest is not None:
+            self.pieces.append((self._hashed, self._digest.hexdigest()))
+            self._digest = None
+
+    @property
+    def files(self) -> dict[str, object]:
+        """What a manifest says of the pair after ``close``: the tokens are pieces, each with bytes and checksum."""
+        pieces = [{"bytes": size, "sha256": checksum} for size, checksum in self.pieces]
+        return {"bin": pieces, "idx": [{"bytes": self._index_bytes, "sha256": self._index_sha256}]}
 
     def close(self) -> None:
         """Write the index and rename both files; the .idx comes last, so a present .idx means a whole pair."""
@@ -287,7 +335,9 @@ class IndexedDatasetWriter:
     def _close(self) -> None:
         index = Path(f"{self.prefix}.idx.partial")
         documents = sum(len(marks) for _, marks in self._marks)
-        with open(index, "wb") as file:
+        self._end_piece()
+        with open(index, "wb") as raw:
+            file = _Hashing(raw)
             file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], self._sequences, documents))
             for lengths in self._lengths:
                 file.write(lengths.data)
@@ -298,6 +348,7 @@ class IndexedDatasetWriter:
                 offset += int(sizes.sum())
             for before, marks in self._marks:
                 file.write(np.add(marks, before, dtype=np.int64).data)
+        self._index_bytes, self._index_sha256 = file.bytes, file.digest.hexdigest()
         # The old index goes first: a kill between the renames must not leave it beside the new tokens.
         idx_path(self.prefix).unlink(missing_ok=True)
         os.replace(self._partial, bin_path(self.prefix))
@@ -309,6 +360,26 @@ class IndexedDatasetWriter:
         self._partial.unlink(missing_ok=True)
         Path(f"{self.prefix}.idx.partial").unlink(missing_ok=True)
         self._file.close()
+
+
+class _Hashing:
+    """A file that is written, and its checksum."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self._file, self.digest, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self.bytes += len(data) if isinstance(data, bytes) else data.nbytes
+
+
+def write_all(descriptor: int, data: memoryview, at: int) -> int:
+    """Write all of some bytes at a place in a file; returns how many."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], at + done)
+    return done
 
 
 def _cast(tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:

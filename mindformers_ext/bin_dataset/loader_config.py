@@ -11,6 +11,7 @@ PHASES = {"train": 0, "valid": 1, "eval": 1, "dev": 1, "test": 2}
 
 # MindFormers' words for fields of GPTDatasetConfig.
 RENAMED = {"seq_length": "sequence_length", "seed": "random_seed", "compressed_eod_mask_length": "eod_pad_length"}
+CONVERSATIONS = "conversations"  # instead of paths: what bin_dataset/conversation_job.py makes samples of
 PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 # Keys of upstream's YAML that mean nothing here: files are always mapped, and never on S3.
 WITHOUT_EFFECT = ("mmap_bin_files", "s3_cache_path")
@@ -25,10 +26,10 @@ def parse_config(config: Mapping[str, Any]) -> tuple[GPTDatasetConfig, dict[str,
     given: dict[str, Any] = {}
     for key, value in config.items():
         name = RENAMED.get(key, key)
-        if key in PATHS or key in WITHOUT_EFFECT or value is None:
+        if key in PATHS or key in WITHOUT_EFFECT or key == CONVERSATIONS or value is None:
             continue
         if name not in known:
-            words = sorted(known | set(RENAMED) | set(PATHS))
+            words = sorted(known | set(RENAMED) | {*PATHS, CONVERSATIONS})
             raise ValueError(f"config.{key} is unknown; known keys are {', '.join(words)}")
         if name in given and given[name] != value:
             raise ValueError(f"config gives {name} twice: {given[name]} and {key}: {value}")
@@ -46,6 +47,7 @@ class LoaderConfig:
     paths: dict[str, Any]  # by PATHS
     sizes: tuple[int | None, ...]  # samples asked of train, valid and test; None: all there are
     split: int  # which of SPLITS is read
+    conversations: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
@@ -64,9 +66,21 @@ class LoaderConfig:
         split = PHASES[phase]
         if paths["data_path"] and any(paths[path] for path in PATHS[1:]):
             raise ValueError("config gives data_path and a split's own list; keep one of them")
-        if not paths["data_path"] and not paths[f"{SPLITS[split]}_data_path"]:
-            raise ValueError(f"config needs data_path or {SPLITS[split]}_data_path")
-        return cls(samples, paths, tuple(sizes), split)
+        conversations = config.get(CONVERSATIONS)
+        if conversations and any(paths.values()):
+            raise ValueError("config gives conversations and the paths of .bin/.idx pairs; keep one of them")
+        if not conversations and not paths["data_path"] and not paths[f"{SPLITS[split]}_data_path"]:
+            raise ValueError(f"config needs data_path or {SPLITS[split]}_data_path, or conversations")
+        return cls(samples, paths, tuple(sizes), split, conversations)
+
+    def data_paths(self) -> dict[str, Any]:
+        """The data by PATHS; conversations are tokenised the first time, and found in the cache then."""
+        if not self.conversations:
+            return self.paths
+        from mindformers_ext.bin_dataset.conversation_job import tokenized  # Jinja and the tokenizers
+
+        prefix = tokenized(self.conversations, self.samples.sequence_length, self.samples.path_to_cache)
+        return {**self.paths, "data_path": [prefix]}
 
     @property
     def wanted(self) -> int | None:
@@ -98,8 +112,9 @@ class LoaderConfig:
 
     def _plan(self) -> SplitPlan:
         sizes = [size if i == self.split else None for i, size in enumerate(self.sizes)]
-        own = [self.paths[f"{name}_data_path"] if i == self.split else None for i, name in enumerate(SPLITS)]
-        plan = plan_splits(self.samples, sizes, self.paths["data_path"], own, self.split)[self.split]
+        paths = self.data_paths()
+        own = [paths[f"{name}_data_path"] if i == self.split else None for i, name in enumerate(SPLITS)]
+        plan = plan_splits(self.samples, sizes, paths["data_path"], own, self.split)[self.split]
         if plan is None:
             raise ValueError(f"config.split {self.samples.split!r} leaves nothing for {SPLITS[self.split]}")
         return plan

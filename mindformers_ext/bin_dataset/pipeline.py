@@ -8,12 +8,14 @@ belong to the same inputs, tokenizer and arguments, and writes the same bytes as
 import hashlib
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -38,7 +40,8 @@ from mindformers_ext.bin_dataset.text_sources import (
     plan_partitions,
     read_documents,
 )
-from mindformers_ext.bin_dataset.tokenizer import TextTokenizer
+from mindformers_ext.bin_dataset.tokenizer import TextTokenizer, TokenizerError
+from mindformers_ext.files import remote
 from mindformers_ext.files.atomic import write_json
 
 TOOL_VERSION = "2"  # Raise it when the same input gives other bytes.
@@ -59,7 +62,11 @@ class Counts:
     empty_documents: int = 0
     bad_lines: int = 0
     truncated_documents: int = 0
+    dropped_documents: int = 0
     dropped_tokens: int = 0
+    padding_tokens: int = 0
+    learnt_tokens: int = 0  # of a dataset with a loss mask
+    reasoning_left_out: int = 0  # thoughts of assistants that the chat template does not write
     sequences: int = 0
     tokens: int = 0
     input_bytes: int = 0
@@ -70,6 +77,9 @@ class Counts:
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
         del self.bad_line_messages[KEPT_MESSAGES:]
+
+
+SHAPE_COUNTS = [item.name for item in fields(Shape)]
 
 
 @dataclass(frozen=True)
@@ -83,13 +93,14 @@ class Job:
     dtype: type[np.number]
     keys: tuple[str, ...] = ("text",)
     read: Callable[..., Iterator[Batch]] = read_documents
-    read_options: dict[str, list[str]] = field(default_factory=dict)  # more arguments for `read`
+    read_options: dict[str, object] = field(default_factory=dict)  # more arguments for `read`
     starts_document: Callable[[bytes], bool] = bool  # any line
     shape: Callable[[], Shape] = AsIs
     bos: int | None = None
     eod: int | None = None
     vocab_size: int | None = None  # the model's, if ids are to be checked against it
     partitions: int = 0  # 0: one per 4 GiB of input
+    shard: tuple[int, int] = (0, 1)  # which part of the inputs, of how many that other machines take
     skip_bad_lines: bool = False
     log_interval: int = 1000  # documents between two updates of the progress line
     arguments: dict[str, object] = field(default_factory=dict)
@@ -105,20 +116,19 @@ class Job:
 
     def identity(self, partitions: int) -> str:
         """Hash that two runs share if they write the same bytes."""
-        stats = [(os.path.abspath(path), os.stat(path)) for path in self.inputs]
         shape = self.shape()
         facts = {
             "version": TOOL_VERSION,
             "tool": self.tool,
-            "inputs": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+            "inputs": list(map(remote.state, self.inputs)),
             "tokenizer": [self.tokenizer.sha256, self.tokenizer.backend],
             "dtype": np.dtype(self.dtype).name,
             "keys": self.keys,
-            "shape": [type(shape).__name__, getattr(shape, "length", None), getattr(shape, "pad", None)],
+            "shape": [type(shape).__name__, *(getattr(shape, item.name) for item in fields(shape) if item.init)],
             "marks": [self.bos, self.eod, self.vocab_size],
             "skip_bad_lines": self.skip_bad_lines,
             "read_options": self.read_options,
-            "partitions": partitions,
+            "partitions": [partitions, self.shard],
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -126,44 +136,73 @@ class Job:
 def run(job: Job) -> Counts:
     """Write the job's output, or find it written. Returns the counts; raises what reading and writing raise."""
     started = time.monotonic()
-    total = sum(map(os.path.getsize, job.inputs))
-    partitions = job.partitions or max(1, -(-total // AUTO_PARTITION_BYTES))
-    parts = plan_partitions(job.inputs, partitions, job.starts_document)
+    total = sum(map(remote.size, job.inputs))
+    index, shards = job.shard
+    partitions = job.partitions or max(1, -(-total // shards // AUTO_PARTITION_BYTES))
+    parts = plan_partitions(job.inputs, partitions * shards, job.starts_document)
+    parts = [part for part in parts[index * partitions : (index + 1) * partitions] if part] or [[]]
     identity = job.identity(partitions)
     done = finished_counts(job.prefix, job, identity)
-    if done is None:
-        done = _run_parts(job, parts, identity, total)
+    if done is None and remote.is_remote(job.prefix):
+        done = _run_and_upload(job)
+    elif done is None:
+        done, files = _run_parts(job, parts, identity)
         for key in job.keys:
-            _write_summary(f"{job.output(key)}.json", job, identity, done, time.monotonic() - started)
+            _write_summary(f"{job.output(key)}.json", job, identity, done, files, time.monotonic() - started)
     else:
         print(f"{job.output(job.keys[0])} was finished by an earlier run of this command", file=sys.stderr)
-    for number in range(len(parts)):
+    for number in range(0 if remote.is_remote(job.prefix) else len(parts)):
         _remove_part(job, number)
     return done
 
 
-def _run_parts(job: Job, parts: list[list[Span]], identity: str, total: int) -> Counts:
+def _run_and_upload(job: Job) -> Counts:
+    """Write the output on this machine, where an interrupted run finds its partitions again, then to its address."""
+    name = hashlib.sha256(job.prefix.encode()).hexdigest()[:16]
+    scratch = Path(tempfile.gettempdir()) / f"bin_dataset-{os.getuid()}-{name}"
+    local = replace(job, prefix=str(scratch / job.prefix.rsplit("/", 1)[1]))
+    counts = run(local)
+    folder = job.prefix.rsplit("/", 1)[0]
+    paths = [path(name) for name in local.outputs(local.prefix) for path in (bin_path, idx_path)]
+    paths += [Path(f"{local.output(key)}.json") for key in job.keys]
+    remote.upload([(str(path), f"{folder}/{path.name}") for path in paths])
+    shutil.rmtree(scratch)
+    return counts
+
+
+def _run_parts(job: Job, parts: list[list[Span]], identity: str) -> tuple[Counts, dict[str, object]]:
+    """The counts, and what the manifest says of every file."""
+    total = sum(span.end - span.start for part in parts for span in part)
     counts = Counts()
     with ExitStack() as stack, tqdm(total=total, unit="B", unit_scale=True, desc=job.tool, mininterval=0.5) as bar:
         wholes = _open(stack, job, job.prefix)  # first: what keeps other jobs from this one's partitions too
         if len(parts) == 1:
-            return _run_part(job, parts[0], wholes, counts, bar)
-        prefixes = [_part_prefix(job, number) for number in range(len(parts))]
-        finished = [finished_counts(prefix, job, identity) for prefix in prefixes]
-        if any(finished):
-            done = sum(map(bool, finished))
-            print(f"{done} of {len(parts)} partitions were finished by an earlier run", file=sys.stderr)
-        for spans, prefix, part in zip(parts, prefixes, finished, strict=True):
-            if part is None:
-                with ExitStack() as of_part:
-                    part = _run_part(job, spans, _open(of_part, job, prefix), counts, bar)
-                write_json(f"{prefix}.json", {"identity": identity, "counts": asdict(part)})
-            else:
-                bar.update(part.input_bytes)
-            counts.add(part)
-        for prefix in prefixes:
-            for whole, source in zip(wholes, job.outputs(prefix), strict=True):
-                whole.add_index(source)
+            counts = _run_part(job, parts[0], wholes, counts, bar)
+        else:
+            counts = _join_parts(job, parts, identity, wholes, bar)
+    return counts, {Path(whole.prefix).name: whole.files for whole in wholes}
+
+
+def _join_parts(
+    job: Job, parts: list[list[Span]], identity: str, wholes: list[IndexedDatasetWriter], bar: tqdm
+) -> Counts:
+    """Write every part that an earlier run has not finished, then the whole of them."""
+    counts = Counts()
+    prefixes = [_part_prefix(job, number) for number in range(len(parts))]
+    finished = [finished_counts(prefix, job, identity) for prefix in prefixes]
+    if any(finished):
+        done = sum(map(bool, finished))
+        print(f"{done} of {len(parts)} partitions were finished by an earlier run", file=sys.stderr)
+    for spans, prefix, part in zip(parts, prefixes, finished, strict=True):
+        if part is None:
+            with ExitStack() as of_part:
+                part = _run_part(job, spans, _open(of_part, job, prefix), counts, bar)
+            write_json(f"{prefix}.json", {"identity": identity, "counts": asdict(part)})
+        else:
+            bar.update(part.input_bytes)
+        counts.add(part)
+    for whole, sources in zip(wholes, zip(*map(job.outputs, prefixes), strict=True), strict=True):
+        whole.add_indices(sources)
     return counts
 
 
@@ -184,10 +223,12 @@ def _run_part(job: Job, spans: list[Span], writers: list[IndexedDatasetWriter], 
     for batch in _prefetch(batch for span in spans for batch in read(span)):
         for key in job.keys:
             encoded = encode_documents(job, batch.texts[key])
-            _write(by_key[key], shapes[key].add(*encoded), counts)
+            mask = batch.learnt and learnt_mask(job.tokenizer, batch.texts[key], batch.learnt, *encoded[:2])
+            _write(by_key[key], shapes[key].add(*encoded, mask), counts)
             counts.empty_documents += int((encoded[2] == 0).sum())
         counts.documents += len(batch.texts[job.keys[0]])
         counts.bad_lines += len(batch.bad)
+        counts.reasoning_left_out += batch.reasoning_left_out
         counts.bad_line_messages += batch.bad[: KEPT_MESSAGES - len(counts.bad_line_messages)]
         counts.input_bytes += batch.input_bytes
         if counts.documents - shown >= job.log_interval:
@@ -196,8 +237,8 @@ def _run_part(job: Job, spans: list[Span], writers: list[IndexedDatasetWriter], 
         bar.update(batch.input_bytes)
     for key in job.keys:
         _write(by_key[key], shapes[key].finish(), counts)
-        counts.dropped_tokens += shapes[key].dropped_tokens
-        counts.truncated_documents += shapes[key].truncated_documents
+        for name in SHAPE_COUNTS:
+            setattr(counts, name, getattr(counts, name) + getattr(shapes[key], name))
     job.tokenizer.finish_checks()  # before the files get their names
     _show(bar, before, counts)
     return counts
@@ -244,6 +285,31 @@ def encode_documents(job: Job, documents: list[Text]) -> tuple[np.ndarray, np.nd
     return (*add_marks(tokens, lengths[lengths > 0], per_document, job.bos, job.eod), per_document)
 
 
+def learnt_mask(
+    tokenizer: TextTokenizer,
+    texts: list[str],
+    learnt: list[list[tuple[int, int]]],
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+) -> np.ndarray:
+    """1 on each token that has a byte of what is learnt, 0 on the others: (tokens,) uint8."""
+    mask = np.zeros(len(tokens), np.uint8)
+    sizes = tokenizer.byte_lengths[tokens]
+    ends = np.cumsum(lengths)
+    for text, spans, first, last in zip(texts, learnt, ends - lengths, ends, strict=True):
+        until = np.cumsum(sizes[first:last])
+        if until[-1] != len(text.encode()):
+            raise TokenizerError(
+                f"{tokenizer.path} changes a text before it cuts it, so what the assistant wrote cannot be found in "
+                f"the tokens of {text[:60]!r}; conversations need a byte-level tokenizer"
+            )
+        for start, end in spans:
+            before = len(text[:start].encode())
+            within = before, before + len(text[start:end].encode())
+            mask[first + np.searchsorted(until, within[0], "right") : first + np.searchsorted(until, within[1]) + 1] = 1
+    return mask
+
+
 def add_marks(
     tokens: np.ndarray, lengths: np.ndarray, per_document: np.ndarray, bos: int | None, eod: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -274,23 +340,28 @@ def finished_counts(prefix: str, job: Job, identity: str) -> Counts | None:
     """The counts of an output (or part) that was finished with the same identity, else None."""
     name = f"{job.output(job.keys[0])}.json" if prefix == job.prefix else f"{prefix}.json"
     try:
-        summary = json.loads(Path(name).read_text())
+        summary = json.loads(remote.read_text(name))
         if summary["identity"] != identity:
             return None
         for name in job.outputs(prefix):
-            IndexedDataset(name)
+            remote.size(f"{name}.idx") if remote.is_remote(name) else IndexedDataset(name)
         return Counts(**summary["counts"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError, CorruptDatasetError):
         return None
 
 
-def _write_summary(path: str, job: Job, identity: str, counts: Counts, seconds: float) -> None:
+def _write_summary(
+    path: str, job: Job, identity: str, counts: Counts, files: dict[str, object], seconds: float
+) -> None:
     summary = {
         "tool": job.tool,
         "tool_version": TOOL_VERSION,
         "identity": identity,
         "arguments": job.arguments,
         "inputs": list(job.inputs),
+        "sources": [{"path": path, "bytes": remote.size(path)} for path in job.inputs],
+        "shard": list(job.shard),
+        "files": files,
         "tokenizer": str(job.tokenizer.path),
         "tokenizer_sha256": job.tokenizer.sha256,
         "tokenizer_backend": job.tokenizer.backend,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import glob
 import gzip
 import io
 import json
@@ -11,17 +10,21 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from mindformers_ext.files import remote
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BLOCK = 4 << 20  # bytes of text a batch: large enough to keep all cores busy, small enough to forget
 KEPT_MESSAGES = 10
+HUB = "hf://"  # how an input begins that HuggingFace's `datasets` loads
 LONGEST_WINDOW = 1 << 31  # bytes a zstd frame may refer back to: what `zstd --long=31`, its largest, writes
 
 Text = str | list[str]  # A document, or its sentences (each becomes a sequence of its own, as in Megatron).
@@ -47,33 +50,58 @@ class Batch:
     texts: dict[str, list[Text]]
     input_bytes: int  # how far the batch advanced in the file
     bad: list[str] = field(default_factory=list)  # messages of the lines skipped
+    learnt: list[list[tuple[int, int]]] | None = None  # characters [start, end) of each document that are learnt
+    reasoning_left_out: int = 0  # thoughts of assistants that the chat template does not write
 
 
 def find_inputs(patterns: Sequence[str]) -> list[str]:
     """Files that match the given names or glob patterns, sorted within a pattern. Raises FileNotFoundError."""
     found: list[str] = []
     for pattern in patterns:
-        matches = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
-        if not matches:
+        if pattern.startswith(HUB):
+            found += huggingface_files(pattern)
+            continue
+        matching = remote.matches(pattern)
+        if not matching:
             raise FileNotFoundError(f"--input {pattern} matches no file")
-        found += matches
+        found += matching
     return list(dict.fromkeys(found))
+
+
+def huggingface_files(address: str) -> list[str]:
+    """Arrow files of ``hf://NAME[:CONFIG][@SPLIT]``, a name of HuggingFace's hub or a folder; the split is train.
+
+    The package `datasets` downloads it and keeps it in its own cache (HF_HOME).
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise BadInputError(f"--input {address} needs `pip install datasets` ({error})") from None
+    name, _, split = address.removeprefix(HUB).partition("@")
+    name, _, config = name.partition(":")
+    try:
+        data = load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the package raises whatever its parts raise
+        raise BadInputError(f"--input {address} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return [item["filename"] for item in data.cache_files]
 
 
 def plan_partitions(
     paths: Sequence[str], partitions: int, starts_document: Callable[[bytes], bool] = lambda line: True
 ) -> list[list[Span]]:
-    """Cut the inputs, in order, into at most ``partitions`` parts of about the same size.
+    """Cut the inputs, in order, into ``partitions`` parts of about the same size; some may be empty.
 
     Cuts fall before lines for which ``starts_document`` holds, and between files where a file cannot be cut.
     """
-    sizes = [os.path.getsize(path) for path in paths]
+    with ThreadPoolExecutor(16) as pool:  # a server answers many questions at once
+        sizes = list(pool.map(remote.size, paths))
     total = sum(sizes)
     parts: list[list[Span]] = [[] for _ in range(partitions)]
     before = 0
     for path, size in zip(paths, sizes, strict=True):
         if _is_cuttable(path):
-            cuts = (total * i // partitions - before for i in range(1, partitions))
+            first, last = (bytes_ * partitions // max(total, 1) for bytes_ in (before, before + size))
+            cuts = (total * i // partitions - before for i in range(first, last + 1))
             cuts = sorted({0, size, *(cut for cut in cuts if 0 < cut < size)})
             bounds = [_align(path, cut, size, starts_document) for cut in cuts]
         else:
@@ -83,18 +111,23 @@ def plan_partitions(
                 number = min(partitions - 1, (before + start) * partitions // max(total, 1))
                 parts[number].append(Span(path, start, end))
         before += size
-    return [part for part in parts if part] or [[]]
+    return parts
+
+
+def is_table(path: str) -> bool:
+    """Whether a file holds columns: parquet, or the Arrow files of HuggingFace's `datasets`."""
+    return path.endswith((".parquet", ".arrow"))
 
 
 def _is_cuttable(path: str) -> bool:
-    return Path(path).suffix not in (".gz", ".zst", ".parquet") and not is_json_array(path)
+    return Path(path).suffix not in (".gz", ".zst") and not is_table(path) and not is_json_array(path)
 
 
 def is_json_array(path: str) -> bool:
     """Whether a .json file is one array rather than an object a line."""
     if not path.endswith(".json"):
         return False
-    with open(path, "rb") as file:
+    with remote.open_binary(path) as file:
         return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
@@ -102,7 +135,7 @@ def _align(path: str, offset: int, size: int, starts_document: Callable[[bytes],
     """The first document start at or after ``offset``."""
     if offset in (0, size):
         return offset
-    with open(path, "rb") as file:
+    with remote.open_binary(path) as file:
         file.seek(offset - 1)
         file.readline()
         while True:
@@ -177,29 +210,50 @@ def lines_before(span: Span) -> int:
     """Lines of the file before the span; they are read again for it."""
     if span.start == 0:
         return 0
-    with open(span.path, "rb") as file:
+    with remote.open_binary(span.path) as file:
         return sum(file.read(min(BLOCK, span.start - at)).count(b"\n") for at in range(0, span.start, BLOCK))
 
 
-def parquet_batches(span: Span, columns: Sequence[str] | None = None) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """Rows of a parquet file, and how far each batch advanced in the file. Raises BadInputError."""
+def table_batches(span: Span, columns: Sequence[str] | None = None) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Rows of a parquet or Arrow file, and how far each batch advanced in the file. Raises BadInputError."""
     import pyarrow as pa
+
+    read = _parquet_batches if span.path.endswith(".parquet") else _arrow_batches
+    try:
+        names, rows, batches = read(span.path, columns)
+        missing = set(columns or ()) - set(names)
+        if missing:
+            raise BadInputError(f"{span.path} has no column {sorted(missing)}, only {names}")
+        for group in batches:
+            yield group, span.end * len(group) // max(1, rows)
+    except (pa.ArrowException, OSError) as error:
+        kind = "parquet" if span.path.endswith(".parquet") else "Arrow"
+        raise BadInputError(f"{span.path} is no readable {kind} file: {error}") from error
+
+
+Table = tuple[list[str], int, Iterator["pa.RecordBatch"]]  # names of columns, rows, and the rows
+
+
+def _parquet_batches(path: str, columns: Sequence[str] | None) -> Table:
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(span.path)
-        missing = set(columns or ()) - set(file.schema_arrow.names)
-        if missing:
-            raise BadInputError(f"{span.path} has no column {sorted(missing)}, only {file.schema_arrow.names}")
-        for group in file.iter_batches(batch_size=2000, columns=columns and list(columns)):
-            yield group, span.end * len(group) // max(1, file.metadata.num_rows)
-    except (pa.ArrowException, OSError) as error:
-        raise BadInputError(f"{span.path} is no readable parquet file: {error}") from error
+    file = pq.ParquetFile(remote.open_binary(path) if remote.is_remote(path) else path)
+    rows = file.iter_batches(batch_size=2000, columns=columns and list(columns))
+    return file.schema_arrow.names, file.metadata.num_rows, rows
 
 
-def read_parquet(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
-    """Documents of a parquet file, one row each; null is an empty document."""
-    for group, advance in parquet_batches(span, keys):
+def _arrow_batches(path: str, columns: Sequence[str] | None) -> Table:
+    import pyarrow as pa
+
+    file = remote.open_binary(path) if remote.is_remote(path) else pa.memory_map(path)
+    table = pa.ipc.open_stream(file).read_all()  # of a mapped file no row is read yet
+    chosen = table.select(list(columns)) if columns and set(columns) <= set(table.column_names) else table
+    return table.column_names, len(table), iter(chosen.to_batches(max_chunksize=2000))
+
+
+def read_table(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
+    """Documents of a parquet or Arrow file, one row each; null is an empty document."""
+    for group, advance in table_batches(span, keys):
         for key in keys:
             if not _is_text_column(group.column(key).type):
                 raise BadInputError(f"{span.path}: column {key!r} holds {group.column(key).type}, not text")
@@ -220,7 +274,7 @@ def _is_text_column(kind: pa.DataType) -> bool:
 
 def read_documents(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
     """Documents of a JSONL or parquet span, chosen by the file's name."""
-    read = read_parquet if span.path.endswith(".parquet") else read_json_lines
+    read = read_table if is_table(span.path) else read_json_lines
     return read(span, keys, skip_bad)
 
 
@@ -232,7 +286,7 @@ def read_text_lines(span: Span, keys: Sequence[str], skip_bad: bool = False) -> 
 
 def is_text_file(path: str) -> bool:
     """Whether a file is plain text rather than JSON or parquet."""
-    return Path(path.removesuffix(".gz").removesuffix(".zst")).suffix not in (".json", ".jsonl", ".parquet")
+    return Path(path.removesuffix(".gz").removesuffix(".zst")).suffix not in (".json", ".jsonl", ".parquet", ".arrow")
 
 
 def read_any_text(span: Span, keys: Sequence[str], skip_bad: bool = False) -> Iterator[Batch]:
@@ -246,8 +300,8 @@ def read_wikitext(span: Span, keys: Sequence[str], skip_bad: bool = False) -> It
     A parquet file has a line in each row's `text`, as HuggingFace keeps WikiText.
     """
     section: list[str] = []
-    if span.path.endswith(".parquet"):
-        rows = read_parquet(span, ["text"])
+    if is_table(span.path):
+        rows = read_table(span, ["text"])
         batches = (("\n".join(batch.texts["text"]).split("\n"), batch.input_bytes, []) for batch in rows)
     else:
         batches = _text_blocks(span, skip_bad)
@@ -344,7 +398,7 @@ def blocks(span: Span) -> Iterator[tuple[bytes, int, int]]:
     for one that is no text whatever its name says.
     """
     at_start, lines = span.start == 0, 0
-    with open(span.path, "rb") as raw:
+    with remote.open_binary(span.path) as raw:
         stream = _decompressed(raw, span)
         remaining = span.end - span.start if _is_cuttable(span.path) else None
         at = raw.tell()
@@ -384,7 +438,7 @@ def _refuse_other_formats(block: bytes, path: str) -> None:
 
 
 def _is_parquet(path: str) -> bool:
-    with open(path, "rb") as file:
+    with remote.open_binary(path) as file:
         file.seek(-4, os.SEEK_END)
         return file.read() == b"PAR1"
 

@@ -15,8 +15,6 @@ tool imports numpy and the rest meanwhile.
 from __future__ import annotations
 
 import atexit
-import hashlib
-import json
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -25,6 +23,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mindformers_ext.bin_dataset.tokenizer_files import (
+    SENTENCEPIECE,
+    TIKTOKEN,
+    TokenizerError,
+    TokenizerFile,
+    config_of,
+    find_tokenizer,
+    identity,
+    tiktoken_as_json,
+    tiktoken_ranks,
+    tiktoken_special,
+)
 from mindformers_ext.child_process import end_with_parent
 
 if TYPE_CHECKING:
@@ -42,10 +52,6 @@ SPECIAL = {
     "bos": "bos_token <｜begin▁of▁sentence｜> <|begin_of_text|> <s> <bos> [BOS]",
     "pad": "pad_token <｜▁pad▁｜> <pad> [PAD] <|pad|>",
 }
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be loaded, lacks a needed token, or disagrees with the reference."""
 
 
 class Encoded(NamedTuple):
@@ -67,36 +73,37 @@ class Backend(NamedTuple):
 class TextTokenizer:
     """Encode batches of texts without adding special tokens; special tokens written in a text become their ids.
 
-    ``path`` is a tokenizer.json, a HuggingFace folder or a sentencepiece .model. It is loaded in the background; the
-    first use waits for it, and raises TokenizerError for a file that cannot be loaded. ``checked`` counts the documents
-    compared with the reference so far. Texts are encoded whole: truncation and padding that a tokenizer.json was saved
-    with are switched off.
+    ``path`` is a tokenizer.json, a HuggingFace folder, a sentencepiece .model or a tiktoken file. It is loaded in the
+    background; the first use waits for it, and raises TokenizerError for a file that cannot be loaded. ``checked``
+    counts the documents compared with the reference so far. Texts are encoded whole: truncation and padding that a
+    tokenizer.json was saved with are switched off.
     """
 
     def __init__(self, path: str | Path, fast: bool = True) -> None:
-        self.path = _tokenizer_file(Path(path))
+        self.file = find_tokenizer(path)
+        self.path = self.file.path
         self.checked = 0
         self._pending: list[tuple[Future[list[list[int]]], list[list[int]], list[str]]] = []
         self._reference: ProcessPoolExecutor | None = None
         self._fast: Future[fastokens.Tokenizer] | None = None
-        if fast and self.path.suffix == ".json" and find_spec("fastokens"):
+        if fast and self.file.kind != SENTENCEPIECE and find_spec("fastokens"):
             # The reference's process is forked before there is a second thread.
             self._reference = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), end_with_parent)
-            self._reference.submit(_reference_encode, str(self.path), [])
-            self._fast = ThreadPoolExecutor(1).submit(_load_fast, str(self.path))
+            self._reference.submit(_reference_encode, self.file, [])
+            self._fast = ThreadPoolExecutor(1).submit(_load_fast, self.file)
             # Kept until the end: Python 3.11 fails to wait for a pool that was collected before (an early error).
             atexit.register(self.close)
 
     @cached_property
     def _backend(self) -> Backend:
-        if self.path.suffix == ".model":
+        if self.file.kind == SENTENCEPIECE:
             return _sentencepiece_backend(self.path)
         if self._fast is not None:
             try:
                 return _fast_backend(self._fast.result())
             except Exception:  # A file of another kind, of which it raises whatever it likes.
                 self.close()
-        return _reference_backend(self.path)
+        return _reference_backend(self.file)
 
     @property
     def backend(self) -> str:
@@ -132,7 +139,7 @@ class TextTokenizer:
         for text in (texts[i][:CHECKED_LONGEST] for i in chosen if len(texts[i]) > CHECKED_LONGEST):
             ours.append(self._backend.encode([text]).ids.tolist())
             sample.append(text)
-        self._pending.append((self._reference.submit(_reference_encode, str(self.path), sample), ours, sample))
+        self._pending.append((self._reference.submit(_reference_encode, self.file, sample), ours, sample))
         while self._pending and (self._pending[0][0].done() or len(self._pending) > 4):
             self._compare(*self._pending.pop(0))
 
@@ -160,23 +167,36 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens included."""
-        if self.path.suffix == ".model":
+        if self.file.kind == SENTENCEPIECE:
             from sentencepiece import SentencePieceProcessor
 
             return SentencePieceProcessor(model_file=str(self.path)).decode(list(map(int, ids)))
-        from tokenizers import Tokenizer
+        return load_reference(self.file)[0].decode(list(map(int, ids)), skip_special_tokens=False)
 
-        return Tokenizer.from_file(str(self.path)).decode(list(map(int, ids)), skip_special_tokens=False)
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """How many bytes of a text each id stands for, (ids,) int64, in a byte-level tokenizer."""
+        import numpy as np
+
+        if self.file.kind == SENTENCEPIECE:
+            raise TokenizerError(f"{self.path} is a sentencepiece model; conversations need a byte-level tokenizer")
+        vocab = load_reference(self.file)[0].get_vocab()
+        lengths = np.zeros(max(vocab.values()) + 1, np.int64)
+        for token, number in vocab.items():  # A byte is a letter there.
+            lengths[number] = len(token)
+        for token, number in self.special_ids.items():
+            lengths[number] = len(token.encode())
+        return lengths
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the tokenizer file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        """Hash of the tokenizer file, and of what stands beside it that decides ids."""
+        return identity(self.file)
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
         """Name to id of the tokenizer's added (special) tokens."""
-        if self.path.suffix == ".model":
+        if self.file.kind == SENTENCEPIECE:
             from sentencepiece import SentencePieceProcessor
 
             processor = SentencePieceProcessor(model_file=str(self.path))
@@ -185,6 +205,8 @@ class TextTokenizer:
                 for i in range(processor.vocab_size())
                 if processor.is_control(i) or processor.is_unknown(i)
             }
+        if self.file.kind == TIKTOKEN:
+            return tiktoken_special(self.path, len(tiktoken_ranks(self.path)))
         import msgspec
 
         # The one field of the file that is asked for; to parse the rest takes ten times as long.
@@ -195,8 +217,7 @@ class TextTokenizer:
     def special_id(self, role: str, name: str | None = None) -> int:
         """Id of the token for a role of SPECIAL: ``name``, tokenizer_config.json's, or a well-known one."""
         key, *known = SPECIAL[role].split()
-        path = self.path.with_name("tokenizer_config.json")
-        configured = json.loads(path.read_text()).get(key) if path.is_file() else None
+        configured = config_of(self.path).get(key)
         if isinstance(configured, dict):
             configured = configured.get("content")
         candidates = [name] if name else [configured, *known]
@@ -209,23 +230,12 @@ class TextTokenizer:
         )
 
 
-def _tokenizer_file(path: Path) -> Path:
-    if path.is_dir():
-        for name in ("tokenizer.json", "tokenizer.model"):
-            if (path / name).is_file():
-                return path / name
-        raise TokenizerError(f"folder {path} has neither tokenizer.json nor tokenizer.model")
-    if not path.is_file():
-        raise TokenizerError(f"tokenizer {path} does not exist; give a tokenizer.json, a folder or a .model file")
-    if path.suffix not in (".json", ".model"):
-        raise TokenizerError(f"tokenizer {path} is neither a .json nor a sentencepiece .model file")
-    return path
-
-
-def _load_fast(path: str) -> fastokens.Tokenizer:
+def _load_fast(file: TokenizerFile) -> fastokens.Tokenizer:
     from fastokens import Tokenizer
 
-    return Tokenizer.from_file(path)
+    if file.kind == TIKTOKEN:
+        return Tokenizer.from_json_str(tiktoken_as_json(file.path))
+    return Tokenizer.from_file(str(file.path))
 
 
 def _fast_backend(tokenizer: fastokens.Tokenizer) -> Backend:
@@ -248,15 +258,19 @@ def encode_whole(tokenizer: fastokens.Tokenizer | tokenizers.Tokenizer) -> tuple
     return tuple(f"{name} {setting}" for name, setting in saved if setting)
 
 
-def load_reference(path: str | Path) -> tuple[tokenizers.Tokenizer, tuple[str, ...]]:
-    """A tokenizer.json in the library `tokenizers`, encoding whole texts, and what was switched off for that.
+def load_reference(file: TokenizerFile) -> tuple[tokenizers.Tokenizer, tuple[str, ...]]:
+    """A tokenizer.json or tiktoken file in `tokenizers`, encoding whole texts, and what was switched off for that.
 
     Raises TokenizerError for another file, and for one that would split the same text differently each time.
     """
     from tokenizers import Tokenizer
 
+    path = file.path
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        as_json = file.kind == TIKTOKEN and tiktoken_as_json(path)
+        tokenizer = Tokenizer.from_str(as_json) if as_json else Tokenizer.from_file(str(path))
+    except TokenizerError:
+        raise
     except Exception as error:  # the library raises bare Exception
         raise TokenizerError(f"{path} is no tokenizer that `tokenizers` can load: {error}") from error
     dropout = getattr(tokenizer.model, "dropout", None)
@@ -267,8 +281,8 @@ def load_reference(path: str | Path) -> tuple[tokenizers.Tokenizer, tuple[str, .
     return tokenizer, encode_whole(tokenizer)
 
 
-def _reference_backend(path: Path) -> Backend:
-    tokenizer, switched_off = load_reference(path)
+def _reference_backend(file: TokenizerFile) -> Backend:
+    tokenizer, switched_off = load_reference(file)
 
     def encode(texts: list[str]) -> Encoded:
         return _flatten([item.ids for item in tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
@@ -293,10 +307,10 @@ def _flatten(ids: list[list[int]]) -> Encoded:
     return Encoded(np.fromiter((token for text in ids for token in text), np.uint32, int(lengths.sum())), lengths)
 
 
-_LOADED: dict[str, object] = {}  # The reference process keeps its tokenizer between calls.
+_LOADED: dict[TokenizerFile, tokenizers.Tokenizer] = {}  # The reference process keeps its tokenizer between calls.
 
 
-def _reference_encode(path: str, texts: list[str]) -> list[list[int]]:
-    if path not in _LOADED:
-        _LOADED[path] = load_reference(path)[0]
-    return [_LOADED[path].encode(text, add_special_tokens=False).ids for text in texts]
+def _reference_encode(file: TokenizerFile, texts: list[str]) -> list[list[int]]:
+    if file not in _LOADED:
+        _LOADED[file] = load_reference(file)[0]
+    return [_LOADED[file].encode(text, add_special_tokens=False).ids for text in texts]

@@ -9,7 +9,8 @@ from mindformers_ext.bin_dataset.gpt_dataset import open_loss_mask
 from mindformers_ext.bin_dataset.indexed_dataset import CorruptDatasetError, IndexedDataset
 from mindformers_ext.bin_dataset.loader_config import LoaderConfig
 from mindformers_ext.bin_dataset.token_range import token_range
-from mindformers_ext.bin_dataset.tokenizer import TokenizerError, load_reference
+from mindformers_ext.bin_dataset.tokenizer import load_reference
+from mindformers_ext.bin_dataset.tokenizer_files import TokenizerError, find_tokenizer
 from mindformers_ext.config.run import Run
 from mindformers_ext.errors import ConfigError
 
@@ -28,7 +29,13 @@ def check_data(run: Run, dataset: str) -> None:
     asked = read_loader(run, dataset)
     check_tokenizer(run)
     vocab_size = run.value("model.model_config.vocab_size")
-    for key, given in config.paths.items():
+    try:
+        paths = asked.data_paths()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {name}.conversations: {error}") from None
+    for key, given in paths.items():
+        if not given:
+            continue
         files = [open_dataset(prefix, f"{name}.{key}", path) for prefix in parse_blend(given)[0]]
         tokens = sum(len(file.tokens) for file in files)
         if tokens < config.seq_length + 1:
@@ -114,7 +121,7 @@ def check_tokenizer(run: Run) -> Tokenizer | None:
     It encodes whole texts, whatever the file was saved with.
 
     Raises:
-        ConfigError: the file is missing, is not a tokenizer.json, or has more tokens than the model.
+        ConfigError: the file is missing, is neither a tokenizer.json nor tiktoken's, or has more tokens than the model.
     """
     path, processor = run.path, run.sections.processor
     file = processor and processor.tokenizer and processor.tokenizer.tokenizer_file
@@ -123,7 +130,7 @@ def check_tokenizer(run: Run) -> Tokenizer | None:
     if not Path(file).is_file():
         raise ConfigError(f"{path}: processor.tokenizer.tokenizer_file is {file!r}, which does not exist")
     try:
-        tokenizer, _ = load_reference(file)
+        tokenizer, _ = load_reference(find_tokenizer(file))
     except TokenizerError as error:
         raise ConfigError(f"{path}: processor.tokenizer.tokenizer_file: {error}") from None
     vocab_size = run.value("model.model_config.vocab_size")

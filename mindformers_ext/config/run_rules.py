@@ -85,7 +85,7 @@ def data_of_a_run(run: Run) -> Iterator[Violation]:
     given, same = run.value(f"{section}.seed"), run.value(f"{section}.random_seed")
     if None not in (given, same) and given != same:
         yield Violation(f"{section}.seed", f"random_seed means the same and is {same}; leave one of them out")
-    if not dataset.megatron.config.paths:
+    if not dataset.megatron.config.paths and not dataset.megatron.config.conversations:
         yield Violation(f"{section}.data_path", "must name the data: the prefix of a .bin/.idx pair")
     ends = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
     asked = [key for key in ends if run.value(f"{section}.{key}")]

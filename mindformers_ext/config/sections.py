@@ -278,6 +278,7 @@ class MegatronConfig:
     train_data_path: Shares | None = None
     valid_data_path: Shares | None = None
     test_data_path: Shares | None = None
+    conversations: dict[str, Any] | None = None  # bin_dataset/conversation_job.py makes the samples of them
     passed_on = {
         Annotated[int, Meta(ge=0, lt=2**32)]: "random_seed seed",
         Split | None: "split",

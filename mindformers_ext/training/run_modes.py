@@ -277,7 +277,9 @@ def predict(run: Run, settings: MindFormerConfig, predict_data: list[str] | None
         raise ConfigError(f"{run.path}: run_mode predict needs a text: give --predict_data 'some text' or input_data")
     tokenizer = check_tokenizer(run)
     if tokenizer is None:
-        raise ConfigError(f"{run.path}: run_mode predict needs processor.tokenizer.tokenizer_file, a tokenizer.json")
+        raise ConfigError(
+            f"{run.path}: run_mode predict needs processor.tokenizer.tokenizer_file, a tokenizer.json or tiktoken's"
+        )
     network = build_model(run, settings)
     return [continue_text(run, network, tokenizer, text) for text in texts]
 

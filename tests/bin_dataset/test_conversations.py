@@ -4,14 +4,25 @@ import json
 
 import pytest
 
-from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER, parse_row, read_conversations, render
+from mindformers_ext.bin_dataset.chat_template import DEEPSEEK_TOKENS, DEEPSEEK_V3, NEEDED, ChatTemplate
+from mindformers_ext.bin_dataset.conversations import parse_row, read_conversations, render
 from mindformers_ext.bin_dataset.text_sources import BadInputError, Span
 
+BOS, EOS, USER, ASSISTANT = NEEDED
+TEMPLATE = {"source": DEEPSEEK_V3, "variables": DEEPSEEK_TOKENS}
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
+def pieces(text, spans):
+    """The text cut where what is learnt begins and ends."""
+    cuts = [0, *(cut for span in spans for cut in span)]
+    assert cuts[-1] == len(text)
+    return [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+
+
 def segments(row, ignored=()):
-    return render(parse_row(row, ignored))
+    template = ChatTemplate(**TEMPLATE)
+    return pieces(*render(parse_row(row, template, ignored), template))
 
 
 def with_last(**keys):
@@ -98,7 +109,8 @@ def test_keys_that_the_user_says_mean_nothing():
 
 def read(path, start=0):
     span = Span(str(path), start, path.stat().st_size)
-    return [text for batch in read_conversations(span, ["text"]) for text in batch.texts["text"]]
+    batches = list(read_conversations(span, ["text"], template=TEMPLATE))
+    return [pieces(*item) for batch in batches for item in zip(batch.texts["text"], batch.learnt, strict=True)]
 
 
 def test_every_form_of_file_gives_the_same(tmp_path):

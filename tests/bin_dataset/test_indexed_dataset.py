@@ -72,8 +72,7 @@ def test_merged_parts_equal_one_file(documents, cut, tmp_path_factory):
     for name, part in (("a", documents[:cut]), ("b", documents[cut:])):
         megatron_write(folder / name, dtype, part)
     with IndexedDatasetWriter(folder / "merged", dtype) as writer:
-        writer.add_index(folder / "a")
-        writer.add_index(folder / "b")
+        writer.add_indices([folder / "a", folder / "b"])
     assert bytes_of(folder / "merged") == bytes_of(folder / "whole")
 
 

@@ -132,7 +132,7 @@ EFFECTS = {
     },
     "MegatronConfig": {
         "mindformers_ext/bin_dataset/loader_config.py": """
-            seq_length seed data_path train_data_path valid_data_path test_data_path""",
+            seq_length seed data_path train_data_path valid_data_path test_data_path conversations""",
         "mindformers_ext/bin_dataset/gpt_dataset.py": """
             random_seed split eod pad reset_position_ids reset_attention_mask eod_mask_loss create_attention_mask
             drop_last_partial_validation_sequence add_extra_token_to_sequence path_to_cache""",

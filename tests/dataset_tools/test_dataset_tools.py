@@ -11,23 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tools import TOOLS, bytes_of, run_tool
 
-from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
-
-TOOLS = Path(__file__).resolve().parents[2] / "dataset_tools"
-
-
-def run_tool(name, *arguments, check=True):
-    """Run a tool as a user does, from another folder."""
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / f"{name}.py"), *map(str, arguments)], capture_output=True, text=True, cwd="/"
-    )
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
-def bytes_of(prefix):
-    return bin_path(prefix).read_bytes(), idx_path(prefix).read_bytes()
+from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path
 
 
 def megatron_preprocess(rows, keys, folder, prefix, append_eod):
