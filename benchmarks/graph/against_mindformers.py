@@ -73,9 +73,9 @@ JOINED = re.compile(r"Inplace\w*Mat[Mm]ulAdd")
 MEMORY_LIMIT = {"context.max_device_memory": "200GB", "context.mempool_block_size": "200GB"}
 
 
-def degrees(layout: Layout) -> dict[str, Any]:
+def degrees(layout: Layout, micro_batches: int) -> dict[str, Any]:
     """Keys that both YAMLs have."""
-    accumulation = {"runner_config.gradient_accumulation_steps": MICRO_BATCHES} if layout.pp == 1 else {}
+    accumulation = {"runner_config.gradient_accumulation_steps": micro_batches} if layout.pp == 1 else {}
     return (
         MEMORY_LIMIT
         | accumulation
@@ -84,16 +84,16 @@ def degrees(layout: Layout) -> dict[str, Any]:
             "parallel_config.model_parallel": layout.mp,
             "parallel_config.pipeline_stage": layout.pp,
             "parallel_config.expert_parallel": layout.ep,
-            "parallel_config.micro_batch_num": 1 if accumulation else MICRO_BATCHES,
+            "parallel_config.micro_batch_num": 1 if accumulation else micro_batches,
             "model.model_config.offset": 0,
         }
     )
 
 
-def our_job(layout: Layout) -> tuple[str, list[str]]:
+def our_job(layout: Layout, micro_batches: int) -> tuple[str, list[str]]:
     """Module and arguments that compile our model."""
     overrides = (
-        degrees(layout)
+        degrees(layout, micro_batches)
         | dict(layout.ours)
         | {
             "model.model_config.num_layers": 4,
@@ -102,15 +102,15 @@ def our_job(layout: Layout) -> tuple[str, list[str]]:
             "parallel.dataset_strategy": [[layout.dp, 1]] * 4,
         }
     )
-    arguments = ["--samples", str(layout.dp * MICRO_BATCHES), "--config", str(OUR_YAML)]
+    arguments = ["--samples", str(layout.dp * micro_batches), "--config", str(OUR_YAML)]
     arguments += ["--register_path", str(ROOT / "research/deepseek3")]
     arguments += [text for key, value in overrides.items() for text in (f"--{key}", json.dumps(value))]
     return "mindformers_ext.rank_compiler.compile_run", arguments
 
 
-def their_job(layout: Layout) -> tuple[str, list[str]]:
+def their_job(layout: Layout, micro_batches: int) -> tuple[str, list[str]]:
     """Module and arguments that compile MindFormers' model: its YAML, without what only its own layout can have."""
-    overrides = degrees(layout) | {
+    overrides = degrees(layout, micro_batches) | {
         "model.model_config.num_hidden_layers": 4,
         "model.model_config.first_k_dense_replace": 1,
         "model.model_config.pp_interleave_num": 1,
@@ -123,15 +123,15 @@ def their_job(layout: Layout) -> tuple[str, list[str]]:
 JOBS = {OURS: our_job, THEIRS: their_job}
 
 
-def compiled(name: str, who: str, out: Path, again: bool) -> tuple[Path, dict[str, Any]]:
+def compiled(name: str, who: str, out: Path, again: bool, micro_batches: int) -> tuple[Path, dict[str, Any]]:
     """(graph, planned memory) of one rank; compiled unless that was done before."""
     layout = LAYOUTS[name]
     asked = json.loads(json.dumps(asdict(layout if who == OURS else replace(layout, ours=()))))
-    folder = out / f"{name}_{who.rstrip(chr(39))}"
+    folder = out / f"{name}_{who.rstrip(chr(39))}{micro_batches if micro_batches != MICRO_BATCHES else ''}"
     rank = layout.world - layout.stage
     kept = folder / "result.json"
     if again or not kept.exists():
-        module, arguments = JOBS[who](layout)
+        module, arguments = JOBS[who](layout, micro_batches)
         folder.mkdir(parents=True, exist_ok=True)
         jobs = RankJobs(
             module=module,
@@ -152,8 +152,11 @@ def compiled(name: str, who: str, out: Path, again: bool) -> tuple[Path, dict[st
     return folder / f"rank_{rank}" / "graph.mindir", record["memory"]
 
 
-def counted(layout: Layout, graph: Path) -> dict[str, float]:
-    """One micro-batch of a compiled rank: milliseconds, bytes and kernels."""
+def counted(layout: Layout, graph: Path, micro_batches: int) -> dict[str, float]:
+    """One micro-batch of a compiled rank: milliseconds, bytes and kernels.
+
+    Where the compiler writes every micro-batch out, what runs once a step is among them.
+    """
     model = mindir.load_model(graph.read_bytes())
     rows = SEQUENCE // layout.mp * CHOSEN
     works = [work.balanced(rows) for work in count_operators(model, FLAGS)]
@@ -164,17 +167,17 @@ def counted(layout: Layout, graph: Path) -> dict[str, float]:
         raise SystemExit(
             f"error: {graph}: {joined} products are counted as adding to their buffers, {order} runs {run}"
         )
-    roofline = roofline_record(works, RATES, rows, MICRO_BATCHES)
+    roofline = roofline_record(works, RATES, rows, micro_batches)
     kinds = {kind: seconds * 1e3 for kind, seconds in roofline["seconds_by_kind"].items()}
     experts = [w for w in works if w.repeated and w.kind == MEMORY and moves_choices(w, rows)]
     found = {
         "products and attention ms": kinds[PRODUCT] + kinds[ATTENTION],
         "other operators GB": roofline["memory_bytes"] / 1e9,
         "other operators ms": kinds[MEMORY],
-        "of it dispatch and experts ms": sum(w.seconds(RATES) * w.count for w in experts) / MICRO_BATCHES * 1e3,
+        "of it dispatch and experts ms": sum(w.seconds(RATES) * w.count for w in experts) / micro_batches * 1e3,
         "fusion could take ms": roofline["fusion_seconds"] * 1e3,
     }
-    traffic = collective_times(layout, model)
+    traffic = collective_times(layout, model, micro_batches)
     found |= traffic
     found["all ms"] = sum(found[k] for k in ("products and attention ms", "other operators ms", *traffic) if "ms" in k)
     return found | {"kernels": roofline["kernels"]}
@@ -191,7 +194,7 @@ def moves_choices(work, rows: int) -> bool:
     return work.part != "gradient accumulation" and any(shape in work.shapes for shape in chosen)
 
 
-def collective_times(layout: Layout, model) -> dict[str, float]:
+def collective_times(layout: Layout, model, micro_batches: int) -> dict[str, float]:
     """MiB and milliseconds of the collectives of a micro-batch, between stages excepted, when nothing hides them."""
     rank = layout.world - layout.stage
     repeated = Counter({f: times for f, times in mindir.call_counts(model).items() if times > 1})
@@ -200,7 +203,7 @@ def collective_times(layout: Layout, model) -> dict[str, float]:
     for c in mindir.collectives(model, rank, layout.world, repeated):
         if c.kind in ("Send", "Receive"):
             continue
-        purpose, calls = purpose_of(c.ranks, layout), c.count / MICRO_BATCHES
+        purpose, calls = purpose_of(c.ranks, layout), c.count / micro_batches
         across = len({member // NODE for member in c.ranks}) > 1
         rate = ACROSS_BYTES_PER_S if across else LINK_BYTES_PER_S * max(len(c.ranks) - 1, 1)
         size = balanced_bytes(c.dtype, SEQUENCE // layout.mp * CHOSEN) if c.bytes is None else c.bytes
@@ -267,8 +270,13 @@ def main() -> None:
     os.environ[GRAPH_KERNEL_FLAGS] = FLAGS
     graphs = []
     for name in options.layouts:
-        both = {who: compiled(name, who, options.out, who in options.again) for who in JOBS}
-        found = {who: counted(LAYOUTS[name], graph) for who, (graph, _) in both.items()}
+        layout, number = LAYOUTS[name], MICRO_BATCHES
+        both = {who: compiled(name, who, options.out, who in options.again, number) for who in JOBS}
+        found = {who: counted(layout, graph, number) for who, (graph, _) in both.items()}
+        if layout.pp == 1:  # ours is written out: one micro-batch more, less those before
+            graph, _ = compiled(name, OURS, options.out, OURS in options.again, number + 1)
+            more = counted(layout, graph, number + 1)
+            found[OURS] = {key: (number + 1) * more[key] - number * value for key, value in found[OURS].items()}
         show(name, found, {who: memory for who, (_, memory) in both.items()})
         graphs.append(both[THEIRS][0])
     if options.write_signatures:

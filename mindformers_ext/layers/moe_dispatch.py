@@ -16,6 +16,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.communication import create_group
 from mindspore.ops.auto_generate import IndexSelect, MoeTokenPermute, NonZero, SiLU
+from mindspore.ops.composite import zeros_like  # of tuples too
 
 from mindformers_ext.layers.exact_experts import (
     AT_MOST,
@@ -126,7 +127,7 @@ class SendRows(nn.Cell):
 
     def bprop(self, x, sent, received, out, dout):
         dx = self.back(dout.reshape((-1,)), received, sent).reshape((-1, self.width))
-        return dx, ops.zeros_like(sent), ops.zeros_like(received)
+        return dx, zeros_like(sent), zeros_like(received)
 
 
 class OfKnownShape(nn.Cell):
