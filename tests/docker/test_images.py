@@ -92,7 +92,9 @@ class Image:
             elif path.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.touch()
-        mounts = [f"mount --rbind {path} {self.root}{path}" for path in ("/dev", *filter(os.path.exists, REGISTRIES))]
+        mounts = [
+            f"mount --rbind {path} {self.root}{path}" for path in ("/dev", "/sys", *filter(os.path.exists, REGISTRIES))
+        ]
         inside = ["chroot", f"--userspec={self.user}", str(self.root), "env", f"--chdir={self.folder}", *command]
         script = "\n".join([*mounts, f"mount -t proc proc {self.root}/proc", f"exec {shlex.join(inside)}"])
         kept = {
