@@ -120,6 +120,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ["unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={BASE}", "bookworm", str(root), mirror],
         check=True,
     )
+    root.chmod(0o755)  # pytest's folders are root's alone
     for marker in root.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
         marker.unlink()
     yield root
