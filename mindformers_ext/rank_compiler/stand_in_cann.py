@@ -35,7 +35,7 @@ from mindformers_ext.training.start import GRAPH_KERNEL_FLAGS
 
 COMPILE = 0  # MS_SIMULATION_LEVEL: graph compilation only
 MEMORY = 1  # graph compilation and the memory plan of the device
-SUPPORTED_VERSIONS = ("2.9.0", "2.10.0")
+SUPPORTED_VERSIONS = ("2.9.0",)  # 2.10.0 loads over stand-ins, but its compiler crashes
 
 # Libraries the plugin is linked against, and those it opens by name.
 LIBRARY_NAMES = (

@@ -256,8 +256,8 @@ def test_slurm_really_trains(toy_folder, tmp_path):
     project(toy_folder)
     environment = slurm.install(tmp_path)
     command = [sys.executable, "scripts/render_job.py", "--config", str(TOY / "train_toy.yaml"), "--kind", "slurm"]
-    command += ["--parallel_config.data_parallel", "2", "--register_path", str(TOY), "--output_dir", "out"]
+    command += ["--parallel_config.data_parallel", "2", "--register_path", str(TOY), "--output_dir", "slurm"]
     assert run_command([*command, "--output", "job.sh"], toy_folder).returncode == 0
     done = subprocess.run(["sbatch", "job.sh"], cwd=toy_folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert (toy_folder / "out/checkpoint/latest").exists()
+    assert (toy_folder / "slurm/checkpoint/latest").exists()

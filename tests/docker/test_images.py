@@ -92,7 +92,9 @@ class Image:
             elif path.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.touch()
-        mounts = [f"mount --rbind {path} {self.root}{path}" for path in ("/dev", *filter(os.path.exists, REGISTRIES))]
+        mounts = [
+            f"mount --rbind {path} {self.root}{path}" for path in ("/dev", "/sys", *filter(os.path.exists, REGISTRIES))
+        ]
         inside = ["chroot", f"--userspec={self.user}", str(self.root), "env", f"--chdir={self.folder}", *command]
         script = "\n".join([*mounts, f"mount -t proc proc {self.root}/proc", f"exec {shlex.join(inside)}"])
         kept = {
@@ -118,6 +120,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ["unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={BASE}", "bookworm", str(root), mirror],
         check=True,
     )
+    root.chmod(0o755)  # pytest's folders are root's alone
     for marker in root.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
         marker.unlink()
     yield root
