@@ -39,7 +39,7 @@ class BlendedDataset:
             "size": size,
         }
         self._weights, self._size = np.asarray(weights, np.float64), size
-        folder = config.path_to_cache or index_cache.default_folder(datasets[0].indexed.prefix)
+        folder = config.cache_folder(datasets[0].indexed.prefix)
         arrays = index_cache.load_or_build(Path(folder), self.description, self._build_indices)
         self.dataset_index, self.dataset_sample_index = arrays
         self._check_supply()
@@ -164,7 +164,7 @@ class SplitPlan:
         """The dataset, its indices built or found in the cache."""
 
         def build(prefix: str, size: int | None) -> GPTDataset:
-            indexed, first, last = _open_part(prefix, self.share)
+            indexed, first, last = _open_part(prefix, self.share, self.config)
             return GPTDataset(indexed, self.config, size, self.split, first, last)
 
         if self.single:
@@ -180,7 +180,7 @@ class SplitPlan:
     def count(self) -> int:
         """How many samples ``build`` would give, from the lengths alone, and its errors."""
         counts = [
-            plan_samples(*_open_part(prefix, self.share), self.config, size, self.split).samples
+            plan_samples(*_open_part(prefix, self.share, self.config), self.config, size, self.split).samples
             for prefix, size in zip(self.prefixes, self.part_sizes, strict=True)
         ]
         return counts[0] if self.single else self._blend_size(counts)
@@ -195,9 +195,9 @@ class SplitPlan:
         return sum(lengths) if self.size is None else min(self.size, sum(lengths))
 
 
-def _open_part(prefix: str, share: tuple[float, float]) -> tuple[IndexedDataset, int, int]:
+def _open_part(prefix: str, share: tuple[float, float], config: GPTDatasetConfig) -> tuple[IndexedDataset, int, int]:
     """A pair, and the first and last of the sequences that belong to a split."""
-    indexed = IndexedDataset(prefix)
+    indexed = IndexedDataset(prefix, config.s3_cache_path)
     first, last = (round(bound * float(len(indexed))) for bound in share)
     return indexed, first, last
 

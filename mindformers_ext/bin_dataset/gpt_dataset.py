@@ -6,6 +6,7 @@ Shapes: B samples a batch, S sequence_length, W = S + 1 (S without the extra tok
 """
 
 import os
+import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from mindformers_ext.bin_dataset import index_cache
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, idx_path, loss_mask_prefix
+from mindformers_ext.bin_dataset.remote_tokens import RemoteTokens
+from mindformers_ext.files import remote
 
 try:
     from mindformers_ext.bin_dataset import _index_builder
@@ -35,6 +38,7 @@ class GPTDatasetConfig:
     random_seed: int = 1234  # seed of the document and sample shuffles
     split: str = "1, 0, 0"  # shares of train, valid, test
     path_to_cache: str | None = None  # folder of the built indices; None: P.index_cache beside the data
+    s3_cache_path: str | None = None  # folder of the copied .idx files of data at an address; None: the temporary one
     num_dataset_builder_threads: int = 1  # datasets of a blend built at once
     eod: int = NO_TOKEN  # id that ends a document
     pad: int = NO_TOKEN  # id that fills short samples; its labels carry no loss
@@ -73,6 +77,11 @@ class GPTDatasetConfig:
             or self.eod_mask_loss
             or self.create_compressed_eod_mask
         )
+
+    def cache_folder(self, prefix: str) -> str:
+        """Where the indices of a dataset are kept; beside the data only where that is on this machine."""
+        beside = f"{tempfile.gettempdir()}/bin_dataset-{os.getuid()}" if remote.is_remote(prefix) else None
+        return self.path_to_cache or self.s3_cache_path or beside or index_cache.default_folder(prefix)
 
     @property
     def extra(self) -> int:
@@ -146,9 +155,9 @@ class GPTDataset:
         self.split = split
         self.first, self.last = first, len(indexed) if last is None else last
         self.plan = plan_samples(indexed, self.first, self.last, config, num_samples, split)
-        self.loss_mask = open_loss_mask(indexed)
+        self.loss_mask = open_loss_mask(indexed, config.s3_cache_path)
         self.description = self._describe(num_samples)
-        folder = config.path_to_cache or index_cache.default_folder(indexed.prefix)
+        folder = config.cache_folder(indexed.prefix)
         arrays = index_cache.load_or_build(Path(folder), self.description, self._build_indices)
         self.document_index, self.sample_index, self.shuffle_index = arrays
 
@@ -214,6 +223,8 @@ class GPTDataset:
         """Tokens (B, W), short samples filled with ``pad``, and whether any token is ``pad``."""
         width = self.config.sequence_length + self.config.extra
         out = np.empty((len(places), width), np.int64 if source.dtype == np.int64 else np.int32)
+        if isinstance(source.tokens, RemoteTokens):
+            return out, self._read_remote(source, places, pad, out)
         padded = _index_builder.read_samples(
             tokens=source.tokens,
             pointers=source.sequence_pointers,
@@ -226,6 +237,26 @@ class GPTDataset:
             threads=max(1, min(usable_cores(), len(places), out.nbytes // BYTES_PER_THREAD)),
         )
         return out, padded
+
+    def _read_remote(self, source: IndexedDataset, places: np.ndarray, pad: int, out: np.ndarray) -> bool:
+        """Fill ``out`` (B, W) from tokens that are fetched together; returns whether any token is ``pad``."""
+        ranges, rows = [], []
+        for row, (first, offset, last, end) in enumerate(places.tolist()):
+            for place in range(first, last + 1):
+                sequence = int(self.document_index[place])
+                length = int(source.sequence_lengths[sequence])
+                start = int(source.sequence_pointers[sequence]) // source.dtype.itemsize
+                stop = start + (min(end + self.config.extra, length) if place == last else length)
+                ranges.append((start + offset, max(stop, start + offset)))
+                rows.append(row)
+                offset = 0
+        parts: list[list[np.ndarray]] = [[] for _ in places]
+        for row, part in zip(rows, source.tokens.read(ranges), strict=True):
+            parts[row].append(part)
+        for row, pieces in enumerate(parts):
+            text = np.concatenate(pieces)
+            out[row, : len(text)], out[row, len(text) :] = text, pad
+        return bool((out == pad).any())
 
 
 def sample_columns(
@@ -315,12 +346,12 @@ def _actual_seq_len(is_eod: np.ndarray, length: int) -> np.ndarray:
     return ends
 
 
-def open_loss_mask(indexed: IndexedDataset) -> IndexedDataset | None:
+def open_loss_mask(indexed: IndexedDataset, cache: str | None = None) -> IndexedDataset | None:
     """The loss mask that lies beside a dataset, None if there is none. Raises ValueError if it belongs to another."""
     prefix = loss_mask_prefix(indexed.prefix)
-    if not idx_path(prefix).is_file():
+    if not remote.exists(f"{prefix}.idx"):
         return None
-    mask = IndexedDataset(prefix)
+    mask = IndexedDataset(prefix, cache)
     if not np.array_equal(mask.sequence_lengths, indexed.sequence_lengths):
         raise ValueError(f"{idx_path(prefix)} has other lengths than {idx_path(indexed.prefix)}; make both again")
     return mask

@@ -11,12 +11,15 @@ import hashlib
 import io
 import os
 import struct
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from mindformers_ext.bin_dataset.remote_tokens import RemoteTokens, local_copy
+from mindformers_ext.files import remote
 from mindformers_ext.files.atomic import naming
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -60,19 +63,27 @@ class IndexedDataset:
 
     Opening checks everything that is cheap (sizes of both files against the index, sums of the lengths);
     ``check`` verifies every entry. Raises FileNotFoundError for a missing half, CorruptDatasetError otherwise.
+
+    Of a prefix at an address (s3://...) the index is copied to ``cache``, the temporary folder by default, and the
+    tokens stay where they are.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, cache: str | None = None) -> None:
         self.prefix = str(prefix)
+        if remote.is_remote(self.prefix):
+            folder = cache or str(Path(tempfile.gettempdir()) / f"bin_dataset-{os.getuid()}-index")
+            self._map_index(local_copy(f"{self.prefix}.idx", folder))
+            self.tokens = RemoteTokens(f"{self.prefix}.bin", self.dtype)
+            self._check_size(f"{self.prefix}.bin", self.tokens.nbytes)
+            return
         for path, other in ((idx_path(prefix), bin_path(prefix)), (bin_path(prefix), idx_path(prefix))):
             if not path.is_file():
                 also = f" although {other} does" if other.is_file() else ""
                 raise FileNotFoundError(f"{path} does not exist{also}; give the prefix of a .bin/.idx pair")
-        self._map_index()
+        self._map_index(idx_path(self.prefix))
         self._map_tokens()
 
-    def _map_index(self) -> None:
-        path = idx_path(self.prefix)
+    def _map_index(self, path: Path) -> None:
         size = path.stat().st_size
         if size < HEADER.size:
             raise CorruptDatasetError(f"{path} is truncated: {size} bytes, its header alone has {HEADER.size}")
@@ -118,14 +129,17 @@ class IndexedDataset:
     def _map_tokens(self) -> None:
         path = bin_path(self.prefix)
         size = path.stat().st_size
+        self._check_size(path, size)
+        # An empty file cannot be mapped; mmap of zero bytes is an error on Linux.
+        self.tokens = np.memmap(path, mode="r", dtype=self.dtype) if size else np.empty(0, self.dtype)
+
+    def _check_size(self, path: str | Path, size: int) -> None:
         expected = int(self.sequence_lengths.sum(dtype=np.int64)) * self.dtype.itemsize
         if size != expected:
             raise CorruptDatasetError(
                 f"{path} has {size} bytes, but the lengths in {idx_path(self.prefix)} sum to {expected} bytes of "
                 f"{self.dtype.name}: the file is truncated, has another dtype or belongs to another index"
             )
-        # An empty file cannot be mapped; mmap of zero bytes is an error on Linux.
-        self.tokens = np.memmap(path, mode="r", dtype=self.dtype) if size else np.empty(0, self.dtype)
 
     def check(self, vocab_size: int | None = None) -> None:
         """Verify every entry: offsets equal the running sum, document marks never fall, 0 <= token < vocab_size."""

@@ -13,8 +13,8 @@ PHASES = {"train": 0, "valid": 1, "eval": 1, "dev": 1, "test": 2}
 RENAMED = {"seq_length": "sequence_length", "seed": "random_seed", "compressed_eod_mask_length": "eod_pad_length"}
 CONVERSATIONS = "conversations"  # instead of paths: what bin_dataset/conversation_job.py makes samples of
 PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-# Keys of upstream's YAML that mean nothing here: files are always mapped, and never on S3.
-WITHOUT_EFFECT = ("mmap_bin_files", "s3_cache_path")
+# A key of upstream's YAML that means nothing here: files on this machine are always mapped.
+WITHOUT_EFFECT = ("mmap_bin_files",)
 
 
 def parse_config(config: Mapping[str, Any]) -> tuple[GPTDatasetConfig, dict[str, Any]]:

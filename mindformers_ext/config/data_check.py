@@ -13,6 +13,7 @@ from mindformers_ext.bin_dataset.tokenizer import load_reference
 from mindformers_ext.bin_dataset.tokenizer_files import TokenizerError, find_tokenizer
 from mindformers_ext.config.run import Run
 from mindformers_ext.errors import ConfigError
+from mindformers_ext.files import remote
 
 
 def check_data(run: Run, dataset: str) -> None:
@@ -36,7 +37,8 @@ def check_data(run: Run, dataset: str) -> None:
     for key, given in paths.items():
         if not given:
             continue
-        files = [open_dataset(prefix, f"{name}.{key}", path) for prefix in parse_blend(given)[0]]
+        cache, where = asked.samples.s3_cache_path, f"{name}.{key}"
+        files = [open_dataset(prefix, where, path, cache) for prefix in parse_blend(given)[0]]
         tokens = sum(len(file.tokens) for file in files)
         if tokens < config.seq_length + 1:
             raise ConfigError(
@@ -44,6 +46,8 @@ def check_data(run: Run, dataset: str) -> None:
                 "sample needs seq_length + 1; give more text or a shorter sequence"
             )
         for file in files:
+            if remote.is_remote(file.prefix):
+                continue  # Its ids are not looked at: that would read the whole of it over the network.
             check_ids(file, vocab_size, asked.samples.path_to_cache, f"{name}.{key}", path)
     check_samples(asked, run, dataset)
 
@@ -67,13 +71,13 @@ def read_loader(run: Run, dataset: str) -> LoaderConfig:
         raise ConfigError(f"{run.path}: {dataset}.data_loader: {error}") from None
 
 
-def open_dataset(prefix: str, key: str, path: str | Path) -> IndexedDataset:
+def open_dataset(prefix: str, key: str, path: str | Path, cache: str | None = None) -> IndexedDataset:
     """Open one .bin/.idx pair, and the loss mask beside it."""
     try:
-        file = IndexedDataset(prefix)
+        file = IndexedDataset(prefix, cache)
         if file.dtype.kind not in "iu":
             raise ValueError(f"holds {file.dtype.name}, but training samples need integer tokens")
-        open_loss_mask(file)
+        open_loss_mask(file, cache)
         return file
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {key} {prefix!r}: {error}") from None

@@ -289,8 +289,7 @@ class MegatronConfig:
         only(False, "the models read attention_mask, of create_attention_mask"): "create_compressed_eod_mask",
         only(128, "only create_compressed_eod_mask reads it"): "eod_pad_length compressed_eod_mask_length",
         NotNegativeNumber: "mid_level_dataset_surplus",
-        Text | None: "path_to_cache",
-        Annotated[str | None, Only(None, "files are read from disks that are mounted")]: "s3_cache_path",
+        Text | None: "path_to_cache s3_cache_path",
         Annotated[bool, Only(True, "files are always mapped")]: "mmap_bin_files",
     }
 

@@ -46,6 +46,11 @@ def state(path: str) -> list[object]:
     return [path, info["size"], str(info.get("ETag") or info.get("mtime") or info.get("LastModified"))]
 
 
+def exists(path: str) -> bool:
+    """Whether there is such a file."""
+    return filesystem(path).isfile(path) if is_remote(path) else os.path.isfile(path)
+
+
 def size(path: str) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
     return filesystem(path).size(path) if is_remote(path) else os.path.getsize(path)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from helpers.tools import bytes_of, run_tool
 
@@ -54,3 +55,37 @@ def test_the_tools_read_and_write_addresses(suffix, store, texts, tokenizer_file
     before = store.info(f"{prefix}_text_document.bin")["LastModified"]
     assert "finished by an earlier run" in run_tool(*command).stderr
     assert store.info(f"{prefix}_text_document.bin")["LastModified"] == before
+
+
+def test_training_samples_come_from_addresses_through_a_bounded_cache(store, corpus, tmp_path, monkeypatch):
+    from mindformers_ext.bin_dataset import remote_tokens
+    from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter
+    from mindformers_ext.bin_dataset.loader_config import LoaderConfig
+
+    prefixes = [corpus(name, [50, 0, 700, 3, 1200, 9] * 4, seed=i) for i, name in enumerate("ab")]
+    with IndexedDatasetWriter(f"{prefixes[0]}_loss_mask", np.uint8) as writer:
+        for length in [50, 0, 700, 3, 1200, 9] * 4:
+            writer.add_document(np.arange(length) % 2)
+    for path in tmp_path.glob("[ab]*.[bi]??"):
+        store.put_file(str(path), f"s3://corpus/train/{path.name}")
+    monkeypatch.setattr(remote_tokens, "BLOCK", 4000)
+    cache = remote_tokens.BlockCache(4)
+    monkeypatch.setattr(remote_tokens, "block_cache", lambda: cache)
+    fetched = []
+    fetch = remote_tokens._fetch
+    monkeypatch.setattr(remote_tokens, "_fetch", lambda *args: fetched.append(args) or fetch(*args))
+
+    def build(paths, folders):
+        config = {"seq_length": 64, "data_path": ["3", paths[0], "1", paths[1]], "split": "9,1", **folders}
+        return LoaderConfig.of("GPTDataset", [250, 10, 0], config, False, "train").build()
+
+    local = build(prefixes, {"path_to_cache": str(tmp_path / "cache")})
+    addresses = [f"s3://corpus/train/{name}" for name in "ab"]
+    far = build(addresses, {"s3_cache_path": str(tmp_path / "s3")})
+    assert far.description == local.description and not fetched
+    for start in range(0, len(local), 64):
+        rows = np.arange(start, min(start + 64, len(local)))
+        for name, column in local.batch(rows).items():
+            np.testing.assert_array_equal(far.batch(rows)[name], column)
+    assert len(fetched) > 4 and len(cache._blocks) <= 4
+    assert len(list((tmp_path / "s3").glob("*.idx"))) == 3
