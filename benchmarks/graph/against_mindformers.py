@@ -66,7 +66,10 @@ class Layout:
         return f"dp{self.dp} mp{self.mp} ep{self.ep} pp{self.pp}"
 
 
-ACROSS = (("moe_config.moe_token_dispatcher_type", "alltoall"),)  # what the YAML advises beyond a server
+ACROSS = (  # what docs/experts.md advises beyond a server
+    ("moe_config.moe_token_dispatcher_type", "alltoall_deredundency"),
+    ("moe_config.npu_nums_per_device", NODE),
+)
 LAYOUTS = {"pp2": Layout(4, 4, 2, 8), "pp1": Layout(4, 4, 1, 8), "ep32": Layout(8, 4, 2, 32, ACROSS)}
 FLAGS = load_yaml(OUR_YAML)["context"]["graph_kernel_flags"]  # for both
 JOINED = re.compile(r"Inplace\w*Mat[Mm]ulAdd")
