@@ -20,7 +20,7 @@ from mindformers_ext.training import register  # noqa: F401 (registers what the 
 
 ROOT = Path(__file__).resolve().parents[2]
 YAMLS = sorted((ROOT / "research").rglob("*.yaml"))
-NAMES = {"deepseek3_tiny", "deepseek3_1b", "deepseek3_671b", "deepseek2_lite"}
+NAMES = {"deepseek3_tiny", "deepseek3_1b", "deepseek3_671b", "deepseek2_lite", "moonlight_16b", "kimi_k2"}
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ RIGHT = {
         model.model_config.extend_method model.model_config.intermediate_size
         model.model_config.max_position_embeddings model.model_config.n_kv_heads model.model_config.q_lora_rank
         model.model_config.scaling_factor moe_config.aux_loss_factors moe_config.expert_group_size
-        moe_config.topk_group parallel.dataset_strategy processor processor.tokenizer
+        moe_config.n_group moe_config.topk_group parallel.dataset_strategy processor processor.tokenizer
         processor.tokenizer.tokenizer_file""",
     "{}": """context context.ascend_config context.jit_config eval_dataset model.model_config.scaling_factor moe_config
         parallel parallel.parallel_optimizer_config parallel_config processor

@@ -17,6 +17,10 @@ ONE_BILLION = RUNS / "deepseek3_1b" / "pretrain_deepseek3_1b.yaml"
 CLUSTER = RUNS / "deepseek3_671b" / "pretrain_deepseek3_671b.yaml"
 FINETUNE = RUNS / "deepseek3_671b" / "finetune_deepseek3_671b.yaml"
 LORA = RUNS / "deepseek3_671b" / "finetune_deepseek3_671b_lora.yaml"
+MOONLIGHT = RUNS / "moonlight_16b" / "pretrain_moonlight_16b.yaml"
+MOONLIGHT_LORA = RUNS / "moonlight_16b" / "finetune_moonlight_16b_lora.yaml"
+KIMI = RUNS / "kimi_k2" / "pretrain_kimi_k2.yaml"
+KIMI_LORA = RUNS / "kimi_k2" / "finetune_kimi_k2_lora.yaml"
 LITE = RUNS / "deepseek2_lite" / "pretrain_deepseek2_lite.yaml"
 # A slice of the 671B run: its widths and its 1024 devices, two stages, four layers and MTP.
 SLICE = {
@@ -152,3 +156,31 @@ def test_v2_lite_on_eight_ranks(tmp_path):
     report = dry_run(tmp_path, LITE, "--ranks", "per-stage", "--level", "memory")
     assert report["parameter_check"]["differences"] == []
     assert report["exit_code"] == 0, report["verdict"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [MOONLIGHT, MOONLIGHT_LORA], ids=["all", "lora"])
+@pytest.mark.parametrize("devices", [8, 16])
+def test_moonlight(tmp_path, config, devices):
+    """On 16 devices by the overrides that the YAML's head names."""
+    split = devices // 2
+    overrides = {
+        "model.model_config.num_layers": "4",
+        "model.model_config.offset": "0",
+        "parallel_config.data_parallel": str(split),
+        "parallel.dataset_strategy": str([[split, 1]] * 4),
+    }
+    report = dry_run(tmp_path, config, "--device_num", str(devices), "--jobs", "2", overrides=overrides)
+    assert report["parameter_check"]["differences"] == []
+    assert [f for f in report["audit"] if f["verdict"] == "violation"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [KIMI, KIMI_LORA], ids=["all", "lora"])
+def test_slice_of_kimi_k2_on_1024_ranks(tmp_path, config):
+    report = dry_run(tmp_path, config, "--device_num", "1024", "--ranks", "512", overrides=SLICE)
+    assert report["parameter_check"]["differences"] == []
+    assert [f for f in report["audit"] if f["verdict"] == "violation"] == []
+    if config == KIMI:
+        experts = [row for row in report["ranks"][0]["layouts"] if row["name"].endswith("experts.gate_up_proj")]
+        assert experts[0]["full_shape"] == [384, 7168, 4096]

@@ -1,56 +1,24 @@
 """config.json and files of models on V3's skeleton: their words, four-bit experts, names around a language model."""
 
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from helpers.hf_folders import V3_CONFIG, random_tensors
-from hf_config import config_from_hf, corrected, read_config, sections_from_hf
+from helpers.siblings import GLM, KIMI, KIMI_0905, MOONLIGHT, V3_1, YOUTU
+from hf_config import compare, config_from_hf, corrected, read_config, sections_from_hf
 from hf_weights import HuggingFaceWeights
 from safetensors.numpy import save_file
 
+from mindformers_ext.config.run import read_run
 from mindformers_ext.errors import ConfigError
+
+RUNS = Path(__file__).parents[2] / "research" / "deepseek3"
 
 PLAIN = {k: v for k, v in V3_CONFIG.items() if k not in ("quantization_config", "rope_scaling")}
 PLAIN |= {"num_nextn_predict_layers": 0, "torch_dtype": "float32"}
-MOONLIGHT = {  # moonshotai/Moonlight-16B-A3B
-    **{"model_type": "deepseek_v3", "vocab_size": 163840, "hidden_size": 2048, "intermediate_size": 11264},
-    **{"moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16},
-    **{"n_shared_experts": 2, "n_routed_experts": 64, "num_experts_per_tok": 6, "routed_scaling_factor": 2.446},
-    **{"kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
-    **{"n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True},
-    **{"first_k_dense_replace": 1, "rope_theta": 50000.0, "rope_scaling": None, "max_position_embeddings": 8192},
-    **{"rms_norm_eps": 1e-5, "bos_token_id": 163584, "eos_token_id": 163586, "num_nextn_predict_layers": 0},
-}
-KIMI = {  # moonshotai/Kimi-K2-Instruct
-    **MOONLIGHT,
-    **{"model_type": "kimi_k2", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048},
-    **{"num_hidden_layers": 61, "num_attention_heads": 64, "num_key_value_heads": 64, "q_lora_rank": 1536},
-    **{"n_shared_experts": 1, "n_routed_experts": 384, "num_experts_per_tok": 8, "routed_scaling_factor": 2.827},
-    **{"rms_norm_eps": 1e-6, "max_position_embeddings": 131072},
-    "rope_scaling": {
-        **{"type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
-        "original_max_position_embeddings": 4096,
-    },
-    "quantization_config": {
-        **{"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
-    },
-}
-GLM = {  # zai-org/GLM-4.7-Flash
-    **{"model_type": "glm4_moe_lite", "vocab_size": 154880, "hidden_size": 2048, "intermediate_size": 10240},
-    **{"moe_intermediate_size": 1536, "num_hidden_layers": 47, "num_attention_heads": 20, "num_key_value_heads": 20},
-    **{"n_shared_experts": 1, "n_routed_experts": 64, "num_experts_per_tok": 4, "routed_scaling_factor": 1.8},
-    **{"kv_lora_rank": 512, "q_lora_rank": 768, "qk_rope_head_dim": 64, "qk_nope_head_dim": 192, "v_head_dim": 256},
-    **{"mlp_layer_types": ["dense"] + ["sparse"] * 46, "rms_norm_eps": 1e-5, "eos_token_id": [154820, 154827]},
-    **{"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "num_nextn_predict_layers": 1},
-}
-YOUTU = {  # tencent/Youtu-LLM-2B
-    **{"model_type": "youtu", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 6144},
-    **{"num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512},
-    **{"q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "rms_norm_eps": 1e-6},
-    **{"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "embedding_initializer_range": 0.04},
-}
 
 
 def test_the_released_families_become_sections():
@@ -62,6 +30,27 @@ def test_the_released_families_become_sections():
     assert youtu["moe_config"]["expert_num"] == 1 and youtu["model"]["model_config"]["tie_word_embeddings"]
     for values, depth in ((MOONLIGHT, 0), (KIMI, 0), (GLM, 1), (YOUTU, 0)):
         assert config_from_hf(values, depth).model_type == "deepseekv3"
+
+
+@pytest.mark.parametrize(
+    ("run", "released"),
+    [
+        ("moonlight_16b/pretrain_moonlight_16b", MOONLIGHT),
+        ("moonlight_16b/finetune_moonlight_16b_lora", MOONLIGHT),
+        ("kimi_k2/pretrain_kimi_k2", {**KIMI, "rope_scaling": None}),  # from scratch without YaRN
+        ("kimi_k2/finetune_kimi_k2_lora", KIMI),
+        ("deepseek3_671b/finetune_deepseek3_671b", V3_1),
+    ],
+)
+def test_shipped_runs_are_the_released_models(run, released):
+    model = read_run(RUNS / f"{run}.yaml").model
+    compare(model, {**released, "num_nextn_predict_layers": model.mtp_depth}, "config.json")
+
+
+def test_a_later_kimi_extends_positions_further():
+    values = sections_from_hf(KIMI_0905)["model"]["model_config"]
+    assert values["scaling_factor"]["factor"] == 64.0
+    assert config_from_hf(KIMI_0905, 0).max_position_embeddings == 262144
 
 
 def test_exports_name_a_class_that_programs_know():
