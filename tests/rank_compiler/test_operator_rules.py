@@ -193,7 +193,7 @@ def test_planted_violations_are_found(operator, changes, words):
 
 
 def test_packed_lengths():
-    packed = dict.fromkeys(("query", "key", "value"), (BF16, (4096, 32, 192))) | {"input_layout": 5, "sparse_mode": 3}
+    packed = dict.fromkeys(("query", "key", "value"), (BF16, (4096, 32, 192))) | {"input_layout": 4, "sparse_mode": 3}
     legal = packed | {"actual_seq_qlen": (1024, 4096), "actual_seq_kvlen": (1024, 4096)}
     assert verdicts(graph("FlashAttentionScore", legal), "FlashAttentionScore")[VIOLATION] == []
     for lengths in ((4096, 1024), (0, 4096), (4096,), None):
