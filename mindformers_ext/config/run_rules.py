@@ -113,8 +113,8 @@ def documents_by_their_ends(run: Run) -> Iterator[Violation]:
         yield Violation(f"{name}.construct_args_key", f"{why} the model must be given 'actual_seq_len'")
     if run.value(f"{section}.create_attention_mask"):
         yield Violation(f"{section}.create_attention_mask", f"{why} it must be False: the ends of documents replace it")
-    if run.model is not None and not run.model.use_flash_attention:
-        yield Violation("model.model_config.use_flash_attention", f"{why} it must be True")
+    if run.model is not None and run.sections.use_parallel and not run.model.use_flash_attention:
+        yield Violation("model.model_config.use_flash_attention", f"{why} and use_parallel it must be True")
     keys = (f"{section}.eod_pad_length", f"{section}.compressed_eod_mask_length")
     length = next((value for value in map(run.value, keys) if value is not None), 128)
     samples = run.value("runner_config.batch_size") or 1

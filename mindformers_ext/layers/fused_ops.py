@@ -542,12 +542,19 @@ def flash_mask(seq: int, attention_mask=None, ends=None):
 
 def additive_mask(seq: int, attention_mask=None, ends=None):
     """(1 or B, 1, S, S) float32: MASKED where a key may not be attended."""
-    if ends is not None:
-        raise ValueError("documents by their ends (actual_seq_len) need use_flash_attention: True")
     if attention_mask is None:
         place = ops.arange(seq)
         attention_mask = place.reshape((1, 1, 1, seq)) > place.reshape((1, 1, seq, 1))
+        if ends is not None:
+            document = documents_before(ends, place)
+            other = document.reshape((-1, 1, seq, 1)) != document.reshape((-1, 1, 1, seq))
+            attention_mask = ops.logical_or(attention_mask, other)
     return ops.cast(attention_mask, mstype.float32) * MASKED
+
+
+def documents_before(ends, place):
+    """How many documents end before each place (S,), (B, S) float32, by their ends (B, L)."""
+    return ops.cast(ends.expand_dims(1) <= place.reshape((1, -1, 1)), mstype.float32).sum(-1)
 
 
 def rotary(config, by_sample: bool = False) -> nn.Cell:

@@ -75,9 +75,7 @@ def packed_attention(
         if kind != "TensorToTuple":
             raise ValueError(f"'{node.name}' has ends of documents made by {kind}; CPU takes those that are a tensor")
         tensors.append(made.input[0])
-    graph.kernel(
-        node, kernel, [*(node.input[i] for i in inputs), *tensors], scale=value, to_last=mode == CAUSAL_TO_LAST
-    )
+    graph.kernel(node, kernel, tensors, scale=value, to_last=mode == CAUSAL_TO_LAST)
 
 
 def grouped_matmul(graph: Graph, node: pb.NodeProto) -> None:

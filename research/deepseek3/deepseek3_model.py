@@ -12,6 +12,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from sharding import documents_locally, place, put, shard, share_graph
 
+from mindformers_ext.layers.fused_ops import documents_before
+
 __all__ = ["DeepseekV3ForCausalLM"]
 
 
@@ -24,16 +26,11 @@ class SameDocument(nn.Cell):
     def __init__(self, seq: int, depth: int):
         super().__init__()
         place = np.arange(seq, dtype=np.int32)
-        self.place = Tensor(place.reshape(1, seq, 1))
-        self.predicted = Tensor(np.minimum(place + depth + 1, seq - 1).reshape(1, seq, 1))
+        self.place, self.predicted = Tensor(place), Tensor(np.minimum(place + depth + 1, seq - 1))
 
     def construct(self, ends):
-        ends = ends.expand_dims(1)
-        return ops.cast(self._document(ends, self.place) == self._document(ends, self.predicted), mstype.float32)
-
-    def _document(self, ends, place):
-        """How many documents end before each place, (B, S)."""
-        return ops.cast(ends <= place, mstype.float32).sum(-1)
+        own, other = documents_before(ends, self.place), documents_before(ends, self.predicted)
+        return ops.cast(own == other, mstype.float32)
 
 
 class MultiTokenPredictor(nn.Cell):

@@ -87,7 +87,11 @@ def test_documents_by_their_ends() -> None:
         ("train_dataset.input_columns", [*COLUMNS[4:], *COLUMNS[:4]], "the last column must be 'actual_seq_len'"),
         ("train_dataset.construct_args_key", COLUMNS[:4], "the model must be given 'actual_seq_len'"),
         (f"{DATA}.create_attention_mask", True, "the ends of documents replace it"),
-        ("model.model_config.use_flash_attention", False, "with create_compressed_eod_mask it must be True"),
+        (
+            "model.model_config.use_flash_attention",
+            False,
+            "and use_parallel it must be True",
+        ),
         (f"{DATA}.eod_pad_length", 1024, "must not pass 1024 documents"),
         ("runner_config.batch_size", 8, "must not pass 1024 documents"),
         ("model.model_config.use_eod_attn_mask_compression", True, "create_compressed_eod_mask says it"),

@@ -201,6 +201,14 @@ def test_packed_lengths():
         assert any("layout TND" in demand for demand in found[VIOLATION]), lengths
 
 
+def test_packed_lengths_of_the_data():
+    """Computed ones are nobody's violation, and the reason is said."""
+    packed = dict.fromkeys(("query", "key", "value"), (BF16, (4096, 32, 192))) | {"input_layout": 4, "sparse_mode": 3}
+    lengths = dict.fromkeys(("actual_seq_qlen", "actual_seq_kvlen"), [("int64", (4,))])  # tuples of tensors
+    found = verdicts(graph("FlashAttentionScore", packed | lengths), "FlashAttentionScore")
+    assert found[VIOLATION] == [] and "lengths of layout TND are known" in found[DOUBTFUL]
+
+
 def test_the_gradient_of_gamma_is_float32():
     model = graph("RmsNormGrad", {})
     model.proto.graph.node[-1].attribute[0].values[1].tensors[0].data_type = pb.TensorProto.BFLOAT16

@@ -100,13 +100,14 @@ def packed_step(network, mode, arrays, **more):
 
 
 @pytest.mark.parametrize(
-    ("mode", "fused"),
-    [(ms.PYNATIVE_MODE, True), (ms.PYNATIVE_MODE, False), (ms.GRAPH_MODE, True)],
-    ids=["latent", "heads", "compiled"],
-)
-def test_packed_documents_train_as_they_do_alone(mode, fused):
+    ("mode", "flash", "rope"),
+    [(ms.PYNATIVE_MODE, True, True), (ms.PYNATIVE_MODE, True, False), (ms.PYNATIVE_MODE, False, False),
+     (ms.GRAPH_MODE, True, True)],
+    ids=["latent", "heads", "basic", "compiled"],
+)  # fmt: skip
+def test_packed_documents_train_as_they_do_alone(mode, flash, rope):
     """By their ends (actual_seq_len): loss and gradients, with multi-token prediction, are the documents' sum."""
-    config = v3_config(initializer_range=0.05, mtp_depth=1, use_flash_attention=True, use_fused_rope=fused)
+    config = v3_config(initializer_range=0.05, mtp_depth=1, use_flash_attention=flash, use_fused_rope=rope)
     config.mtp_loss_factor = 0.3
     network = DeepseekV3ForCausalLM(config)
     rng, length = np.random.default_rng(0), 24

@@ -31,6 +31,7 @@ OVERRIDES = small_sizes(LENGTH) | {
     "train_dataset.construct_args_key": COLUMNS,
     "lr_schedule.warmup_steps": 1,
     "eval_dataset": "null",
+    "processor": "null",
 }
 WITH_PEAK = (
     "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]); "
