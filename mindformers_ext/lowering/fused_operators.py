@@ -71,11 +71,24 @@ def packed_attention(
         raise ValueError(f"'{node.name}' has sparse_mode {mode} in layout TND; CPU knows {CAUSAL} and {CAUSAL_TO_LAST}")
     tensors = [node.input[i] for i in inputs]
     for name in node.input[ends : ends + 2]:
-        kind, made = graph.maker(name)
+        kind, made = graph.maker(_whole_tuple(graph, name))
         if kind != "TensorToTuple":
             raise ValueError(f"'{node.name}' has ends of documents made by {kind}; CPU takes those that are a tensor")
         tensors.append(made.input[0])
     graph.kernel(node, kernel, tensors, scale=value, to_last=mode == CAUSAL_TO_LAST)
+
+
+def _whole_tuple(graph: Graph, name: str) -> str:
+    """The tuple that `name` is made of again, item by item: so a tuple comes out of a function's arguments."""
+    kind, made = graph.maker(name)
+    if kind != "MakeTuple" or not made.input:
+        return name
+    items = [graph.maker(graph.origin(item)) for item in made.input]
+    if any(kind != "TupleGetItem" for kind, _ in items):
+        return name
+    sources = {item.input[0] for _, item in items}
+    in_order = [graph.constant(item.input[1]) for _, item in items] == list(range(len(items)))
+    return sources.pop() if len(sources) == 1 and in_order else name
 
 
 def grouped_matmul(graph: Graph, node: pb.NodeProto) -> None:

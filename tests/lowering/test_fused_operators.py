@@ -33,6 +33,9 @@ def test_attention_of_packed_tokens(mode, to_last):
     """Layout TND, number 4 of MindSpore's: the ends of documents are tuples that tensors are made into."""
     model = Model()
     ends = [model.apply("TensorToTuple", [name], f"{name}_tuple", (3,)) for name in ("ends", "key_ends")]
+    places = [model.constant(f"place{i}", i) for i in range(3)]  # a function's arguments are the items
+    items = [model.apply("TupleGetItem", [ends[1], place], f"item{i}", ()) for i, place in enumerate(places)]
+    ends[1] = model.apply("MakeTuple", items, "again", (3,))
     numbers = [model.constant(f"c{i}", x) for i, x in enumerate((4, 1.0, 0.25, 2**31 - 1, 0, 0, 4, mode))]
     none = [model.constant(f"none{i}", None) for i in range(3)]
     shapes = [(32, 4, 8)] * 2 + [(1,), (32, 4, 24)]
