@@ -79,6 +79,7 @@ ELSEWHERE = (
         ("mla_qkv_concat", "use_attn_mask_compression", "use_fused_mla", "use_pad_tokens"),
         "leave it out: it chooses among MindFormers' own layers",
     )
+    | {"use_eod_attn_mask_compression": "leave it out: data_loader.config.create_compressed_eod_mask says it"}
     | dict.fromkeys(("block_size", "num_blocks"), f"leave it out: {NO_CACHE}")
 )
 EVEN = "must be even: rotary positions turn pairs"

@@ -37,6 +37,9 @@ def refuse(run: Run, violations: Iterable[Violation]) -> None:
         raise ConfigError(*sentences)
 
 
+DOCUMENTS = 1024  # that FlashAttentionScore takes in layout TND, says MindSpore 2.9
+
+
 def what_training_needs(run: Run) -> Iterator[Violation]:
     s = run.sections
     if not run.trains:
@@ -87,13 +90,37 @@ def data_of_a_run(run: Run) -> Iterator[Violation]:
         yield Violation(f"{section}.seed", f"random_seed means the same and is {same}; leave one of them out")
     if not dataset.megatron.config.paths and not dataset.megatron.config.conversations:
         yield Violation(f"{section}.data_path", "must name the data: the prefix of a .bin/.idx pair")
-    ends = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+    ends = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_compressed_eod_mask")
     asked = [key for key in ends if run.value(f"{section}.{key}")]
     if asked and run.value(f"{section}.eod") in (None, -1):
         yield Violation(f"{section}.eod", f"{asked[0]} needs the id of the token that ends a document")
     if run.model is not None and run.model.input_sliced_sig and "labels" not in (dataset.input_columns or ()):
         yield Violation(
             f"{name}.input_columns", "with model_config.input_sliced_sig True the columns must hold 'labels'"
+        )
+
+
+def documents_by_their_ends(run: Run) -> Iterator[Violation]:
+    """create_compressed_eod_mask: what its column actual_seq_len needs on its way to attention."""
+    name, dataset = dataset_in_use(run)
+    section = f"{name}.data_loader.config"
+    if dataset is None or not run.value(f"{section}.create_compressed_eod_mask"):
+        return
+    why = "with create_compressed_eod_mask"
+    if (dataset.input_columns or ("",))[-1] != "actual_seq_len":
+        yield Violation(f"{name}.input_columns", f"{why} the last column must be 'actual_seq_len'")
+    if "actual_seq_len" not in (run.value(f"{name}.construct_args_key") or dataset.input_columns or ()):
+        yield Violation(f"{name}.construct_args_key", f"{why} the model must be given 'actual_seq_len'")
+    if run.value(f"{section}.create_attention_mask"):
+        yield Violation(f"{section}.create_attention_mask", f"{why} it must be False: the ends of documents replace it")
+    if run.model is not None and run.sections.use_parallel and not run.model.use_flash_attention:
+        yield Violation("model.model_config.use_flash_attention", f"{why} and use_parallel it must be True")
+    keys = (f"{section}.eod_pad_length", f"{section}.compressed_eod_mask_length")
+    length = next((value for value in map(run.value, keys) if value is not None), 128)
+    samples = run.value("runner_config.batch_size") or 1
+    if run.value("context.device_target") == "Ascend" and samples * (length + 1) > DOCUMENTS:
+        yield Violation(
+            keys[0], f"runner_config.batch_size {samples} times one more than it must not pass {DOCUMENTS} documents"
         )
 
 
@@ -265,6 +292,7 @@ RUN_RULES = (
     what_compiling_needs,
     what_inference_needs,
     data_of_a_run,
+    documents_by_their_ends,
     the_models_own_network,
     balancing_needs_its_callback,
     adapters_need_a_rank,

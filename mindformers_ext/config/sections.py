@@ -283,11 +283,9 @@ class MegatronConfig:
         Annotated[int, Meta(ge=0, lt=2**32)]: "random_seed seed",
         Split | None: "split",
         Annotated[int, Meta(ge=-1)]: "eod pad",
-        bool: "reset_position_ids reset_attention_mask eod_mask_loss create_attention_mask "
+        bool: "reset_position_ids reset_attention_mask eod_mask_loss create_attention_mask create_compressed_eod_mask "
         "drop_last_partial_validation_sequence add_extra_token_to_sequence",
-        Positive: "num_dataset_builder_threads",
-        only(False, "the models read attention_mask, of create_attention_mask"): "create_compressed_eod_mask",
-        only(128, "only create_compressed_eod_mask reads it"): "eod_pad_length compressed_eod_mask_length",
+        Positive: "num_dataset_builder_threads eod_pad_length compressed_eod_mask_length",
         NotNegativeNumber: "mid_level_dataset_surplus",
         Text | None: "path_to_cache s3_cache_path",
         Annotated[bool, Only(True, "files are always mapped")]: "mmap_bin_files",

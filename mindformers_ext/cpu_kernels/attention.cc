@@ -21,7 +21,7 @@ int64_t visible_keys(const AttentionRule& s, const Head& h, int64_t last) {
 void score_block(const AttentionRule& s, const Head& h, int64_t query, int64_t rows, int64_t key, int64_t columns,
                  float* scores) {
   multiply(rows, columns, s.key_width, {h.q + query * s.key_width, s.key_width},
-           {h.k_turned + key, s.turned_stride()}, scores, kKeyBlock, 0.0f, s.scale);
+           {h.k_turned + key, h.turned_stride}, scores, kKeyBlock, 0.0f, s.scale);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = scores + i * kKeyBlock;
     if (h.mask == nullptr) {
@@ -94,19 +94,8 @@ void row_deltas(const Backward& b, const float* out) {
   std::copy(sums.begin(), sums.end(), b.delta);
 }
 
-}  // namespace
-
-const uint8_t* mask_of(const AttentionRule& s, const Tensor* mask, int64_t sequence) {
-  if (mask == nullptr) return nullptr;
-  check(mask->type == DType::kByte, "the attention mask must be uint8 or bool");
-  return static_cast<const uint8_t*>(mask->data) + sequence % mask->shape.at(0) * s.queries * s.keys;
-}
-
-void turn_keys(const AttentionRule& s, const float* k, float* k_turned) {
-  write_transposed(k, s.keys, s.key_width, s.key_width, k_turned, s.turned_stride());
-}
-
-void attend(const AttentionRule& s, const Head& h, int64_t query, float* out, float* log_sum, float* largest) {
+// O, L and the largest scores of the block of a piece's queries that begins at `query`; outputs begin at its first row.
+void attend_block(const AttentionRule& s, const Head& h, int64_t query, float* out, float* log_sum, float* largest) {
   const int64_t rows = std::min(kQueryBlock, s.queries - query), width = s.value_width;
   const Scratch memory(kScores + 2 * kQueryBlock);
   float *scores = memory.get(), *maximum = scores + kScores, *sum = maximum + kQueryBlock;
@@ -144,17 +133,15 @@ void attend(const AttentionRule& s, const Head& h, int64_t query, float* out, fl
   }
 }
 
-void attend_grad(const AttentionRule& s, const Head& h, const float* out, const float* log_sum, const float* dout,
-                 float* dq, float* dk, float* dv) {
+// Adds to dQ, dK and dV of a piece, of which all arguments are the first rows.
+void attend_piece_grad(const AttentionRule& s, const Head& h, const float* out, const float* log_sum,
+                       const float* dout, float* dq, float* dk, float* dv) {
   const int64_t width = s.value_width, stride = s.turned_stride();
   const Scratch memory(2 * kScores + s.queries + width * stride);
   float *p = memory.get(), *ds = p + kScores, *v_turned = ds + kScores, *delta = v_turned + width * stride;
   write_transposed(h.v, s.keys, width, width, v_turned, stride);
   const Backward backward = {s, h, v_turned, log_sum, dout, p, ds, delta};
   row_deltas(backward, out);
-  std::fill_n(dq, s.queries * s.key_width, 0.0f);
-  std::fill_n(dk, s.keys * s.key_width, 0.0f);
-  std::fill_n(dv, s.keys * width, 0.0f);
   for_each_block(s, h, [&](int64_t query, int64_t rows, int64_t key, int64_t columns) {
     gradient_block(backward, query, rows, key, columns);
     multiply(columns, width, rows, {p, kKeyBlock, true}, {dout + query * s.context_stride, s.context_stride},
@@ -164,6 +151,81 @@ void attend_grad(const AttentionRule& s, const Head& h, const float* out, const 
     multiply(columns, s.key_width, rows, {ds, kKeyBlock, true}, {h.q + query * s.key_width, s.key_width},
              dk + key * s.key_width, s.key_width, 1.0f, s.scale);
   });
+}
+
+}  // namespace
+
+AttentionRule Piece::rule(AttentionRule whole) const {
+  whole.queries = queries;
+  whole.keys = keys;
+  whole.diagonal = diagonal;
+  return whole;
+}
+
+Head Piece::head(const AttentionRule& whole, const Head& h) const {
+  return {h.q + query * whole.key_width, h.k + key * whole.key_width, h.v + key * whole.value_width, h.k_turned + key,
+          h.turned_stride, h.mask};
+}
+
+Visible::Visible(const AttentionRule& rule, const Tensor* tensor, int64_t sequences) : rule_(rule), mask_(nullptr) {
+  if (tensor == nullptr || tensor->type == DType::kByte) {
+    mask_ = tensor;
+    pieces_.push_back({{0, rule.queries, 0, rule.keys, rule.diagonal}});
+    return;
+  }
+  const std::vector<int32_t> ends = integers(*tensor);
+  const int64_t count = tensor->columns();
+  check(tensor->rows() == sequences, "the ends of documents must be (B, L)");
+  for (int64_t sequence = 0; sequence < sequences; ++sequence) {
+    std::vector<Piece> pieces;
+    int64_t begin = 0;
+    for (int64_t i = 0; i <= count; ++i) {
+      const int64_t end = i < count ? ends[sequence * count + i] : rule.keys;
+      check(begin <= end && end <= rule.keys, "the ends of documents must not decrease, nor lie behind the sequence");
+      if (begin < end) pieces.push_back({begin, end - begin, begin, end - begin, rule.diagonal});
+      begin = end;
+    }
+    pieces_.push_back(std::move(pieces));
+  }
+}
+
+const uint8_t* Visible::mask(int64_t sequence) const {
+  if (mask_ == nullptr) return nullptr;
+  return static_cast<const uint8_t*>(mask_->data) + sequence % mask_->shape.at(0) * rule_.queries * rule_.keys;
+}
+
+std::vector<QueryBlock> query_blocks(const std::vector<Piece>& pieces) {
+  std::vector<QueryBlock> blocks;
+  for (const Piece& piece : pieces) {
+    for (int64_t first = 0; first < piece.queries; first += kQueryBlock) blocks.push_back({piece, first});
+  }
+  std::stable_sort(blocks.begin(), blocks.end(),
+                   [](const QueryBlock& a, const QueryBlock& b) { return a.first > b.first; });
+  return blocks;
+}
+
+void turn_keys(const AttentionRule& s, const float* k, float* k_turned) {
+  write_transposed(k, s.keys, s.key_width, s.key_width, k_turned, s.turned_stride());
+}
+
+void attend(const AttentionRule& s, const Head& h, const QueryBlock& block, float* out, float* log_sum,
+            float* largest) {
+  const int64_t row = block.piece.query + block.first;
+  attend_block(block.piece.rule(s), block.piece.head(s, h), block.first, out + row * s.context_stride, log_sum + row,
+               largest + row);
+}
+
+void attend_grad(const AttentionRule& s, const Head& h, const std::vector<Piece>& pieces, const float* out,
+                 const float* log_sum, const float* dout, float* dq, float* dk, float* dv) {
+  std::fill_n(dq, s.queries * s.key_width, 0.0f);
+  std::fill_n(dk, s.keys * s.key_width, 0.0f);
+  std::fill_n(dv, s.keys * s.value_width, 0.0f);
+  for (const Piece& piece : pieces) {
+    const int64_t row = piece.query * s.context_stride;
+    attend_piece_grad(piece.rule(s), piece.head(s, h), out == nullptr ? nullptr : out + row, log_sum + piece.query,
+                      dout + row, dq + piece.query * s.key_width, dk + piece.key * s.key_width,
+                      dv + piece.key * s.value_width);
+  }
 }
 
 }  // namespace cpu_kernels

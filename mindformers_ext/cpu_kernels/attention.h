@@ -2,8 +2,9 @@
 //   P = softmax(scale Q K^T), a score that may not be attended is left out,  O = P V
 // A row of queries keeps its running maximum m and sum l; L = m + ln l is saved, with which the backward recomputes P:
 //   dV = P^T dO,  dS = P (dO V^T - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q.
-// Query i may attend to keys j <= i + diagonal (causal; later blocks are skipped), or where a given mask is 0 (packed
-// sequences).
+// Query i may attend to keys j <= i + diagonal (causal; later blocks are skipped), or where a given mask is 0. The
+// documents of a packed sequence are pieces of it, each with an attention of its own: what lies between two documents is
+// neither computed nor stored.
 #pragma once
 
 #include "matrix.h"
@@ -21,25 +22,55 @@ struct AttentionRule {
   int64_t turned_keys() const { return key_width * turned_stride(); }  // floats
 };
 
-// One head, rows side by side: Q (Sq, Dk), K (Sk, Dk), V (Sk, Dv); K^T (Dk, Sk) with turned_stride; mask (Sq, Sk),
-// where 1 may not be attended, or null: causal.
+// One head, rows side by side: Q (Sq, Dk), K (Sk, Dk), V (Sk, Dv); K^T (Dk, Sk) with `turned_stride` floats between its
+// rows; mask (Sq, Sk), where 1 may not be attended, or null: causal.
 struct Head {
   const float *q, *k, *v, *k_turned;
+  int64_t turned_stride;
   const uint8_t* mask;
 };
 
-// The mask of a sequence in a tensor (1 or B, 1, Sq, Sk), uint8 or bool; null where there is none.
-const uint8_t* mask_of(const AttentionRule& rule, const Tensor* mask, int64_t sequence);
+// Queries and keys that see each other only: a document, or all there are.
+struct Piece {
+  int64_t query, queries, key, keys, diagonal;
+
+  AttentionRule rule(AttentionRule whole) const;
+  Head head(const AttentionRule& whole, const Head& head) const;
+};
+
+// What the queries of each sequence may attend to.
+class Visible {
+ public:
+  // `tensor` is null (causal), a mask (1 or B, 1, Sq, Sk), uint8 or bool, or int32 (B, L): where documents end in each
+  // sequence, one after another; what follows the last end is a document too.
+  Visible(const AttentionRule& rule, const Tensor* tensor, int64_t sequences);
+  const uint8_t* mask(int64_t sequence) const;
+  const std::vector<Piece>& pieces(int64_t sequence) const { return pieces_.at(pieces_.size() == 1 ? 0 : sequence); }
+
+ private:
+  const AttentionRule& rule_;
+  const Tensor* mask_;
+  std::vector<std::vector<Piece>> pieces_;
+};
+
+// A block of queries of a piece: what is computed at a time.
+struct QueryBlock {
+  Piece piece;
+  int64_t first;  // of the piece's queries
+};
+
+// The blocks of pieces, the longest rows first.
+std::vector<QueryBlock> query_blocks(const std::vector<Piece>& pieces);
 
 // Write K^T of a head.
 void turn_keys(const AttentionRule& rule, const float* k, float* k_turned);
 
-// O (rows, Dv), with context_stride, L (rows,) and each row's largest score of the block of queries that begins at
-// `query`.
-void attend(const AttentionRule& rule, const Head& head, int64_t query, float* out, float* log_sum, float* largest);
+// O (Sq, Dv), with context_stride, L and each row's largest score (Sq,) of a head: the rows of one block.
+void attend(const AttentionRule& rule, const Head& head, const QueryBlock& block, float* out, float* log_sum,
+            float* largest);
 
-// dQ, dK and dV of a head, rows side by side; `out` is null where O was rounded to bfloat16.
-void attend_grad(const AttentionRule& rule, const Head& head, const float* out, const float* log_sum,
-                 const float* dout, float* dq, float* dk, float* dv);
+// dQ, dK and dV of a head, rows side by side, zero outside of its pieces; `out` is null where O was rounded to bfloat16.
+void attend_grad(const AttentionRule& rule, const Head& head, const std::vector<Piece>& pieces, const float* out,
+                 const float* log_sum, const float* dout, float* dq, float* dk, float* dv);
 
 }  // namespace cpu_kernels

@@ -51,12 +51,12 @@ int64_t head_memory(const AttentionRule& rule) {
   return rule.keys * (2 * rule.key_width + rule.value_width) + rule.turned_keys();
 }
 
-// Head n of a sequence, written into `memory`. `mask` is (1 or B, 1, S, S) or null.
+// Head n of a sequence, written into `memory`.
 Head prepare(const Sizes& s, const AttentionRule& rule, const Tables& tables, const float* query, const float* kv,
-             const float* k_pe, const Tensor* mask, int64_t sequence, int64_t n, float* memory) {
+             const float* k_pe, const Visible& visible, int64_t sequence, int64_t n, float* memory) {
   float *q = memory, *k = q + s.length * s.key(), *v = k + s.length * s.key();
   float* k_turned = v + s.length * s.value;
-  const Head head = {q, k, v, k_turned, mask_of(rule, mask, sequence)};
+  const Head head = {q, k, v, k_turned, rule.turned_stride(), visible.mask(sequence)};
   for (int64_t t = 0; t < s.length; ++t, q += s.key(), k += s.key(), v += s.value) {
     const int64_t token = sequence * s.length + t;
     const float *own = query + token * s.query_row() + n * s.key(), *own_kv = kv + s.kv_place(token, n);
@@ -75,26 +75,31 @@ Head prepare(const Sizes& s, const AttentionRule& rule, const Tables& tables, co
 }
 
 // Inputs query (T, N*(nope+rope)), kv (T, N*(nope+Dv)), k_pe (T, rope), cos and sin (1 or B, 1, S, rope), each angle
-// twice, and, unless causal, a mask (1 or B, 1, S, S); outputs context (T, N*Dv), L and the largest scores (B, N, S) float32.
+// twice, and, unless causal, what is visible (attention.h); outputs context (T, N*Dv), L and the
+// largest scores (B, N, S) float32.
 // Attributes heads, scale.
 void latent_attention(const Call& call) {
   const Sizes s = sizes_of(call, 0);
   const AttentionRule rule = rule_of(call, s);
-  const Tensor* mask = call.size() == 9 ? &call[5] : nullptr;
+  const Visible visible(rule, call.size() == 9 ? &call[5] : nullptr, s.batch);
   const Input query(call[0]), kv(call[1]), k_pe(call[2]);
   const Tables tables(call, 3);
   Output out(call[call.size() - 3]), log_sum(call[call.size() - 2]), largest(call[call.size() - 1]);
-  const int64_t count = s.batch * s.heads, size = head_memory(rule), blocks = blocks_of(s.length, kQueryBlock);
+  const int64_t count = s.batch * s.heads, size = head_memory(rule);
   const Scratch memory(count * size);
   std::vector<Head> heads(count);
   parallel(count, [&](int64_t i) {
-    heads[i] = prepare(s, rule, tables, query, kv, k_pe, mask, i / s.heads, i % s.heads, memory.get() + i * size);
+    heads[i] = prepare(s, rule, tables, query, kv, k_pe, visible, i / s.heads, i % s.heads, memory.get() + i * size);
   });
-  parallel(count * blocks, [&](int64_t task) {
-    const int64_t i = task / blocks, first = (blocks - 1 - task % blocks) * kQueryBlock;  // the longest rows first
-    const int64_t token = i / s.heads * s.length + first, n = i % s.heads;
-    const int64_t row = i * s.length + first;
-    attend(rule, heads[i], first, out + token * s.out_row() + n * s.value, log_sum + row, largest + row);
+  std::vector<std::pair<int64_t, QueryBlock>> blocks;  // with their heads
+  for (int64_t i = 0; i < count; ++i) {
+    for (const QueryBlock& block : query_blocks(visible.pieces(i / s.heads))) blocks.emplace_back(i, block);
+  }
+  parallel(static_cast<int64_t>(blocks.size()), [&](int64_t task) {
+    const auto& [i, block] = blocks[task];
+    const int64_t token = i / s.heads * s.length, n = i % s.heads;
+    attend(rule, heads[i], block, out + token * s.out_row() + n * s.value, log_sum + i * s.length,
+           largest + i * s.length);
   });
 }
 
@@ -111,11 +116,12 @@ void write_gradients(const Sizes& s, const Tables& tables, const float* dq, cons
   }
 }
 
-// Inputs dcontext, then the forward's first five, context, L and, unless causal, the mask; outputs dquery, dkv, dk_pe.
+// Inputs dcontext, then the forward's first five, context, L and, unless causal, what is visible; outputs dquery,
+// dkv, dk_pe.
 void latent_attention_grad(const Call& call) {
   const Sizes s = sizes_of(call, 1);
   const AttentionRule rule = rule_of(call, s);
-  const Tensor* mask = call.size() == 12 ? &call[8] : nullptr;
+  const Visible visible(rule, call.size() == 12 ? &call[8] : nullptr, s.batch);
   const Input dout(call[0]), query(call[1]), kv(call[2]), k_pe(call[3]), out(call[6]), log_sum(call[7]);
   const Tables tables(call, 4);
   Output dquery(call[call.size() - 3]), dkv(call[call.size() - 2]), dk_pe(call[call.size() - 1]);
@@ -127,8 +133,9 @@ void latent_attention_grad(const Call& call) {
     const int64_t context = sequence * s.length * s.out_row() + n * s.value;
     const Scratch own(head_memory(rule) + size + s.length * s.value);
     float *dq = own.get() + head_memory(rule), *dv = dq + size, *own_dk = dk.get() + i * size;
-    const Head head = prepare(s, rule, tables, query, kv, k_pe, mask, sequence, n, own.get());
-    attend_grad(rule, head, exact ? out + context : nullptr, log_sum + i * s.length, dout + context, dq, own_dk, dv);
+    const Head head = prepare(s, rule, tables, query, kv, k_pe, visible, sequence, n, own.get());
+    attend_grad(rule, head, visible.pieces(sequence), exact ? out + context : nullptr, log_sum + i * s.length,
+                dout + context, dq, own_dk, dv);
     write_gradients(s, tables, dq, own_dk, dv, sequence, n, dquery, dkv);
   });
   parallel_ranges(s.batch * s.length, kTokens, [&](int64_t begin, int64_t end) {

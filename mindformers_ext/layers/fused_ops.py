@@ -7,6 +7,9 @@ device, so what trains on CPU is what trains on Ascend.
 Legend: T tokens, H hidden, F expert width, L experts of this device, R rows of tokens sorted by expert.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -92,11 +95,81 @@ class BasicAttention(nn.Cell):
         return self.weigh_value(ops.cast(self.softmax(scores), value.dtype), value), scores
 
 
-class FlashAttention(nn.Cell):
-    """Ascend's FlashAttentionScore; values may be narrower than keys (CANN: aclnnFlashAttentionScore.md)."""
+@dataclass(frozen=True)
+class SequencePart:
+    """What a device has of every sequence: part `index` of `count` of the queries, and so many heads."""
 
-    def __init__(self, config, scale: float):
+    heads: int
+    index: int = 0
+    count: int = 1
+
+
+class PackedFlashAttention(nn.Cell):
+    """Ascend's FlashAttentionScore over the documents of packed samples, as a device runs it on its own part.
+
+    The operator's layout TND takes tokens (T, N, D) and where documents end, counted over all of a device's tokens
+    (MindFormers' use_eod_attn_mask_compression). With a part of the queries a document's last query meets its last key
+    that precedes the part's end (sparse_mode 3), and documents outside of the part have no query. Those that only fill
+    the list have no tokens at all; each sample gets one more of them, whose end is the sample's.
+    """
+
+    def __init__(self, config, scale: float, part: SequencePart):
         super().__init__()
+        self.part = part
+        self.attention = FlashAttentionScore(
+            head_num=part.heads, scale_value=scale, input_layout="TND", sparse_mode=3, next_tokens=0
+        )
+        self.triangle = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
+        self.to_tokens, self.add_end = ops.Transpose(), ops.Concat(1)
+
+    def construct(self, query, key, value, ends):
+        """The context (B, N, S/count, Dv), and the largest score of every query, (B, N, S/count, 8).
+
+        query (B, N, S/count, D), key and value (B, N, S, D or Dv), ends (B, L) int32.
+        """
+        batch, own, length = query.shape[0], query.shape[2], key.shape[2]
+        first = self.part.index * own
+        ends = self.add_end((ends, ops.full((batch, 1), length, dtype=mstype.int32)))
+        sample = ops.arange(batch).astype(mstype.int32).reshape((batch, 1))
+        query_ends = ops.clamp(ends - first, 0, own) + sample * own
+        key_ends = ends if self.part.count == 1 else self._seen(ends, first + own, length)
+        found = self.attention(
+            self._tokens(query),
+            self._tokens(key),
+            self._tokens(value),
+            None,
+            None,
+            None,
+            self.triangle,
+            None,
+            query_ends.reshape((-1,)),
+            (key_ends + sample * length).reshape((-1,)),
+        )
+        return self._by_heads(found[3], batch), self._by_heads(found[0], batch)
+
+    def _by_heads(self, x, batch):
+        """(B, N, S, D) <- (B*S, N, D)."""
+        return self.to_tokens(x.reshape((batch, -1, self.part.heads, x.shape[-1])), (0, 2, 1, 3))
+
+    def _tokens(self, x):
+        """(B*S, N, D) <- (B, N, S, D)."""
+        return self.to_tokens(x, (0, 2, 1, 3)).reshape((-1, self.part.heads, x.shape[-1]))
+
+    def _seen(self, ends, last, length):
+        """Where the keys of each document end that precede `last`; the end of the sample stays."""
+        return self.add_end((ops.minimum(ends[:, :-1], last), ops.full_like(ends[:, -1:], length)))
+
+
+class FlashAttention(nn.Cell):
+    """Ascend's FlashAttentionScore; values may be narrower than keys (CANN: aclnnFlashAttentionScore.md).
+
+    Args:
+        packed: what runs as PackedFlashAttention where the mask is the ends of documents.
+    """
+
+    def __init__(self, config, scale: float, packed: Callable):
+        super().__init__()
+        self.packed = packed
         common = dict(head_num=config.num_heads, scale_value=scale, input_layout="BNSD")
         self.causal = FlashAttentionScore(sparse_mode=2, **common)  # its mask is always the 2048 x 2048 triangle
         self.masked = FlashAttentionScore(sparse_mode=0, **common)
@@ -107,6 +180,8 @@ class FlashAttention(nn.Cell):
 
     def with_scores(self, query, key, value, mask):
         """The context, and the largest score of every query, (B, N, S, 8)."""
+        if mask is not None and len(mask.shape) == 2:
+            return self.packed(query, key, value, mask)
         if mask is None:
             found = self.causal(query, key, value, None, None, None, self.triangle, None)
         else:
@@ -414,11 +489,17 @@ def rms_norm(config, eps: float) -> nn.Cell:
     return BasicRmsNorm(eps, getattr(mstype, config.layernorm_compute_type))
 
 
-def core_attention(config, scale: float) -> nn.Cell:
-    """Cell (query, key (B, N, S, Dqk), value (B, N, S, Dv), mask of `score_mask`) -> (B, N, S, Dv)."""
+def core_attention(config, scale: float, part: SequencePart, locally: Callable) -> nn.Cell:
+    """Cell (query, key (B, N, S, Dqk), value (B, N, S, Dv), mask of `score_mask`) -> (B, N, S, Dv).
+
+    Args:
+        locally: makes a program of one device's `part` one of all devices.
+    """
     if on_cpu(config.use_flash_attention):
         return cells.FlashAttention(scale)
-    return FlashAttention(config, scale) if fused(config.use_flash_attention) else BasicAttention(config, scale)
+    if fused(config.use_flash_attention):
+        return FlashAttention(config, scale, locally(PackedFlashAttention(config, scale, part)))
+    return BasicAttention(config, scale)
 
 
 def latent_attention(config, scale: float) -> nn.Cell | None:
@@ -444,22 +525,36 @@ def activation_type(config):
 
 
 def score_mask(config):
-    """Function (sequence length, attention_mask) -> the mask that `core_attention` takes; 1 may not be attended."""
+    """Function (sequence length, attention_mask, ends of documents (B, L)) -> the mask that `core_attention` takes.
+
+    In attention_mask, 1 may not be attended.
+    """
     flash = config.use_flash_attention
     return flash_mask if fused(flash) or on_cpu(flash) else additive_mask
 
 
-def flash_mask(seq: int, attention_mask=None):
-    """None for causal attention, which the operator knows itself; else uint8."""
+def flash_mask(seq: int, attention_mask=None, ends=None):
+    """None for causal attention, which the operator knows itself; the ends of documents; else uint8."""
+    if ends is not None:
+        return ends
     return None if attention_mask is None else ops.cast(attention_mask, mstype.uint8)
 
 
-def additive_mask(seq: int, attention_mask=None):
+def additive_mask(seq: int, attention_mask=None, ends=None):
     """(1 or B, 1, S, S) float32: MASKED where a key may not be attended."""
     if attention_mask is None:
         place = ops.arange(seq)
         attention_mask = place.reshape((1, 1, 1, seq)) > place.reshape((1, 1, seq, 1))
+        if ends is not None:
+            document = documents_before(ends, place)
+            other = document.reshape((-1, 1, seq, 1)) != document.reshape((-1, 1, 1, seq))
+            attention_mask = ops.logical_or(attention_mask, other)
     return ops.cast(attention_mask, mstype.float32) * MASKED
+
+
+def documents_before(ends, place):
+    """How many documents end before each place (S,), (B, S) float32, by their ends (B, L)."""
+    return ops.cast(ends.expand_dims(1) <= place.reshape((1, -1, 1)), mstype.float32).sum(-1)
 
 
 def rotary(config, by_sample: bool = False) -> nn.Cell:

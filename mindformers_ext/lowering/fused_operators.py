@@ -11,8 +11,10 @@ from mindformers_ext.layers.fused_ops import HALVES, INTERLEAVED
 from mindformers_ext.lowering.graph import Graph
 from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler import mindir
+from mindformers_ext.rank_compiler.operators import LAYOUTS
 
 CAUSAL, CAUSAL_TO_LAST, BAND, BY_MASK = 2, 3, 4, 0  # sparse_mode of FlashAttentionScore
+TOKENS = next(number for number, name in LAYOUTS.items() if name == "TND")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ def attention_attributes(graph: Graph, node: pb.NodeProto, scale: int) -> dict[s
 
 def flash_attention(graph: Graph, node: pb.NodeProto) -> None:
     """FlashAttentionScore(query, key, value, ..., attn_mask at 6, ..., scale at 12, ..., sparse_mode at 17)."""
+    if graph.constant(node.input[16]) == TOKENS:
+        return packed_attention(graph, node, "PackedAttention", (0, 1, 2), 8, 12)
     attributes = attention_attributes(graph, node, 12)
     mask = [node.input[6]] if graph.constant(node.input[17]) == BY_MASK else []
     graph.kernel(node, "FlashAttentionScore", [*node.input[:3], *mask], **attributes)
@@ -49,10 +53,42 @@ def flash_attention(graph: Graph, node: pb.NodeProto) -> None:
 
 def flash_attention_grad(graph: Graph, node: pb.NodeProto) -> None:
     """FlashAttentionScoreGrad(query, key, value, dy, ..., attn_mask at 7, .., softmax_sum at 9, .., context at 11)."""
+    if graph.constant(node.input[21]) == TOKENS:
+        del mindir.attribute(node, "shape").values[3:]
+        return packed_attention(graph, node, "PackedAttentionGrad", (3, 0, 1, 2, 11, 9), 13, 17)
     attributes = attention_attributes(graph, node, 17)
     order = (3, 0, 1, 2, 11, 9, 7) if graph.constant(node.input[22]) == BY_MASK else (3, 0, 1, 2, 11, 9)
     del mindir.attribute(node, "shape").values[3:]  # the gradient of the position bias, which is empty
     graph.kernel(node, "FlashAttentionGrad", [node.input[i] for i in order], **attributes)
+
+
+def packed_attention(
+    graph: Graph, node: pb.NodeProto, kernel: str, inputs: tuple[int, ...], ends: int, scale: int
+) -> None:
+    """Layout TND, with the ends of documents in queries at `ends` and in keys behind it: tuples made of tensors."""
+    value, mode = graph.constant(node.input[scale]), graph.constant(node.input[scale + 5])
+    if mode not in (CAUSAL, CAUSAL_TO_LAST):
+        raise ValueError(f"'{node.name}' has sparse_mode {mode} in layout TND; CPU knows {CAUSAL} and {CAUSAL_TO_LAST}")
+    tensors = [node.input[i] for i in inputs]
+    for name in node.input[ends : ends + 2]:
+        kind, made = graph.maker(_whole_tuple(graph, name))
+        if kind != "TensorToTuple":
+            raise ValueError(f"'{node.name}' has ends of documents made by {kind}; CPU takes those that are a tensor")
+        tensors.append(made.input[0])
+    graph.kernel(node, kernel, tensors, scale=value, to_last=mode == CAUSAL_TO_LAST)
+
+
+def _whole_tuple(graph: Graph, name: str) -> str:
+    """The tuple that `name` is made of again, item by item: so a tuple comes out of a function's arguments."""
+    kind, made = graph.maker(name)
+    if kind != "MakeTuple" or not made.input:
+        return name
+    items = [graph.maker(graph.origin(item)) for item in made.input]
+    if any(kind != "TupleGetItem" for kind, _ in items):
+        return name
+    sources = {item.input[0] for _, item in items}
+    in_order = [graph.constant(item.input[1]) for _, item in items] == list(range(len(items)))
+    return sources.pop() if len(sources) == 1 and in_order else name
 
 
 def grouped_matmul(graph: Graph, node: pb.NodeProto) -> None:

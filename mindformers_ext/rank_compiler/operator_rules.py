@@ -189,8 +189,17 @@ def attention_mask(operator: Operator) -> bool:
     return mask.dtype in MASKS and mask.shape in ([TRIANGLE] if mode in COMPRESSED else whole)
 
 
+def given_lengths(operator: Operator) -> bool:
+    """Whether the lengths of layout TND are in the graph."""
+    try:
+        ends = operator["actual_seq_kvlen"]
+        return LAYOUTS.get(operator["input_layout"]) != "TND" or all(isinstance(end, int) for end in ends or ())
+    except Undecided:
+        return False
+
+
 def packed_lengths(operator: Operator) -> bool:
-    if LAYOUTS.get(operator["input_layout"]) != "TND":
+    if LAYOUTS.get(operator["input_layout"]) != "TND" or not given_lengths(operator):
         return True
     ends, kv_ends = operator["actual_seq_qlen"], operator["actual_seq_kvlen"]
     if not ends or not kv_ends:
@@ -334,6 +343,9 @@ RULES = (
          "(S, S)", FLASH, attention_mask),
     Rule(ATTENTION, "lengths of layout TND do not decrease, at most 1024, none of key 0, sparse_mode 2 or 3", WHEEL,
          packed_lengths),
+    Rule(ATTENTION, "lengths of layout TND are known", WHEEL, given_lengths, DOUBTFUL,
+         "stays: the loader's, in order and counted (config/run_rules.py); documents without tokens fill the list, as "
+         "MindFormers'"),
     Rule(ROTARIES, "cos and sin are (1, 1, S, D) for x (B, N, S, D), or with its axes in x's order; in half mode also "
          "(B, 1, S, D) and x's shape", ROTARY, rotary_tables),
     Rule(ROTARIES, "B * N < 1000 in mode 1; in mode 0 B, N < 1000, and B * N <= 8 * S forward", ROTARY, rotary_rows),

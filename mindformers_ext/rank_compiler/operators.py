@@ -50,10 +50,20 @@ NAMES = {
     "MatMul": words("input mat2 transpose_a transpose_b"),
     "BatchMatMul": words("x y transpose_a transpose_b"),
 }
-LAYOUTS = {0: "BSH", 1: "BNSD", 2: "SBH", 3: "BSND", 4: "TH", 5: "TND"}  # MindSpore's numbers of input_layout
+LAYOUTS = {0: "BSH", 1: "BNSD", 2: "SBH", 3: "BSND", 4: "TND", 5: "TH"}  # MindSpore's numbers of input_layout
 SHOWN = words("input_layout sparse_mode mode split_item group_type transpose_a transpose_b padded_mode dim")
 # What passes values on, or is no operator.
-STRUCTURE = {"Constant", "Depend", "Load", "UpdateState", "MakeTuple", "TupleGetItem", "Partial", "Switch"}
+STRUCTURE = {
+    "Constant",
+    "Depend",
+    "Load",
+    "UpdateState",
+    "MakeTuple",
+    "TensorToTuple",
+    "TupleGetItem",
+    "Partial",
+    "Switch",
+}
 
 
 UNKNOWN_RANK = -2  # in MindSpore's shapes

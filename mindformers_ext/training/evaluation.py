@@ -38,8 +38,8 @@ RESULTS = "eval.jsonl"  # in output_dir: one object an evaluation
 
 
 def forward_logits(network: nn.Cell, tokens: np.ndarray, *packing: np.ndarray) -> np.ndarray:
-    """Logits (B, S, V) float32 of tokens (B, S); `packing` are position_ids and attention_mask of packed rows."""
-    more = dict(zip(("position_ids", "attention_mask"), map(Tensor, packing), strict=False))
+    """Logits (B, S, V) float32 of tokens (B, S); `packing` are position_ids and actual_seq_len of packed rows."""
+    more = dict(zip(("position_ids", "actual_seq_len"), map(Tensor, packing), strict=False))
     output = network(Tensor(tokens.astype(np.int32)), **more)
     logits = output[0] if isinstance(output, tuple) else output
     return logits.asnumpy().astype(np.float32).reshape(*tokens.shape, -1)

@@ -91,19 +91,16 @@ def packed(lines: Iterable[Line], rows: int, seq_length: int) -> Iterator[list[l
 
 
 def inputs_of(batch: list[list[Line]], rows: int, seq_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids and positions (B, S), and the mask (B, 1, S, S) with 1 where a token may not look: no line sees another."""
+    """ids and positions (B, S), and where lines end (B, S / 2), filled up with S: no line sees another."""
     ids, positions = np.zeros((2, rows, seq_length), np.int32)
-    owner = np.full((rows, seq_length), -1)
+    ends = np.full((rows, seq_length // 2), seq_length, np.int32)  # a line has two tokens at least
     for row, lines in enumerate(batch):
         start = 0
         for number, line in enumerate(lines):
             end = start + len(line.tokens)
             ids[row, start:end], positions[row, start:end] = line.tokens, np.arange(end - start)
-            owner[row, start:end] = number
-            start = end
-    other = owner[:, :, None] != owner[:, None, :]
-    later = np.triu(np.ones((seq_length, seq_length), bool), 1)
-    return ids, positions, (other | later)[:, None].astype(np.uint8)
+            ends[row, number] = start = end
+    return ids, positions, ends
 
 
 def scores(

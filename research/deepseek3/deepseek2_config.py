@@ -19,7 +19,7 @@ from mindformers_ext.errors import ConfigError
 __all__ = ["ConfigError", "DeepseekV2Config", "LoraConfig", "MoeConfig", "YarnConfig"]
 
 # What MindFormers' Trainer adds to model_config for parts of MindFormers that this model does not use.
-TRAINER_KEYS = ("disable_lazy_inline", "dataset_config", "calculate_per_token_loss")
+TRAINER_KEYS = ("disable_lazy_inline", "dataset_config", "calculate_per_token_loss", "use_eod_attn_mask_compression")
 
 
 @MindFormerRegister.register(MindFormerModuleType.CONFIG)

@@ -5,6 +5,8 @@ V vocabulary. Hidden states are kept flat, (T, H), so that any split of the toke
 How operators are split lives in sharding.py, what checkpoints call the weights in weights.py.
 """
 
+from functools import partial
+
 import numpy as np
 from balance_loss import BalanceLoss, no_loss
 from deepseek2_config import DeepseekV2Config
@@ -21,10 +23,12 @@ from sharding import (
     experts_plan,
     is_sharded,
     losses_plan,
+    packed_locally,
     place,
     plans,
     put,
     run_locally,
+    sequence_part,
     shard,
     share_graph,
     vocabulary_group,
@@ -121,7 +125,8 @@ class MultiHeadLatentAttention(nn.Cell):
         self.o_proj = Linear(config, heads * self.value_dim, hidden, "row_parallel", "o_proj")
         self.query_rotary = RotaryEmbedding(config, "query_rotary")
         self.key_rotary = RotaryEmbedding(config, "key_rotary")
-        self.core_attention = core_attention(config, softmax_scale(config))
+        packed = partial(packed_locally, config=config)
+        self.core_attention = core_attention(config, softmax_scale(config), sequence_part(config), packed)
         shard(self.core_attention, "core_attention", config)
         self.track = LargestLogits(config) if config.track_max_attention_logit else None
         self.attention_at_once = latent_attention(config, softmax_scale(config))
@@ -407,7 +412,9 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         if config.checkpoint_name_or_path:
             self.load_checkpoint(config)
 
-    def construct(self, input_ids, labels=None, loss_mask=None, position_ids=None, attention_mask=None):
+    def construct(
+        self, input_ids, labels=None, loss_mask=None, position_ids=None, attention_mask=None, actual_seq_len=None
+    ):
         """Loss of a batch, or logits when there are no labels.
 
         Args:
@@ -416,6 +423,8 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
             loss_mask: (B, S) float32, 1 where the prediction counts; default: where labels are not ignored.
             position_ids: (B, S) int32; default 0..S-1.
             attention_mask: (B, 1, S, S), 1 where a key may NOT be attended; default causal.
+            actual_seq_len: (B, L) int32, instead of a mask: where the documents of a sample end, which do not see each
+                other; filled up with S. MindFormers counts on over the samples of a micro-batch; both are understood.
 
         Returns:
             () float32 loss (training: main + MTP + balance, evaluation: main), or (B, S, V) float32 logits.
@@ -423,7 +432,8 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         if not self.sliced_inputs and labels is None:
             input_ids, labels = input_ids[:, :-1], input_ids[:, 1:]
         batch, seq = input_ids.shape
-        mask = self.score_mask(seq, attention_mask)
+        ends = None if actual_seq_len is None else actual_seq_len - (actual_seq_len - 1) // seq * seq
+        mask = self.score_mask(seq, attention_mask, ends)
         ids = input_ids.reshape((-1,))
         if labels is None:
             token_mask = ops.ones((batch * seq, 1), mstype.float32)
@@ -437,7 +447,7 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         main = self.token_loss(hidden, labels, loss_mask)
         if not self.training:
             return main.reshape(())
-        mtp, mtp_balance = self.mtp_loss(hidden, labels, loss_mask, mask, token_mask, position_ids)
+        mtp, mtp_balance = self.mtp_loss(hidden, labels, loss_mask, mask, token_mask, position_ids, ends)
         balance = balance + mtp_balance
         parts = main * self.is_main + mtp * self.is_mtp + balance * self.is_balance + self.is_count
         self.add_loss_parts(self.loss_parts, ops.stop_gradient(parts))
@@ -481,7 +491,7 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         """What the MTP loss is multiplied with."""
         return 0.0
 
-    def mtp_loss(self, hidden, labels, loss_mask, mask, token_mask, position_ids):
+    def mtp_loss(self, hidden, labels, loss_mask, mask, token_mask, position_ids, ends):
         """Loss of multi-token prediction and its layers' balance loss, (1,) each: none in V2."""
         return no_loss(), no_loss()
 

@@ -3,15 +3,34 @@
 Legend as in deepseek2_model.py.
 """
 
+import numpy as np
 from balance_loss import no_loss
 from deepseek2_model import DecoderLayer, DeepseekV2ForCausalLM, Linear, RMSNorm
 from deepseek3_config import DeepseekV3Config
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
-from sharding import place, put, shard, share_graph
+from sharding import documents_locally, place, put, shard, share_graph
+
+from mindformers_ext.layers.fused_ops import documents_before
 
 __all__ = ["DeepseekV3ForCausalLM"]
+
+
+class SameDocument(nn.Cell):
+    """1 where the token that depth `depth` predicts is of the position's own document, else 0.
+
+    (B, S) float32 <- ends of documents (B, L). Of the token after the sequence the last one's document counts.
+    """
+
+    def __init__(self, seq: int, depth: int):
+        super().__init__()
+        place = np.arange(seq, dtype=np.int32)
+        self.place, self.predicted = Tensor(place), Tensor(np.minimum(place + depth + 1, seq - 1))
+
+    def construct(self, ends):
+        own, other = documents_before(ends, self.place), documents_before(ends, self.predicted)
+        return ops.cast(own == other, mstype.float32)
 
 
 class MultiTokenPredictor(nn.Cell):
@@ -32,6 +51,8 @@ class MultiTokenPredictor(nn.Cell):
         self.eh_proj = Linear(config, 2 * config.hidden_size, config.hidden_size, "latent")
         self.layer = DecoderLayer(config, config.is_moe_layer(index))
         self.shared_head_norm = RMSNorm(config, config.hidden_size, "token_norm")
+        depth, seq = index - config.num_layers + 1, config.seq_length
+        self.in_document = documents_locally(SameDocument(seq, depth), seq, config)
         self.cat = ops.Concat(-1)
         shard(self, "multi_token_predictor", config)
 
@@ -92,15 +113,21 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
         """lambda (eq. 25); a parameter, (1,), where a recipe changes it."""
         return self.factor
 
-    def mtp_loss(self, hidden, labels, loss_mask, mask, token_mask, position_ids):
-        """Mean over depths of the cross entropy, depth k of the token k after the next; the layers' balance loss."""
+    def mtp_loss(self, hidden, labels, loss_mask, mask, token_mask, position_ids, ends):
+        """Mean over depths of the cross entropy, depth k of the token k after the next; the layers' balance loss.
+
+        With the ends of documents, only tokens of the same document count.
+        """
         loss, balance = no_loss(), no_loss()
         following, real = labels, ops.cast(token_mask.reshape(labels.shape), mstype.float32)
         for depth, predictor in enumerate(self.mtp, 1):
             embedding = self.model.embed_tokens(ops.maximum(following, 0).reshape((-1,)))
             hidden, extra = predictor(hidden, embedding, mask, token_mask, labels.shape[0], position_ids)
             following = self.shift_left(labels, depth, self.ignore_token_id)
-            loss = loss + self.token_loss(hidden, following, self.shift_left(loss_mask, depth, 0))
+            counts = self.shift_left(loss_mask, depth, 0)
+            if ends is not None:
+                counts = counts * ops.stop_gradient(predictor.in_document(ends))
+            loss = loss + self.token_loss(hidden, following, counts)
             balance = balance + extra
             token_mask = self.token_mask_further(token_mask, real, depth)
         return loss / self.depths, balance

@@ -15,9 +15,11 @@ import math
 
 import mindspore as ms
 from mindspore import Layout, lazy_inline, nn, ops
+from mindspore import dtype as mstype
 from mindspore.communication import get_rank
 
 from mindformers_ext.config.pipeline import FOLDED, Place
+from mindformers_ext.layers.fused_ops import SequencePart
 from mindformers_ext.layers.moe_dispatch import ExpertGroup
 from mindformers_ext.layers.vocabulary import VocabularyGroup
 
@@ -134,6 +136,12 @@ def embedding_plan(config) -> tuple:
 def losses_plan() -> tuple:
     """Layouts of the cross entropy: logits and labels, then the tokens' losses."""
     return ((ROWS, "mp"), (ROWS,)), ((ROWS,),)
+
+
+def packed_attention_plan() -> tuple:
+    """Layouts of the per-device attention over documents: query, key, value, ends; context, largest scores."""
+    whole = ("dp", "mp", NONE, NONE)
+    return (heads(), whole, whole, ("dp", NONE)), (heads(), heads())
 
 
 def adapter_plan() -> tuple:
@@ -273,7 +281,7 @@ def axis_names(layouts: tuple) -> set[str]:
 
 
 def run_locally(function, shapes, types, plan: tuple, config):
-    """`function` as every device runs it on its own part of the MoE's inputs; itself where nothing is split.
+    """`function` as every device runs it on its own part of the inputs; itself where nothing is split.
 
     `shapes` and `types` give those of the results from the inputs', `plan` the layouts, all on one of the two grids.
     """
@@ -288,6 +296,44 @@ def run_locally(function, shapes, types, plan: tuple, config):
     morph = ops.Morph(function, shapes, types).add_prim_attr("self_define_shard", True)
     morph.shard(in_strategy=tuple(grid(*x) for x in inputs), out_strategy=tuple(grid(*x) for x in outputs))
     return morph
+
+
+def sequence_part(config) -> SequencePart:
+    """What this device has of every sequence."""
+    p = config.parallel_config
+    if not is_sharded():
+        return SequencePart(config.num_heads)
+    index = get_rank() // p.model_parallel % p.context_parallel
+    return SequencePart(config.num_heads // p.model_parallel, index, p.context_parallel)
+
+
+def packed_locally(attention: nn.Cell, config):
+    """A device's attention over documents as an operator of all devices."""
+
+    def shapes(query, key, value, ends):
+        return [*query[:3], value[3]], [*query[:3], 8]
+
+    def types(query, *_):
+        return query, mstype.float32
+
+    return cell_locally(attention, shapes, types, packed_attention_plan(), config)
+
+
+def documents_locally(mask: nn.Cell, seq: int, config):
+    """(B, S) float32 <- ends of documents (B, L), each device of its own samples."""
+
+    def shapes(ends):
+        return [ends[0], seq]
+
+    def types(ends):
+        return mstype.float32
+
+    return cell_locally(mask, shapes, types, ((("dp", NONE),), (("dp", NONE),)), config)
+
+
+def cell_locally(cell: nn.Cell, shapes, types, plan: tuple, config):
+    """`cell` as every device runs it on its part of the grid (dp, cp, mp); itself where nothing is split."""
+    return run_locally(cell.construct, shapes, types, plan, config) if is_sharded() else cell
 
 
 def expert_group(config) -> ExpertGroup:

@@ -61,6 +61,44 @@ def test_the_promised_yamls_are_there() -> None:
     assert json.loads((ROOT / "research/deepseek3/parallel_speed_up.json").read_text())
 
 
+DATA = "train_dataset.data_loader.config"
+COLUMNS = ["input_ids", "labels", "loss_mask", "position_ids", "actual_seq_len"]
+PACKED = {
+    f"{DATA}.eod": 1,
+    f"{DATA}.create_compressed_eod_mask": True,
+    "train_dataset.input_columns": COLUMNS,
+    "train_dataset.construct_args_key": COLUMNS,
+    "parallel.dataset_strategy": [[16, 1]] * 5,
+}
+
+
+def packed(**changes: Any) -> dict:
+    """The 671B YAML with documents by their ends, changed."""
+    config = config_of("deepseek3_671b")
+    for key, value in (PACKED | changes).items():
+        override(config, key, value, "run.yaml")
+    return config
+
+
+def test_documents_by_their_ends() -> None:
+    check_classes(Run.of(packed(), "run.yaml"))
+    for key, value, words in (
+        (f"{DATA}.eod", -1, "create_compressed_eod_mask needs the id of the token"),
+        ("train_dataset.input_columns", [*COLUMNS[4:], *COLUMNS[:4]], "the last column must be 'actual_seq_len'"),
+        ("train_dataset.construct_args_key", COLUMNS[:4], "the model must be given 'actual_seq_len'"),
+        (f"{DATA}.create_attention_mask", True, "the ends of documents replace it"),
+        (
+            "model.model_config.use_flash_attention",
+            False,
+            "and use_parallel it must be True",
+        ),
+        (f"{DATA}.eod_pad_length", 1024, "must not pass 1024 documents"),
+        ("runner_config.batch_size", 8, "must not pass 1024 documents"),
+        ("model.model_config.use_eod_attn_mask_compression", True, "create_compressed_eod_mask says it"),
+    ):
+        assert words in error_of(packed(**{key: value})), key
+
+
 def test_the_671b_yaml_is_the_released_model() -> None:
     config = config_of("deepseek3_671b")
     degrees = config["parallel_config"]

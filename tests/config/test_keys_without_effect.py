@@ -132,9 +132,11 @@ EFFECTS = {
     },
     "MegatronConfig": {
         "mindformers_ext/bin_dataset/loader_config.py": """
-            seq_length seed data_path train_data_path valid_data_path test_data_path conversations""",
+            seq_length seed data_path train_data_path valid_data_path test_data_path conversations
+            compressed_eod_mask_length""",
         "mindformers_ext/bin_dataset/gpt_dataset.py": """
             random_seed split eod pad reset_position_ids reset_attention_mask eod_mask_loss create_attention_mask
+            create_compressed_eod_mask eod_pad_length
             drop_last_partial_validation_sequence add_extra_token_to_sequence path_to_cache s3_cache_path""",
         "mindformers_ext/bin_dataset/blended_dataset.py": "num_dataset_builder_threads mid_level_dataset_surplus",
     },
@@ -300,7 +302,7 @@ REFUSED = {
         mixup_op text_transforms image_transforms""",
     "MegatronLoader": "shuffle first_sample column_names",
     "MegatronConfig": """
-        create_compressed_eod_mask eod_pad_length compressed_eod_mask_length mmap_bin_files""",
+        mmap_bin_files""",
     "Processor": "type return_tensors",
     "Tokenizer": "type auto_register vocab_file",
     "Context": """

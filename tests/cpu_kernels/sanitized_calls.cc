@@ -94,7 +94,7 @@ KERNEL(RoutedExpertsGrad) KERNEL(TopkRouter) KERNEL(TopkRouterGrad) KERNEL(Linea
 KERNEL(LinearGrad) KERNEL(Embedding) KERNEL(EmbeddingGrad) KERNEL(FeedForward) KERNEL(FeedForwardGrad)
 KERNEL(LatentAttention) KERNEL(LatentAttentionGrad) KERNEL(SplitColumns) KERNEL(JoinColumns)
 KERNEL(MatMul) KERNEL(MaskedRows) KERNEL(PickColumn) KERNEL(PickLogSoftmax)
-KERNEL(SplitCrossEntropyGrad) KERNEL(WeightedSquareSum)
+KERNEL(SplitCrossEntropyGrad) KERNEL(WeightedSquareSum) KERNEL(PackedAttention) KERNEL(PackedAttentionGrad)
 extern "C" void cpu_kernels_set_threads(int);
 
 template <class... T>
@@ -163,6 +163,12 @@ void attention(int64_t n, int64_t d, const char* t) {
   CALL(LatentAttentionGrad, latent, T(context, t), T(query, t), T(kv, t), T(pe, t), T(turn), T(turn), T(context, t),
        T(sums), T(m, "uint8", 2), T(query, t), T(kv, t), T(pe, t));
   CALL(FlashAttentionScore, rule, T(q, t), T(q, t), T(v, t), T({1, 2, n, 8}), T({1, 2, n, 8}), T({1}), T(v, t));
+  const Values packed = {{"scale", "0.3"}, {"to_last", "1"}};
+  const std::vector<int64_t> rows = {n, 2, d}, values = {n, 2, d + 1}, sum = {n, 2, 8};
+  CALL(PackedAttention, packed, T(rows, t), T(rows, t), T(values, t), T({3}, "int32", -n), T({3}, "int32", -n), T(sum),
+       T(sum), T({1}), T(values, t));
+  CALL(PackedAttentionGrad, packed, T(values, t), T(rows, t), T(rows, t), T(values, t), T(values, t), T(sum),
+       T({3}, "int32", -n), T({3}, "int32", -n), T(rows, t), T(rows, t), T(values, t));
 }
 
 void experts(int64_t n, int64_t d, const char* t) {

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import rank_cells
-from helpers.against_torch import attention, compare, latent_attention, random, run_ours
+from helpers.against_torch import attention, close, compare, documents_mask, latent_attention, random, run_ours
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mindspore import Tensor
 
 from mindformers_ext.cpu_kernels import cells, library
 
@@ -83,6 +84,45 @@ def test_attention_of_packed_sequences(batch, length, starts, shared):
     compare(cells.FlashAttention(0.3), attention, [*heads(batch, 2, length, 24, 12), mask], [0, 1, 2])
 
 
+packed_lengths = st.lists(st.integers(0, 600), min_size=1, max_size=5)
+
+
+def ends_of(batch, length, lengths):
+    """Where documents end (B, L) int32, in each sample others, filled up with the sample's length."""
+    ends = np.minimum(np.cumsum(lengths), length)
+    return np.stack([np.maximum(ends - 7 * row, 0) for row in range(batch)]).astype(np.int32)
+
+
+@few
+@given(st.integers(1, 2), st.sampled_from([3, 64, 130, 530]), packed_lengths)
+def test_attention_of_documents(batch, length, lengths):
+    arrays = [*heads(batch, 2, length, 24, 12), ends_of(batch, length, lengths)]
+    compare(cells.FlashAttention(0.3), lambda q, k, v, e: attention(q, k, v, documents_mask(e, length)), arrays, [2])
+    if length > 64:  # with few keys a gradient is nothing but rounding
+        _, ours = run_ours(cells.FlashAttention(0.3), arrays, [0, 1])
+        dense = documents_mask(torch.from_numpy(arrays[3]), length).numpy().astype(np.uint8)
+        _, expected = run_ours(cells.FlashAttention(0.3), [*arrays[:3], dense], [0, 1])
+        for one, other in zip(ours, expected, strict=True):
+            close(one, other, "gradient")
+
+
+@pytest.mark.parametrize("ends", [[4, 3, 9], [4, 10, 10], [-1, 4, 9]])
+def test_ends_of_documents_that_cannot_be(ends, capfd):
+    arrays = [*heads(1, 2, 9, 4, 4), np.array([ends], np.int32)]
+    with pytest.raises(RuntimeError):
+        cells.FlashAttention(0.3)(*map(Tensor, arrays)).asnumpy()
+    assert "the ends of documents must not decrease" in capfd.readouterr().err
+
+
+def test_memory_and_time_of_documents_are_linear():
+    """64K tokens in documents of 256: a mask would have 4 GiB; causal attention takes 256 times as long."""
+    length = 1 << 16
+    arrays = [*heads(1, 1, length, 16, 16), np.arange(256, length + 1, 256, np.int32)[None]]
+    result = cells.FlashAttention(0.3)(*map(Tensor, arrays)).asnumpy()
+    last = [x[:, :, -256:] for x in arrays[:3]]
+    close(result[:, :, -256:], cells.FlashAttention(0.3)(*map(Tensor, last), None).asnumpy(), "the last document")
+
+
 def test_a_query_without_keys_attends_to_nothing():
     mask = np.zeros((1, 1, 5, 5), np.uint8)
     mask[0, 0, 2] = 1
@@ -97,9 +137,9 @@ def test_a_query_without_keys_attends_to_nothing():
     st.sampled_from([1, 7, 130, 270]),
     st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(1, 20)),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from(["causal", "mask", "documents"]),
 )
-def test_latent_attention(batch, count, length, widths, per_sequence, masked):
+def test_latent_attention(batch, count, length, widths, per_sequence, rule):
     (nope, half, value), tokens = widths, batch * length
     angles = np.repeat(random(batch if per_sequence else 1, 1, length, half), 2, -1)
     arrays = [
@@ -108,14 +148,18 @@ def test_latent_attention(batch, count, length, widths, per_sequence, masked):
         random(tokens, 2 * half),
     ]
     arrays += [np.cos(angles), np.sin(angles)]
-    if masked:
+    if rule == "mask":
         place = np.arange(length)
         arrays.append((place[None] > place[:, None])[None, None].astype(np.uint8))
+    if rule == "documents":
+        arrays.append(ends_of(batch, length, [length // 3, 1, length // 2]))
     cell = cells.LatentAttention(count, 0.3)
     wanted = [0, 1, 2] if length > 1 else [1]  # of one token, the other gradients are nothing but rounding
     compare(
         lambda q, kv, pe, c, s, mask=None: cell(q, kv, pe, c, s, mask),
-        lambda *inputs: latent_attention(count, *inputs),
+        lambda *inputs: latent_attention(
+            count, *inputs[:5], *(documents_mask(x, length) if rule == "documents" else x for x in inputs[5:])
+        ),
         arrays,
         wanted,
     )

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers.against_torch import close, random
+from helpers import rank_cells
+from helpers.against_torch import close, compare, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor
@@ -87,3 +88,31 @@ def test_weighted_square_sum(sizes):
     weights = random(len(sizes), seed=9)
     expected = sum(w * np.square(x.astype(np.float64)).sum() for w, x in zip(weights, tensors, strict=True))
     close(run("WeightedSquareSum", (1,), weights, *tensors), np.array([expected], np.float32), "sum")
+
+
+@few
+@given(st.integers(1, 3), st.lists(st.integers(0, 90), min_size=1, max_size=5), st.booleans(), st.integers(0, 40))
+def test_attention_of_packed_tokens(heads, lengths, to_last, behind):
+    """Ascend's layout TND: with to_last, a rank of context parallelism has the later queries of a document only."""
+    lengths = np.array(lengths)
+    queries = lengths // 2 if to_last else lengths
+    tokens, rows = lengths.sum() + behind, queries.sum() + behind
+    arrays = [random(rows, heads, 20), random(tokens, heads, 20, seed=1), random(tokens, heads, 12, seed=2)]
+    arrays += [np.cumsum(queries).astype(np.int32), np.cumsum(lengths).astype(np.int32)]
+
+    def theirs(q, k, v, ends, key_ends):
+        result = torch.zeros(len(q), heads, 12, dtype=torch.float64)
+        begin = key_begin = 0
+        for end, key_end in zip(ends.tolist(), key_ends.tolist(), strict=True):
+            scores = torch.einsum("qnd,knd->nqk", q[begin:end], k[key_begin:key_end]) * 0.3
+            hidden = torch.ones(scores.shape[1:]).triu(1 + scores.shape[2] - scores.shape[1]).bool()
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            result[begin:end] = torch.einsum("nqk,knd->qnd", weights, v[key_begin:key_end])
+            begin, key_begin = end, key_end
+        return result + 0 * (q.sum() + k.sum() + v.sum())  # rows behind the last document are zero
+
+    if rows and tokens:
+        compare(rank_cells.PackedAttention(0.3, to_last), theirs, arrays, [2])
+        longest = max(lengths) > 20
+        if longest:
+            compare(rank_cells.PackedAttention(0.3, to_last), theirs, arrays, [0, 1, 2])

@@ -67,8 +67,8 @@ def data(step: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, labels
 
 
-def training_cell(parallel: dict, model: dict, moe: dict, one_step=MFTrainOneStepCell):
-    """The training cell under the parallel context that is set."""
+def training_cell(parallel: dict, model: dict, moe: dict, one_step=MFTrainOneStepCell, inputs=lambda net: net):
+    """The training cell under the parallel context that is set; `inputs` wraps the net, to name its inputs."""
     config = v3_config({**MOE, **moe}, **{**SIZES, **model}, batch_size=BATCH, parallel_config=dict(parallel))
     ms.set_seed(1)
     net = DeepseekV3ForCausalLM(config)
@@ -79,12 +79,12 @@ def training_cell(parallel: dict, model: dict, moe: dict, one_step=MFTrainOneSte
     ]
     schedule = ConstantWarmUpLR(learning_rate=1e-2, warmup_steps=2, total_steps=100)
     optimizer = AdamW(groups, learning_rate=schedule, betas=(0.9, 0.95), eps=1e-8)
-    step = one_step(_VirtualDatasetCell(net), optimizer, scale_sense=1.0, use_clip_grad=True)
+    step = one_step(_VirtualDatasetCell(inputs(net)), optimizer, scale_sense=1.0, use_clip_grad=True)
     step.set_train()
     return step
 
 
-def build(parallel: dict, model: dict | None = None, moe: dict | None = None, shard_size: int = 0):
+def build(parallel: dict, model: dict | None = None, moe: dict | None = None, shard_size: int = 0, **wrapped):
     """Builder for the rank compiler; `shard_size` ranks share a weight (optimizer parallelism; -1: all, 0: off)."""
     ms.set_auto_parallel_context(
         parallel_mode="semi_auto_parallel",
@@ -95,9 +95,9 @@ def build(parallel: dict, model: dict | None = None, moe: dict | None = None, sh
         enable_parallel_optimizer=shard_size != 0,
         parallel_optimizer_config={"parallel_optimizer_threshold": 0, "optimizer_weight_shard_size": shard_size or -1},
     )
-    return training_cell(parallel, model or {}, moe or {}), tuple(Tensor(x) for x in data(0))
+    return training_cell(parallel, model or {}, moe or {}, **wrapped), tuple(Tensor(x) for x in data(0))
 
 
-def build_single(model: dict | None = None, moe: dict | None = None, steps: int = 5):
+def build_single(model: dict | None = None, moe: dict | None = None, steps: int = 5, **wrapped):
     """Builder for the single process."""
-    return training_cell({}, model or {}, moe or {}, SingleStep), [data(step) for step in range(steps)]
+    return training_cell({}, model or {}, moe or {}, SingleStep, **wrapped), [data(step) for step in range(steps)]

@@ -12,6 +12,7 @@ from mindformers_ext.rank_compiler.stand_in_cann import COMPILE
 TESTS = Path(__file__).parents[1]
 PYTHON_PATH = (str(TESTS.parent), str(TESTS), str(TESTS.parent / "research" / "deepseek3"))
 PROBLEM = verify.Problem("cpu_parallel.packed_deepseek", PYTHON_PATH)
+DOCUMENTS = verify.Problem("cpu_parallel.documents_deepseek", PYTHON_PATH)
 SMALL = verify.Problem("cpu_parallel.small_deepseek", PYTHON_PATH)
 HALF, INTERLEAVED = 0, 1
 
@@ -73,8 +74,13 @@ def test_rotary_calls_are_documented(tmp_path, problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", PROBLEM.layouts().values(), ids=lambda layout: layout.name)
-def test_layout_equals_single_process(tmp_path, layout):
-    PROBLEM.single(None, tmp_path / "single")
-    row = verify.run_layout(PROBLEM, layout, tmp_path / "single", tmp_path / layout.name)
+@pytest.mark.parametrize(
+    ("problem", "layout"),
+    [(problem, layout) for problem in (PROBLEM, DOCUMENTS) for layout in problem.layouts().values()],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_layout_equals_single_process(tmp_path, problem, layout):
+    """Documents by their ends, too: in rank graphs Ascend's operator in layout TND, here kernels of their own."""
+    problem.single(None, tmp_path / "single")
+    row = verify.run_layout(problem, layout, tmp_path / "single", tmp_path / layout.name)
     assert row.passed, verify.table([row])

@@ -75,6 +75,13 @@ def attention(query, key, value, mask=None):
     return scores.masked_fill(mask.bool(), float("-inf")).softmax(-1).nan_to_num() @ value
 
 
+def documents_mask(ends, length):
+    """(B, 1, S, S) bool, True where a query may not see a key: later, or of another document; ends (B, L)."""
+    place = torch.arange(length)
+    document = (ends.unsqueeze(1) <= place[None, :, None]).sum(-1)
+    return ((document[:, :, None] != document[:, None]) | (place > place[:, None]))[:, None]
+
+
 def latent_attention(heads, query, kv, k_pe, cos, sin, mask=None):
     """MLA's core, written from the paper."""
     batch, length, rope = query.shape[0] // cos.shape[2], cos.shape[2], k_pe.shape[1]

@@ -75,3 +75,27 @@ class GroupedMatmul(nn.Cell):
 
     def construct(self, x, weight, group_ends):
         return self.matmul(x, weight, group_ends)
+
+
+class PackedAttention(nn.Cell):
+    """Attention of packed tokens: (T, N, Dv) <- query, key (T, N, D), value (T, N, Dv), ends of both (L,) int32."""
+
+    def __init__(self, scale: float, to_last: bool):
+        super().__init__()
+        rule = dict(scale=scale, to_last=to_last)
+        grad = custom("PackedAttentionGrad", lambda d, q, k, v, *_: (q, k, v), lambda d, q, k, v, *_: (q, k, v), **rule)
+
+        def bprop(query, key, value, ends, key_ends, out, dout):
+            gradients = grad(dout[3], query, key, value, out[3], out[1], ends, key_ends)
+            return (*gradients, ops.zeros_like(ends), ops.zeros_like(key_ends))
+
+        self.attention = custom(
+            "PackedAttention",
+            lambda q, k, v, *_: ((*q[:2], 8), (*q[:2], 8), (1,), (*q[:2], v[2])),
+            lambda q, *_: (mstype.float32, mstype.float32, q, q),
+            bprop,
+            **rule,
+        )
+
+    def construct(self, *inputs):
+        return self.attention(*inputs)[3]

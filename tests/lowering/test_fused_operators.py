@@ -28,6 +28,24 @@ def test_attention_with_a_mask():
     assert attention(0, 0, 0).lowered("out")[:2] == ("FlashAttentionScore", ["q", "k", "v", "mask"])
 
 
+@pytest.mark.parametrize(("mode", "to_last"), [(2, 0), (3, 1)])
+def test_attention_of_packed_tokens(mode, to_last):
+    """Layout TND, number 4 of MindSpore's: the ends of documents are tuples that tensors are made into."""
+    model = Model()
+    ends = [model.apply("TensorToTuple", [name], f"{name}_tuple", (3,)) for name in ("ends", "key_ends")]
+    places = [model.constant(f"place{i}", i) for i in range(3)]  # a function's arguments are the items
+    items = [model.apply("TupleGetItem", [ends[1], place], f"item{i}", ()) for i, place in enumerate(places)]
+    ends[1] = model.apply("MakeTuple", items, "again", (3,))
+    numbers = [model.constant(f"c{i}", x) for i, x in enumerate((4, 1.0, 0.25, 2**31 - 1, 0, 0, 4, mode))]
+    none = [model.constant(f"none{i}", None) for i in range(3)]
+    shapes = [(32, 4, 8)] * 2 + [(1,), (32, 4, 24)]
+    inputs = ["q", "k", "v", *none, "mask", model.constant("prefix", None), *ends, *numbers]
+    model.apply("FlashAttentionScore", inputs, "out", *shapes)
+    kernel, inputs, attributes = model.lowered("out")
+    assert (kernel, inputs) == ("PackedAttention", ["q", "k", "v", "ends", "key_ends"])
+    assert (float(attributes["scale"]), float(attributes["to_last"])) == (0.25, to_last)
+
+
 def test_attention_that_no_kernel_knows_is_refused():
     with pytest.raises(ValueError, match="sparse_mode 7"):
         attention(7, 0, 0).lowered("out")

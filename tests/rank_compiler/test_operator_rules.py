@@ -193,12 +193,20 @@ def test_planted_violations_are_found(operator, changes, words):
 
 
 def test_packed_lengths():
-    packed = dict.fromkeys(("query", "key", "value"), (BF16, (4096, 32, 192))) | {"input_layout": 5, "sparse_mode": 3}
+    packed = dict.fromkeys(("query", "key", "value"), (BF16, (4096, 32, 192))) | {"input_layout": 4, "sparse_mode": 3}
     legal = packed | {"actual_seq_qlen": (1024, 4096), "actual_seq_kvlen": (1024, 4096)}
     assert verdicts(graph("FlashAttentionScore", legal), "FlashAttentionScore")[VIOLATION] == []
     for lengths in ((4096, 1024), (0, 4096), (4096,), None):
         found = verdicts(graph("FlashAttentionScore", legal | {"actual_seq_kvlen": lengths}), "FlashAttentionScore")
         assert any("layout TND" in demand for demand in found[VIOLATION]), lengths
+
+
+def test_packed_lengths_of_the_data():
+    """Computed ones are nobody's violation, and the reason is said."""
+    packed = dict.fromkeys(("query", "key", "value"), (BF16, (4096, 32, 192))) | {"input_layout": 4, "sparse_mode": 3}
+    lengths = dict.fromkeys(("actual_seq_qlen", "actual_seq_kvlen"), [("int64", (4,))])  # tuples of tensors
+    found = verdicts(graph("FlashAttentionScore", packed | lengths), "FlashAttentionScore")
+    assert found[VIOLATION] == [] and "lengths of layout TND are known" in found[DOUBTFUL]
 
 
 def test_the_gradient_of_gamma_is_float32():

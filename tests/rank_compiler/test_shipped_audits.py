@@ -16,6 +16,18 @@ PACKED = {  # a local batch of two sequences, each of several documents with pos
     "train_dataset.data_loader.config.reset_position_ids": True,
     "train_dataset.construct_args_key": ["input_ids", "labels", "loss_mask", "position_ids"],
 }
+COLUMNS = ["input_ids", "labels", "loss_mask", "position_ids", "actual_seq_len"]
+DOCUMENTS = {  # by their ends, with a context that is split too
+    "runner_config.batch_size": 2,
+    "train_dataset.data_loader.config.eod": 1,
+    "train_dataset.data_loader.config.reset_position_ids": True,
+    "train_dataset.data_loader.config.create_compressed_eod_mask": True,
+    "train_dataset.input_columns": COLUMNS,
+    "train_dataset.construct_args_key": COLUMNS,
+    "parallel_config.data_parallel": 64,
+    "parallel_config.context_parallel": 2,
+    "parallel.dataset_strategy": [[64, 1]] * 5,
+}
 CAPACITY = {"moe_config.use_gmm": False}
 BIG = "deepseek3_671b/pretrain_deepseek3_671b.yaml"
 SLICE = {  # the ends of the 671B run: its widths, two stages
@@ -30,6 +42,7 @@ SLICE = {  # the ends of the 671B run: its widths, two stages
 CASES = [
     *((str(path.relative_to(RUNS)), {}) for path in sorted(RUNS.glob("*/*.yaml"))),
     (BIG, SLICE | PACKED),
+    (BIG, SLICE | DOCUMENTS),
     (BIG, SLICE | CAPACITY),
     (BIG, SLICE | CAPACITY | PACKED),
 ]

@@ -81,3 +81,74 @@ def test_packed_documents_do_not_see_each_other():
     packed = network(Tensor(ids), position_ids=Tensor(positions), attention_mask=mask).asnumpy()
     alone = [network(Tensor(ids[:, part])).asnumpy() for part in (slice(0, 10), slice(10, 24))]
     np.testing.assert_allclose(packed, np.concatenate(alone, 1), atol=1e-5)
+
+
+ENDS = np.array([[10, 16, 24, 24], [24, 24, 24, 24], [1, 2, 23, 24]], np.int32)  # where documents of three samples end
+
+
+def packed_step(network, mode, arrays, **more):
+    """Loss and gradients of a batch: input_ids, labels, loss_mask, position_ids."""
+    ms.set_context(mode=mode)
+    network.set_train(True)
+
+    def forward(*inputs):
+        return network(*inputs, **more)
+
+    step = ms.value_and_grad(forward, None, network.trainable_params())
+    loss, gradients = step(*map(Tensor, arrays))
+    return loss.asnumpy(), [g.asnumpy() for g in gradients]
+
+
+@pytest.mark.parametrize(
+    ("mode", "flash", "rope"),
+    [(ms.PYNATIVE_MODE, True, True), (ms.PYNATIVE_MODE, True, False), (ms.PYNATIVE_MODE, False, False),
+     (ms.GRAPH_MODE, True, True)],
+    ids=["latent", "heads", "basic", "compiled"],
+)  # fmt: skip
+def test_packed_documents_train_as_they_do_alone(mode, flash, rope):
+    """By their ends (actual_seq_len): loss and gradients, with multi-token prediction, are the documents' sum."""
+    config = v3_config(initializer_range=0.05, mtp_depth=1, use_flash_attention=flash, use_fused_rope=rope)
+    config.mtp_loss_factor = 0.3
+    network = DeepseekV3ForCausalLM(config)
+    rng, length = np.random.default_rng(0), 24
+    ids, labels = (rng.integers(2, 128, (3, length)).astype(np.int32) for _ in range(2))
+    loss_mask = (rng.random((3, length)) < 0.8).astype(np.float32)
+    parts = [
+        (row, slice(begin, end))
+        for row, ends in enumerate(ENDS)
+        for begin, end in zip([0, *ends], ends, strict=False)
+        if begin < end
+    ]
+    positions = np.zeros_like(ids)
+    for row, part in parts:
+        positions[row, part] = np.arange(part.stop - part.start)
+        loss_mask[row, part.stop - 1] = 0  # what follows is another document: eod_mask_loss
+    arrays = [ids, labels, loss_mask, positions]
+    loss, gradients = packed_step(network, mode, arrays, actual_seq_len=Tensor(ENDS))
+    counted = ENDS + length * np.arange(3, dtype=np.int32)[:, None]  # as MindFormers counts over a micro-batch
+    assert packed_step(network, mode, arrays, actual_seq_len=Tensor(counted))[0] == loss
+
+    main, further = loss_mask.sum(), sum(loss_mask[row, part][1:].sum() for row, part in parts)
+    total, sums = 0.0, [np.zeros_like(g) for g in gradients]
+    for row, part in parts:
+        own = [x[row : row + 1, part] for x in arrays]
+        share, share_further = own[2].sum() / main, own[2][:, 1:].sum() / further
+        if share == 0:
+            continue
+        config.mtp_loss_factor = float(0.3 * share_further / share)
+        alone, own_gradients = packed_step(network, ms.PYNATIVE_MODE, own)
+        total += share * alone
+        sums = [x + share * g for x, g in zip(sums, own_gradients, strict=True)]
+    np.testing.assert_allclose(loss, total, rtol=1e-5)
+    for one, other in zip(gradients, sums, strict=True):
+        assert np.linalg.norm(one - other) <= 1e-4 * np.linalg.norm(other) + 1e-7
+
+
+def test_further_tokens_of_other_documents_do_not_count():
+    network = DeepseekV3ForCausalLM(v3_config(mtp_depth=3, seq_length=24))
+    document = (ENDS[:, None] <= np.arange(24)[:, None]).sum(-1)
+    for depth, predictor in enumerate(network.mtp, 1):
+        counts = predictor.in_document(Tensor(ENDS)).asnumpy()
+        for row, own in enumerate(document):
+            for place in range(24 - depth):  # later ones predict nothing
+                assert counts[row, place] == (own[place] == own[min(place + depth + 1, 23)])
