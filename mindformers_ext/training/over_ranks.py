@@ -23,7 +23,7 @@ def place_in_run() -> tuple[int, int, int]:
 
 
 def reduce_over_ranks(values: np.ndarray, reduce: str) -> np.ndarray:
-    """The "sum" or "max" of int32 or float32 values over all ranks of the run."""
+    """The "sum" or "max" of float32 values over all ranks of the run; MindSpore reduces no integers on CPU."""
     ranks = place_in_run()[1]
     if ranks == 1:
         return values

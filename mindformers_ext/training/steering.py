@@ -34,7 +34,7 @@ class Steering(Callback):
         """Do what somebody has asked for."""
         cb_params = run_context.original_args()
         asked, why = self.asked()
-        asked = int(reduce_over_ranks(np.array([asked], np.int32), "max")[0])
+        asked = int(reduce_over_ranks(np.array([asked], np.float32), "max")[0])
         cb_params.save_now = asked == SAVE
         if asked == NOTHING:
             return
