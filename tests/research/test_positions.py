@@ -108,7 +108,6 @@ def packed_step(network, mode, arrays, **more):
 def test_packed_documents_train_as_they_do_alone(mode, flash, rope):
     """By their ends (actual_seq_len): loss and gradients, with multi-token prediction, are the documents' sum."""
     config = v3_config(initializer_range=0.05, mtp_depth=1, use_flash_attention=flash, use_fused_rope=rope)
-    config.mtp_loss_factor = 0.3
     network = DeepseekV3ForCausalLM(config)
     rng, length = np.random.default_rng(0), 24
     ids, labels = (rng.integers(2, 128, (3, length)).astype(np.int32) for _ in range(2))
@@ -135,7 +134,7 @@ def test_packed_documents_train_as_they_do_alone(mode, flash, rope):
         share, share_further = own[2].sum() / main, own[2][:, 1:].sum() / further
         if share == 0:
             continue
-        config.mtp_loss_factor = float(0.3 * share_further / share)
+        network.factor = float(0.3 * share_further / share)
         alone, own_gradients = packed_step(network, ms.PYNATIVE_MODE, own)
         total += share * alone
         sums = [x + share * g for x, g in zip(sums, own_gradients, strict=True)]
