@@ -25,13 +25,14 @@ from hf_config import (  # noqa: E402 (after the project is on the path)
     sections_from_hf,
 )
 
-from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER  # noqa: E402
+from mindformers_ext.bin_dataset.chat_template import NEEDED  # noqa: E402
 from mindformers_ext.config.model import FAMILIES, ModelConfig  # noqa: E402
 from mindformers_ext.config.run import read_run  # noqa: E402
 from mindformers_ext.errors import ConfigError, exit_code_of  # noqa: E402
 from mindformers_ext.files.atomic import whole_file, write_json, write_text  # noqa: E402
 
-# As mindformers_ext/bin_dataset/conversations.py renders conversations for training.
+BOS, EOS, USER, ASSISTANT = NEEDED
+# As mindformers_ext/bin_dataset/chat_template.py renders conversations for training.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{{ messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\n\n') }}"
     "{% for message in messages %}"

@@ -417,5 +417,5 @@ HAVE_KERNELS = words(
     "MeanExt ReduceAll Concat SplitWithSize SplitTensor Tile BroadcastTo Transpose TransposeExtView Reshape ExpandDims "
     "Squeeze GatherD GatherDGradV2 IndexAddExt IndexSelect TopkExt OneHotExt CumsumExt AllFinite FloorDiv ReduceMax "
     "ReduceMin Softmax SoftmaxBackward Rsqrt Abs Floor Embedding EmbeddingDenseBackward SliceExt SortExt DropoutExt "
-    "DropoutGradExt NonZero Zeros ZerosLike MoveTo ScatterValue ScatterAddExt LogSoftmax"
+    "DropoutGradExt NonZero Zeros ZerosLike MoveTo ScatterValue ScatterAddExt LogSoftmax IsFinite"
 )

@@ -16,10 +16,11 @@ from helpers.hf_folders import random_tensors, write_folder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from mindformers_ext.bin_dataset.conversations import ASSISTANT, BOS, EOS, USER, Turn, render
+from mindformers_ext.bin_dataset.chat_template import DEEPSEEK_TOKENS, DEEPSEEK_V3, NEEDED, ChatTemplate
 from mindformers_ext.config.run import read_run
 from mindformers_ext.errors import ConfigError
 
+BOS, EOS, USER, ASSISTANT = NEEDED
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny.yaml"
 
@@ -101,7 +102,8 @@ def test_chat_template_is_that_of_the_training_data(folder):
     messages = [("system", "be brief"), ("user", "what is it"), ("assistant", "a list"), ("user", "sure")]
     chat = [{"role": role, "content": text} for role, text in messages]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert rendered == "".join(render([Turn(role, text) for role, text in messages])) + USER + "sure" + ASSISTANT
+    trained = ChatTemplate(DEEPSEEK_V3, DEEPSEEK_TOKENS).render(chat, [False] * len(chat)).text
+    assert rendered == trained + ASSISTANT
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
 
 
