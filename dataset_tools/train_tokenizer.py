@@ -1,6 +1,8 @@
 """Train a byte-level BPE tokenizer.json with the `tokenizers` library; the same text gives the same file.
 
-python dataset_tools/train_tokenizer.py --input corpus.txt --output tokenizer.json --vocab-size 4096
+    python dataset_tools/train_tokenizer.py --input corpus.txt --output tokenizer.json --vocab-size 4096
+
+Ids 0 to 3 are DeepSeek-V3's special tokens.
 """
 
 import argparse
