@@ -246,7 +246,9 @@ def joined_additions(model: pb.ModelProto, flags: str) -> dict[tuple[str, str], 
     first input is transposed beside it, and of a matrix product of up to 10 million elements (MindSpore 2.9.0,
     plugin/ascend/graph_optimizer/pass/ir_fusion/).
     """
-    found, enabled = {}, set(re.findall(r"\w+_fusion", flags))
+    found, enabled = {}, set(re.findall(r"\w+_fusion", flags)) & set(JOINED.values())
+    if not enabled:
+        return found
     names = {primitive.name: primitive.op_type for primitive in model.primitives}
     made = made_by(model)
     for function, graph in mindir.functions(model).items():
