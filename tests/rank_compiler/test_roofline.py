@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mindformers_ext.dryrun.rooflines import operator_rows, part_rows, roofline_record, roofline_text
+from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler.roofline import ATTENTION, MEMORY, PRODUCT, VIEW, Work, count_operators
 from tests.helpers.mindir_model import Model
 
@@ -103,6 +104,22 @@ def test_fusion_takes_what_only_element_wise_kernels_read():
     assert saved["Square"] == 3 * size, "written once and read twice"
     assert saved["Exp"] == 0, "a reduction reads it"
     assert saved["MatMul"] == 2 * size and saved["AssignAdd"] == 0
+
+
+def test_a_gradient_is_added_inside_its_product_where_flags_say_so():
+    """dW (8, 4) bfloat16 <- x^T (8, 16), dy (16, 4), added to a float32 buffer: read and written in place of dW."""
+    model = Model()
+    x, dy, buffer = given(model, x=("bfloat16", (16, 8)), dy=("bfloat16", (16, 4)), buffer=("float", (8, 4)))
+    turns = [model.constant("a", 1), model.constant("b", 0)]
+    model.apply("MatMul", [x, dy, *turns], "gradient", (8, 4))
+    model.proto.graph.node[-1].attribute[0].tensors[0].data_type = pb.TensorProto.BFLOAT16
+    model.apply("AssignAdd", [buffer, "gradient"], "out", (8, 4))
+    operands, gradient = HALF * (16 * 8 + 16 * 4), 8 * 4
+    found = {flags: count_operators(model.proto, flags) for flags in ("", "--enable_pass=matmul_assignadd_fusion")}
+    apart, (joined,) = found.values()
+    assert [w.operator for w in apart] == ["MatMul", "AssignAdd"] and apart[0].bytes == operands + HALF * gradient
+    assert joined.operator == "InplaceMatMulAdd" and joined.bytes == operands + 2 * FLOAT * gradient
+    assert joined.flops == apart[0].flops
 
 
 def test_a_record_sums_a_micro_batch_by_kind_and_part():
