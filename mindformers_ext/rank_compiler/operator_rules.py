@@ -390,7 +390,7 @@ WITHOUT_ACLNN = {
     "DropoutGrad": "use DropoutExt, whose gradient is DropoutGradExt",
     "TopK": "use TopkExt",
     "OneHot": "use OneHotExt",
-    "Gather": "stays without a pipeline (deepseek2_model.py, Embedding); else Embedding for tables, or IndexSelect",
+    "Gather": "stays without a pipeline (embedding_and_loss.py); else Embedding for tables, or IndexSelect",
     "UnsortedSegmentSum": "stays without a pipeline, as Gather; else use Embedding; this one adds in any order",
     "StridedSliceGrad": "use SliceExt or SplitWithSize, whose gradients are a copy and Concat",
     "CumSum": "use CumsumExt",

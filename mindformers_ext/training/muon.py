@@ -197,7 +197,7 @@ class Muon(nn.Optimizer):
         self.ns_steps, self.betas, self.qk_clip_threshold = ns_steps, tuple(adamw_betas), qk_clip_threshold
         self.beta1 = Tensor([self.betas[0]], mstype.float32)  # as AdamW's, for who asks
         self.ns_type = getattr(mstype, model.config.compute_dtype)
-        matrices, rows = model.matrices(), model.qk_rows() if qk_clip_threshold else {}
+        matrices, rows = model.matrices(), model.rows_to_clip() if qk_clip_threshold else {}
         self.uses_muon = [weight.name in matrices for weight in self._parameters]
         self.first = ParameterTuple(
             state(weight, MOMENTUM if muon else "adam_m.")

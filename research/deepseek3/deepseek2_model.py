@@ -8,9 +8,12 @@ How operators are split lives in sharding.py, what checkpoints call the weights 
 from functools import partial
 
 import numpy as np
+from attention_logits import LargestLogits
 from balance_loss import BalanceLoss, no_loss
 from deepseek2_config import DeepseekV2Config
-from lora import ExpertAdapters, LoraAdapter, freeze_base
+from embedding_and_loss import Embedding, MeanLoss
+from linear import Linear
+from lora import ExpertAdapters, freeze_base
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor, nn, ops
@@ -18,31 +21,24 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
 from rope import RotaryEmbedding, softmax_scale
 from sharding import (
-    embedding_plan,
     expert_group,
     experts_plan,
-    is_sharded,
-    losses_plan,
     packed_locally,
     place,
-    plans,
     put,
     run_locally,
     sequence_part,
     shard,
     share_graph,
-    vocabulary_group,
 )
 from training_interface import TrainingInterface
 
 from mindformers_ext.layers.fused_ops import (
-    GatherRows,
     activation_type,
     core_attention,
     feed_forward,
     head_loss,
     latent_attention,
-    matrix_product,
     rms_norm,
     score_mask,
     split_columns,
@@ -50,17 +46,10 @@ from mindformers_ext.layers.fused_ops import (
 )
 from mindformers_ext.layers.moe_dispatch import expert_dispatch
 from mindformers_ext.layers.router import TopkRouterV2
-from mindformers_ext.layers.vocabulary import CrossEntropy, LookUp
 
 __all__ = ["DeepseekV2ForCausalLM", "DeepseekV2Model"]
 
 LATENT_EPS = 1e-6  # of the latents' norms: DeepSeek leaves it at its norm's default, whatever rms_norm_eps (facts 9)
-
-
-def weight(config, *shape: int) -> Parameter:
-    """A trainable matrix, normal with `initializer_range`; nothing is allocated before it is needed."""
-    init = initializer(Normal(config.initializer_range), shape, getattr(mstype, config.param_init_type))
-    return Parameter(init, name="weight")
 
 
 class RMSNorm(nn.Cell):
@@ -74,32 +63,6 @@ class RMSNorm(nn.Cell):
 
     def construct(self, x):
         return self.norm(x, self.weight)
-
-
-class Linear(nn.Cell):
-    """x W^T in compute_dtype, as the type of activations; the weight is (out, in) as in HuggingFace.
-
-    Where pet_config names `target`, a LoRA adapter lies beside the weight.
-    """
-
-    def __init__(self, config, in_dim: int, out_dim: int, axes: str, target: str = ""):
-        super().__init__()
-        self.weight = weight(config, out_dim, in_dim)
-        self.compute_dtype, self.out_type = getattr(mstype, config.compute_dtype), activation_type(config)
-        self.matmul, self.axes = matrix_product(), axes
-        shard(self, axes, config)
-        self.adapted = config.lora.has(target)
-        if self.adapted:
-            self.lora = LoraAdapter(config, in_dim, out_dim, axes)
-            self.add_lora = ops.Add()
-            shard(self, f"adapted_{axes}", config)
-
-    def construct(self, x):
-        x = ops.cast(x, self.compute_dtype)
-        y = self.matmul(x, ops.cast(self.weight, self.compute_dtype))
-        if self.adapted:
-            y = self.add_lora(y, self.lora(x))
-        return ops.cast(y, self.out_type)
 
 
 class MultiHeadLatentAttention(nn.Cell):
@@ -168,23 +131,6 @@ class MultiHeadLatentAttention(nn.Cell):
     def _heads(self, x, seq):
         """(B, N, S, D) <- (T, N*D)."""
         return self.to_heads(x.reshape((-1, seq, self.num_heads, x.shape[-1] // self.num_heads)), (0, 2, 1, 3))
-
-
-class LargestLogits(nn.Cell):
-    """Keeps the largest logit of each head since somebody reset it to minus infinity, over all devices."""
-
-    def __init__(self, config):
-        super().__init__()
-        nothing = Tensor(np.full(config.num_heads, -np.inf), mstype.float32)
-        self.max_logits = Parameter(nothing, name="max_logits_val", requires_grad=False, parallel_optimizer=False)
-        self.largest, self.larger, self.keep = ops.ReduceMax(), ops.Maximum(), ops.Assign()
-        shard(self, "largest_logits", config)
-
-    def construct(self, scores):
-        """scores (B, N, S) or (B, N, S, ...)."""
-        axes = (0, 2) if scores.ndim == 3 else (0, 2, 3)
-        largest = self.largest(ops.cast(ops.stop_gradient(scores), mstype.float32), axes)  # (N,)
-        return self.keep(self.max_logits, self.larger(self.max_logits, largest))
 
 
 class FeedForward(nn.Cell):
@@ -323,35 +269,6 @@ class DecoderLayer(nn.Cell):
         return self.add_mlp(x, self.mlp(y)), no_loss()
 
 
-class Embedding(nn.Cell):
-    """Rows of a (V, H) table.
-
-    Without a pipeline the operator is one that the compiler splits: where gradients are accumulated, MindSpore tells
-    the end of a micro-batch by the gradient of the first operator that has a weight, and knows none of a local program.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = weight(config, config.vocab_size, config.hidden_size)
-        self.out_type = activation_type(config)
-        if is_sharded() and config.parallel_config.pipeline_stage == 1:
-            self.look_up = GatherRows(self.out_type)
-            return shard(self.look_up, "embedding", config)
-        group = vocabulary_group(config, not config.parallel_config.vocab_emb_dp)
-        self.rows = LookUp(group, self.out_type, config.parallel_config.use_seq_parallel)
-        self.look_up = run_locally(self.rows, self._shape, self._type, embedding_plan(config), config)
-
-    def construct(self, ids):
-        """(T, H) <- ids (T,)."""
-        return self.look_up(self.weight, ids)
-
-    def _shape(self, table, ids):
-        return [ids[0], table[1]]
-
-    def _type(self, table, ids):
-        return self.out_type
-
-
 class DeepseekV2Model(nn.Cell):
     """Token ids to hidden states: embedding, decoder layers, final norm."""
 
@@ -397,9 +314,7 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         put(self.lm_head, config.placed().last)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.cross_entropy, self.head_loss = CrossEntropy(vocabulary_group(config)), head_loss(config)
-        self.losses = run_locally(self._losses, self._losses_shape, self._losses_type, losses_plan(), config)
-        self.weigh, self.total = ops.Mul(), ops.ReduceSum()
+        self.mean_loss, self.head_loss = MeanLoss(config), head_loss(config)
         self.loss_parts = Parameter(
             Tensor(np.zeros(4), mstype.float32), name="loss_parts", requires_grad=False, parallel_optimizer=False
         )
@@ -453,40 +368,6 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         self.add_loss_parts(self.loss_parts, ops.stop_gradient(parts))
         return (main + mtp * self.mtp_factor() + balance).reshape(())
 
-    def matrices(self) -> dict[str, tuple[tuple[str, ...], int]]:
-        """Weights that Muon trains: {name: (the axis that splits each dimension, matrices side by side)}.
-
-        The projections of attention and feed-forward, and of every expert its own; not the head, embedding and router.
-        """
-        weights, (_, _, _, stacked, _) = plans(self.config), experts_plan(0)[0]
-        found = {}
-        for _, cell in self.cells_and_names():
-            if isinstance(cell, Experts):
-                found |= {cell.gate_up_proj.name: (stacked, 2), cell.down_proj.name: (stacked, 1)}
-            elif isinstance(cell, Linear) and cell is not self.lm_head:
-                found[cell.weight.name] = weights[cell.axes]["matmul"][1], 1
-        return found
-
-    def qk_rows(self) -> dict[str, tuple[Parameter, np.ndarray]]:
-        """What qk-clip scales: {weight: (largest logit of each head, and for each row N * kind + its head)}.
-
-        The kinds: 0, what a query multiplies with a key of the head's own; 1, with the key that all heads share; 2,
-        anything else.
-        """
-        found = {}
-        for _, layer in self.decoder_layers():
-            attention = layer.self_attn
-            heads = np.arange(attention.num_heads)[:, None]
-            kinds = {
-                (attention.q_b_proj if attention.has_q_lora else attention.q_proj): (attention.rope, 1),
-                attention.kv_b_proj: (attention.value_dim, 2),
-            }
-            for projection, (width, kind) in kinds.items():
-                own, other = (np.full(size, k) for size, k in ((attention.nope, 0), (width, kind)))
-                rows = np.concatenate((own, other))[None] * attention.num_heads + heads
-                found[projection.weight.name] = attention.track.max_logits, rows.reshape(-1).astype(np.int32)
-        return found
-
     def mtp_factor(self) -> float:
         """What the MTP loss is multiplied with."""
         return 0.0
@@ -502,17 +383,7 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         if self.training and self.head_loss is not None:
             head, dtype = self.lm_head.weight, self.lm_head.compute_dtype
             return self.head_loss(ops.cast(hidden, dtype), ops.cast(head, dtype), labels, loss_mask)
-        losses = self.total(self.weigh(self.losses(self.lm_head(hidden), labels), loss_mask))
-        return (losses / (self.total(loss_mask) + 1e-8)).reshape((1,))
-
-    def _losses(self, logits, labels):
-        return self.cross_entropy(logits, labels)[0]
-
-    def _losses_shape(self, logits, labels):
-        return labels
-
-    def _losses_type(self, logits, labels):
-        return mstype.float32
+        return self.mean_loss(self.lm_head(hidden), labels, loss_mask)
 
     def _token_mask(self, input_ids, labels):
         """0 on padding, (T, 1): a pad token that is followed by another or by nothing (pad is also end of text)."""

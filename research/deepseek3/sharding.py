@@ -92,7 +92,8 @@ def plans(config) -> dict[str, dict[str, tuple]]:
             "add_dropped": ((NONE,), (NONE,)),
             **({"add_shared": (tokens, tokens)} if config.moe_config.shared_expert_num else {}),
         },
-        "causal_lm": {"add_loss_parts": ((NONE,), (NONE,)), "weigh": ((NONE,), (NONE,)), "total": ((NONE,),)},
+        "causal_lm": {"add_loss_parts": ((NONE,), (NONE,))},
+        "mean_loss": {"weigh": ((NONE,), (NONE,)), "total": ((NONE,),)},
         "balance_loss": {
             "sum_experts": (flat,),
             "normalize": (flat, flat),

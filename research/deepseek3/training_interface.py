@@ -1,9 +1,12 @@
 """What a run, its callbacks and the converters ask of the model, besides its loss."""
 
 import numpy as np
+from attention_logits import rows_to_clip
 from hf_weights import HuggingFaceWeights
+from linear import Linear
 from lora import frozen_names, save_peft
 from mindspore import Parameter, nn
+from sharding import experts_plan, plans
 
 from mindformers_ext.config.flops import flops_per_token
 from mindformers_ext.layers.router import TopkRouterV2
@@ -26,6 +29,24 @@ class TrainingInterface:
         """(layer name, largest logit of each head) of every layer, where the configuration tracks them."""
         layers = self.decoder_layers() if self.config.track_max_attention_logit else []
         return [(name, layer.self_attn.track.max_logits) for name, layer in layers]
+
+    def matrices(self) -> dict[str, tuple[tuple[str, ...], int]]:
+        """Weights that Muon trains: {name: (the axis that splits each dimension, matrices side by side)}.
+
+        The projections of attention and feed-forward, and of every expert its own; not the head, embedding and router.
+        """
+        weights, (_, _, _, stacked, _) = plans(self.config), experts_plan(0)[0]
+        linears = [cell for _, cell in self.cells_and_names() if isinstance(cell, Linear) and cell is not self.lm_head]
+        found = {cell.weight.name: (weights[cell.axes]["matmul"][1], 1) for cell in linears}
+        for experts in (layer.mlp.experts for _, layer in self.decoder_layers() if layer.is_moe):
+            found |= {experts.gate_up_proj.name: (stacked, 2), experts.down_proj.name: (stacked, 1)}
+        return found
+
+    def rows_to_clip(self) -> dict[str, tuple[Parameter, np.ndarray]]:
+        """What qk-clip scales in all layers; see attention_logits.py."""
+        return {
+            name: found for _, layer in self.decoder_layers() for name, found in rows_to_clip(layer.self_attn).items()
+        }
 
     def update_topk_bias(self) -> None:
         """Move every router's bias one step towards balance (facts 4); once per optimizer step, before saving."""

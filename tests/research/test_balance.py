@@ -2,7 +2,7 @@
 
 import mindspore as ms
 import numpy as np
-from deepseek2_model import BalanceLoss
+from balance_loss import BalanceLoss
 from deepseek3_model import DeepseekV3ForCausalLM
 from helpers.small_models import v2_config, v3_config
 from mindspore import Tensor, nn
