@@ -15,6 +15,7 @@ from mindformers_ext.bin_dataset.gpt_dataset import GPTDataset, GPTDatasetConfig
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, idx_path
 
 SPLITS = ("train", "valid", "test")
+COUNTED = 1 << 18  # samples that are counted together
 
 
 class BlendedDataset:
@@ -52,7 +53,10 @@ class BlendedDataset:
         return dict(zip(("dataset_index", "dataset_sample_index"), arrays, strict=True))
 
     def _check_supply(self) -> None:
-        drawn = np.bincount(self.dataset_index, minlength=len(self.datasets))
+        drawn = np.zeros(len(self.datasets), np.int64)
+        for start in range(0, len(self.dataset_index), COUNTED):  # bincount makes eight bytes of each
+            drawn += np.bincount(self.dataset_index[start : start + COUNTED], minlength=len(drawn))
+            index_cache.let_go(self.dataset_index)
         for dataset, count in zip(self.datasets, drawn, strict=True):
             if count > len(dataset):
                 raise ValueError(

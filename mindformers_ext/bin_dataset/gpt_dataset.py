@@ -160,6 +160,7 @@ class GPTDataset:
         folder = config.cache_folder(indexed.prefix)
         arrays = index_cache.load_or_build(Path(folder), self.description, self._build_indices)
         self.document_index, self.sample_index, self.shuffle_index = arrays
+        index_cache.let_go(indexed.sequence_lengths)
 
     def _describe(self, num_samples: int | None) -> dict[str, object]:
         """All that decides the indices; the cache finds its entry by it, so stale data is never loaded."""

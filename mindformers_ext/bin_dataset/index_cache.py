@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -25,6 +26,17 @@ FORMAT = 1  # Raise it when the meaning of a description or an array changes.
 def fingerprint(array: np.ndarray) -> str:
     """Short checksum of an array's bytes and size."""
     return f"{len(array)}-{xxhash.xxh3_128_hexdigest(array)}"
+
+
+def let_go(array: np.ndarray) -> None:
+    """Give back the memory of what was read of a mapped file; what is read again comes from the file again.
+
+    Of an array that is not mapped nothing happens.
+    """
+    while array is not None and not isinstance(array, mmap.mmap):
+        array = getattr(array, "base", None)
+    if array is not None:
+        array.madvise(mmap.MADV_DONTNEED)
 
 
 def default_folder(prefix: str) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mindformers_ext.bin_dataset.index_cache import let_go
 from mindformers_ext.bin_dataset.remote_tokens import RemoteTokens, local_copy
 from mindformers_ext.files import remote
 from mindformers_ext.files.atomic import naming
@@ -75,6 +76,7 @@ class IndexedDataset:
             self._map_index(local_copy(f"{self.prefix}.idx", folder))
             self.tokens = RemoteTokens(f"{self.prefix}.bin", self.dtype)
             self._check_size(f"{self.prefix}.bin", self.tokens.nbytes)
+            let_go(self._buffer)
             return
         for path, other in ((idx_path(prefix), bin_path(prefix)), (bin_path(prefix), idx_path(prefix))):
             if not path.is_file():
@@ -82,6 +84,7 @@ class IndexedDataset:
                 raise FileNotFoundError(f"{path} does not exist{also}; give the prefix of a .bin/.idx pair")
         self._map_index(idx_path(self.prefix))
         self._map_tokens()
+        let_go(self._buffer)
 
     def _map_index(self, path: Path) -> None:
         size = path.stat().st_size

@@ -1,6 +1,7 @@
 """The .bin/.idx format against megatron-core's reader and writer, and every kind of damaged file."""
 
 import fcntl
+import re
 import struct
 import subprocess
 import sys
@@ -256,3 +257,15 @@ def test_a_writer_that_opened_before_another_finished_leaves_its_file_alone(tmp_
         IndexedDatasetWriter(prefix, np.int32)
     assert IndexedDataset(prefix)[0].tolist() == [1, 2, 3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.idx"]
+
+
+def test_what_was_read_of_an_index_is_given_back(tmp_path):
+    """Opening reads all lengths; a corpus of any size then holds no memory, until samples are read."""
+    with IndexedDatasetWriter(tmp_path / "P", np.uint16) as writer:
+        sequences = 1 << 20
+        writer.add_batch(np.zeros(sequences, np.uint16), np.ones(sequences, np.int32), np.ones(sequences, np.int64))
+    dataset = IndexedDataset(tmp_path / "P")
+    maps = Path("/proc/self/smaps").read_text().split("\n", 1)[1]
+    found = re.search(r"/P\.idx\n.*?Rss:\s+(\d+) kB", maps, re.DOTALL)
+    assert len(dataset) == sequences
+    assert int(found[1]) < 64 * 20  # kB; the lengths alone are 4096
