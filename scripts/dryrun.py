@@ -22,7 +22,7 @@ from mindformers_ext.config.strategy_rules import check_plan  # noqa: E402
 from mindformers_ext.dryrun.cost_model import estimate  # noqa: E402 (after the project is on the path)
 from mindformers_ext.dryrun.device_profile import DEFAULT_PROFILE, DeviceProfile, load_profile  # noqa: E402
 from mindformers_ext.dryrun.html_report import render_html  # noqa: E402
-from mindformers_ext.dryrun.report import TOOL_FAILURE, make_report, memory_limit  # noqa: E402
+from mindformers_ext.dryrun.report import TOOL_FAILURE, compiled_micro_batches, make_report, memory_limit  # noqa: E402
 from mindformers_ext.dryrun.sweep import Candidate, parse_axes, sweep  # noqa: E402
 from mindformers_ext.dryrun.terminal_report import GIB, audit_table, render_plan, render_ranks, table  # noqa: E402
 from mindformers_ext.errors import ConfigError, exit_code_of, of_files  # noqa: E402
@@ -116,11 +116,15 @@ def dry_run(options, plan: Run, overrides: list[tuple[str, Any]], profile: Devic
 
 
 def compile_plan(options, plan: Run, overrides: list[tuple[str, Any]], ranks: list[int], out: Path) -> list:
-    """Compile `ranks` through run_mindformer.py's path."""
+    """Compile `ranks` through run_mindformer.py's path, of a long step only as many micro-batches as tell all."""
     from mindformers_ext.config.command_line import find
     from mindformers_ext.rank_compiler.rank_pool import RankJobs, compile_ranks
 
-    arguments = ["--samples", str(plan.global_batch), "--config", str(Path(options.config).resolve())]
+    micro_batches = compiled_micro_batches(plan)
+    if micro_batches < plan.micro_batches:
+        overrides = [*overrides, ("parallel_config.micro_batch_num", micro_batches)]
+    samples = plan.global_batch // plan.micro_batches * micro_batches
+    arguments = ["--samples", str(samples), "--config", str(Path(options.config).resolve())]
     arguments += ["--register_path", str(find(options.register_path).resolve())]
     arguments += [text for key, value in overrides for text in (f"--{key}", json.dumps(value))]
     jobs = RankJobs(

@@ -46,12 +46,24 @@ def make_report(
         "assumptions": asdict(profile),
         "memory_limit_bytes": limit,
         "estimate": estimate_record(plan, profile, cost) if cost else None,
+        "compiled_micro_batches": compiled_micro_batches(plan),
         "ranks": ranks,
         "audit": joined_audit(results),
         "parameter_check": check_parameters(plan, results) if results else None,
         "exit_code": code,
         "verdict": verdict(code, violations, cost, results, limit),
     }
+
+
+def compiled_micro_batches(plan: Run) -> int:
+    """How many micro-batches of a step are compiled: two for each stage of a pipeline, if there are more.
+
+    The compiler's time and memory grow with them (480 take more than 20 GB); what a card holds at once does not, nor do
+    the operators, except where all forward passes come before the first backward.
+    """
+    if plan.pp == 1 or plan.scheduler == "gpipe":
+        return plan.micro_batches
+    return min(plan.micro_batches, 2 * plan.pp)
 
 
 def verdict(code: int, violations: list, cost: PlanCost | None, results: list[RankResult], limit: float) -> str:
@@ -139,7 +151,7 @@ def rank_record(plan: Run, profile: DeviceProfile, cost: PlanCost | None, result
     record["collectives"] = [collective_record(c, profile) for c in compiled["collectives"]]
     record["layouts"] = layout_table(compiled)
     works = [Work(**work) for work in compiled.get("operators", [])]
-    record["roofline"] = roofline_record(works, profile, balanced_rows(plan), plan.micro_batches)
+    record["roofline"] = roofline_record(works, profile, balanced_rows(plan), compiled_micro_batches(plan))
     return record
 
 

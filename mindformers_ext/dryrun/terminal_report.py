@@ -40,12 +40,19 @@ def render_ranks(report: dict[str, Any]) -> str:
         parts.append("Compiled ranks (bytes in GiB):\n" + rank_table(report))
         parts += [failure_text(r) for r in report["ranks"] if r["status"] != COMPILED]
         compiled = [r for r in report["ranks"] if r["status"] == COMPILED]
-        parts += [f"Collectives of rank {r['rank']} in a step:\n" + collective_table(r) for r in compiled[:1]]
+        step = step_text(report)
+        parts += [f"Collectives of rank {r['rank']} in {step}:\n" + collective_table(r) for r in compiled[:1]]
         parts += [parameter_text(report["parameter_check"])] if compiled else []
         parts += [longest_roofline(compiled)] if compiled else []
         parts += filter(None, [broken_text(report), doubtful_text(report)])
     parts.append(f"Verdict: {report['verdict']}")
     return "\n\n".join(parts)
+
+
+def step_text(report: dict[str, Any]) -> str:
+    """What was compiled of a step."""
+    compiled, micro_batches = report["compiled_micro_batches"], report["degrees"]["micro_batches"]
+    return "a step" if compiled == micro_batches else f"{compiled} of a step's {micro_batches} micro-batches"
 
 
 def table(headers: list[str], rows: list[list[Any]]) -> str:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mindformers_ext.config.run import read_run
 from mindformers_ext.dryrun.device_profile import load_profile
+from mindformers_ext.dryrun.report import compiled_micro_batches
 from mindformers_ext.dryrun.sweep import sweep
 from mindformers_ext.rank_compiler import stand_in_cann
 
@@ -43,6 +45,15 @@ def test_estimate_writes_a_self_contained_page(dryrun, tmp_path, capsys):
     assert page.count("<svg") == 4
     links = [part.split('"')[0] for part in page.split('href="')[1:]]
     assert all(link.startswith("#") for link in links) and "src=" not in page
+
+
+@pytest.mark.parametrize(("micro_batches", "compiled"), [(480, 32), (16, 16)])
+def test_a_long_step_is_compiled_in_part(micro_batches, compiled):
+    """Two micro-batches a stage fill a pipeline: the others add operators to the graph, not to what is known."""
+    assert (
+        compiled_micro_batches(read_run(CLUSTER, 1024, [("parallel_config.micro_batch_num", micro_batches)]))
+        == compiled
+    )
 
 
 def test_compare_prints_both_sides(dryrun, tmp_path, capsys):
