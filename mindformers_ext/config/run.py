@@ -97,6 +97,7 @@ class Sections:
     tensorboard: Tensorboard | None = None
     recipe: Recipe | None = None
     use_skip_data_by_global_norm: bool = False  # leave bad steps out; monitor_config says what is bad
+    check_for_nan_in_loss_and_grad: bool = False  # end at the first step whose loss or gradient norm is not finite
     do_eval: bool = False  # evaluate eval_dataset while training,
     eval_step_interval: Positive = 100  # every so many steps
     use_graceful_exit: bool = False  # end after the step on SIGTERM, SIGUSR1 or the file OUTPUT_DIR/kill_switch
@@ -108,8 +109,7 @@ class Sections:
     filepath_prefix: Text | None = None
     autotune_per_step: Positive | None = None
     passed_on = {
-        bool: "lr_scale check_for_nan_in_loss_and_grad profile profile_communication "
-        "profile_memory profile_pipeline init_start_profile mstx",
+        bool: "lr_scale profile profile_communication profile_memory profile_pipeline init_start_profile mstx",
         bool | None: "train_precision_sync infer_precision_sync",
         Positive: "lr_scale_factor profile_start_step profile_stop_step",
         NotNegative: "profiler_level",

@@ -19,7 +19,7 @@ from mindformers_ext.bin_dataset.sample_order import passages, ranges_of
 from mindformers_ext.config.sections import MonitorConfig
 from mindformers_ext.data.data_position import samples_read, source_of, start_of
 from mindformers_ext.errors import TrainingStopped
-from mindformers_ext.training.metrics import samples_per_step
+from mindformers_ext.training.metrics import as_float, samples_per_step
 from mindformers_ext.training.wrapper import as_numpy, was_left_out
 
 NORMS = "gradient_norms"  # of Meta.health
@@ -96,3 +96,22 @@ class BadSteps(Callback):
         samples = samples_read(data, start, cb_params.cur_step_num, samples_per_step(data))
         documents = [str(passage) for sample in samples for passage in passages(dataset, sample)]
         return {"samples": ranges_of(sorted(samples)), "documents": documents}
+
+
+class StopAtNotFinite(Callback):
+    """End a run at the first step whose loss or gradient norm is not finite; the metrics have its line already.
+
+    In place of MindFormers 1.9.0's TrainingStateMonitor, whose ValueError ends in a traceback.
+    """
+
+    def on_train_step_end(self, run_context: RunContext) -> None:
+        """All ranks have the same norm, and a loss that is not finite makes one that is not: they end together."""
+        cb_params = run_context.original_args()
+        loss, *_, norm = cb_params.net_outputs[:5]
+        for what, value in (("loss", as_float(loss)), ("gradient norm", as_float(norm))):
+            if value is not None and not math.isfinite(value):
+                raise TrainingStopped(
+                    f"the {what} of step {start_of(cb_params).step + cb_params.cur_step_num} is {value} and "
+                    "check_for_nan_in_loss_and_grad is True: lower lr_schedule.learning_rate, look at the data, or set "
+                    "it to False, and steps whose gradients are not finite are left out"
+                )

@@ -36,6 +36,8 @@ from mindformers_ext.training.wrapper import real_model, was_left_out
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+SUMMARIZED = ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm")  # of every record
+
 
 def take_loss_parts(model: nn.Cell) -> tuple[float | None, float | None, float | None]:
     """Return main, MTP and balance loss, the mean over this step's micro-batches and ranks, and reset them.
@@ -96,6 +98,12 @@ def step_of(line: str) -> float:
         return math.inf
     step = record.get("step") if isinstance(record, dict) else None
     return step if isinstance(step, int) else math.inf
+
+
+def whole_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that have what summary and plot show; others may have come from elsewhere."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for record in records if record.keys() >= {*SUMMARIZED, "expert_load"}]
 
 
 def stop_when_refused(tensorboard: SummaryWriter) -> None:
@@ -280,7 +288,7 @@ class TrainingMetrics(Callback):
         if not self.writes or not self.records:
             return
         self.tensorboard.close()
-        records = [json.loads(text) for text in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+        records = whole_records(self.metrics_path)
         plot(records, self.loads, self.folder / "training.png")
         text = self.summary(records)
         write_text(self.folder / "summary.txt", text)
@@ -292,7 +300,7 @@ class TrainingMetrics(Callback):
         timed = self.records[1:] or self.records
         speed = {key: statistics.median(r[key] for r in timed) for key in ("tokens_per_s", "tflops_per_device", "mfu")}
         rows = [f"{'':14}{'first (step ' + str(first['step']) + ')':>20}{'last (step ' + str(last['step']) + ')':>20}"]
-        for key in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm"):
+        for key in SUMMARIZED:
             rows.append(f"{key:14}{number(first[key]):>20}{number(last[key]):>20}")
         rows += [
             f"tokens/s      {speed['tokens_per_s']:,.0f} (median after the first step)",

@@ -22,7 +22,7 @@ from mindformers_ext.errors import ConfigError
 from mindformers_ext.sharded_checkpoint.layout import Meta
 from mindformers_ext.sharded_checkpoint.reader import Checkpoint
 from mindformers_ext.training import muon
-from mindformers_ext.training.bad_steps import BadSteps
+from mindformers_ext.training.bad_steps import BadSteps, StopAtNotFinite
 from mindformers_ext.training.checkpoint_monitor import BeginAt, CheckpointMonitor, RestoreCheckpoint
 from mindformers_ext.training.evaluation import Evaluation
 from mindformers_ext.training.heartbeat import Heartbeat
@@ -130,7 +130,9 @@ class ResumingTrainer(CausalLanguageModelingTrainer):
         if guards.use_graceful_exit or guards.max_train_hours is not None:
             first.append(Steering(guards.use_graceful_exit, guards.max_train_hours))
         monitors = [callback for callback in ordered if isinstance(callback, CheckpointMonitor)]
-        last = [Evaluation(monitors[0], **self.config.evaluation)] if self.config.evaluation else []
+        last: list[Callback] = [Evaluation(monitors[0], **self.config.evaluation)] if self.config.evaluation else []
+        if guards.check_for_nan_in_loss_and_grad:
+            last.append(StopAtNotFinite())
         return [*first, *ordered, *last]
 
 

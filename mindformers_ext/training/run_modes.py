@@ -49,7 +49,7 @@ from mindformers_ext.training.text_generation import generate, pick_token
 
 # Keys of the YAML that MindFormers must not see: its own way of doing it is another, or it does not know them.
 OWN_KEYS = ("do_eval", "eval_step_interval", "use_graceful_exit", "data_skip_steps", "max_train_hours")
-OWN_KEYS += ("max_step_minutes", "recipe")
+OWN_KEYS += ("max_step_minutes", "recipe", "check_for_nan_in_loss_and_grad")
 AS_MINDFORMERS = {"compile": "train", "score": "predict"}  # run modes that it does not know
 # Keys of the context section that mean something on CPU; the others set up an NPU.
 CPU_CONTEXT = ("mode", "device_target", "max_call_depth", "save_graphs", "save_graphs_path")

@@ -41,7 +41,7 @@ EFFECTS = {
         "mindformers_ext/training/start.py": "use_parallel",
         "mindformers_ext/training/resuming_trainer.py": """
             ignore_data_skip use_skip_data_by_global_norm use_graceful_exit max_train_hours max_step_minutes
-            recipe""",
+            recipe check_for_nan_in_loss_and_grad""",
         "mindformers_ext/training/bad_steps.py": "monitor_config",
         "mindformers/trainer/trainer.py": """
             seed:293 trainer:310 parallel:301 profile:1116 profile_communication:1133 profile_memory:1141
@@ -50,7 +50,7 @@ EFFECTS = {
         "mindformers/trainer/base_trainer.py": """
             runner_config:203 train_dataset:1038 train_dataset_task:424 optimizer:659 lr_schedule:640
             grouped_lr_schedule:600 lr_scale:629 lr_scale_factor:630
-            check_for_nan_in_loss_and_grad:1386 tensorboard:1327""",
+            tensorboard:1327""",
         "mindformers/core/parallel_config.py": "parallel_config:60 recompute_config:54 moe_config:40 swap_config:47",
         "mindformers/core/context/build_context.py": "train_precision_sync:621 infer_precision_sync:625",
         "mindformers/dataset/utils.py": "auto_tune:25 filepath_prefix:26 autotune_per_step:27",

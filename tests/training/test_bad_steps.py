@@ -54,6 +54,19 @@ def test_nan_and_spike_are_left_out(tmp_path: Path) -> None:
         assert {**record, "step": 0} | SPEED == {**other, "step": 0} | SPEED
 
 
+def test_check_for_nan_ends_at_the_first_with_a_sentence(tmp_path: Path) -> None:
+    poisoned.write_data(tmp_path / "toy_text_document")
+    poisoned.write_toy_weights(tmp_path / "weights.safetensors")
+    options = ["--load_checkpoint", "weights.safetensors", "--check_for_nan_in_loss_and_grad", "True"]
+    options += [
+        "--callbacks",
+        '[{"type": "TopkBiasBalanceCallback"}]',
+    ]  # TrainingMetrics ends at a loss that is NaN too
+    result = run_mindformer(tmp_path, "--output_dir", "checked", *options)
+    assert result.returncode == TrainingStopped.exit_code and "Traceback" not in result.stderr
+    assert "error: the loss of step 2 is nan and check_for_nan_in_loss_and_grad is True: " in result.stderr
+
+
 SPEED = dict.fromkeys(("tokens_per_s", "tflops_per_device", "mfu"), 0)
 
 

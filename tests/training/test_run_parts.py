@@ -16,7 +16,7 @@ from dataset_tools.unigram_entropy import unigram_entropy
 from mindformers_ext.bin_dataset.text_sources import is_heading
 from mindformers_ext.training import run_modes
 from mindformers_ext.training.device_peak import ASCEND_910B_TFLOPS, device_peak
-from mindformers_ext.training.metrics import keep_lines_until, plot
+from mindformers_ext.training.metrics import keep_lines_until, plot, whole_records
 from mindformers_ext.training.text_generation import generate, pick_token
 
 
@@ -42,6 +42,16 @@ def test_lines_that_are_no_records_are_dropped(tmp_path: Path) -> None:
     path.write_bytes(b"\n".join([b'{"step": 1}', *lines, b'{"step": 2}', b'{"step": 3, "lo']))
     keep_lines_until(path, 6)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_lines_without_losses_are_neither_summed_up_nor_drawn(tmp_path: Path) -> None:
+    """Of a run that resumes over them; they stay in the file."""
+    whole = dict.fromkeys(("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm"), 1.0) | {"expert_load": {}}
+    lines = [{"step": 1}, {"step": 2} | whole, {"step": 3, "loss": 1.0}, {"step": 4} | whole]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [record["step"] for record in whole_records(path)] == [2, 4]
+    plot(whole_records(path), {}, tmp_path / "p.png")
 
 
 def test_plot_without_mtp_and_experts(tmp_path: Path) -> None:
