@@ -26,6 +26,7 @@ LOWER = "mindformers_ext.lowering.lower:lower_into"  # what is done with a compi
 FAILURE = "failure.json"  # what a rank that fails writes: {rank, message, time}
 # After the first failure the others stop by themselves within a tenth of a second; this is for those that compute.
 GRACE_SECONDS = 1.5
+RUN_SECONDS = 1800.0  # for a check's run, after which a rank hangs
 
 
 class RankError(UserError, RuntimeError):
@@ -136,6 +137,32 @@ def run_ranks(folder: Path, world_size: int, stages: int = 1) -> list[dict]:
 
     supervise([start(rank) for rank in range(world_size)], explain)
     return [json.loads((rank_folder(folder, rank) / "result.json").read_text()) for rank in range(world_size)]
+
+
+def run_forked(pool: rank_pool.RankPool, jobs: rank_pool.RankJobs) -> None:
+    """Run processes that `pool` forks, to their end. Raises RankError that names the first one that failed.
+
+    They stop each other through their collectives.
+    """
+    ranks = list(range(jobs.world_size))
+    for rank in ranks:
+        (rank_folder(jobs.out, rank) / FAILURE).unlink(missing_ok=True)
+    pool.submit(jobs, ranks)
+    failed = {rank: (folder, code, seconds) for rank, folder, code, seconds in pool.ends(jobs, ranks) if code != 0}
+    if failed:
+        explained = {rank: _end_of(folder, rank, code, seconds) for rank, (folder, code, seconds) in failed.items()}
+        first = min(explained, key=lambda rank: explained[rank][0])
+        raise RankError(f"rank {first} failed first: {explained[first][1]}")
+
+
+def _end_of(folder: Path, rank: int, code: int | None, seconds: float) -> tuple[float, str]:
+    """As `failure_of`, of a process that was forked; code None where it took too long."""
+    log = folder / rank_pool.LOG
+    if code is None:
+        return time.time(), f"no end after {seconds:.0f} s; its log is {log}"
+    told, sentence = failure_of(folder / FAILURE, log, rank, code)
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    return told, "; ".join([sentence, *lines])
 
 
 def start_rank(command: list[str], environment: dict[str, str], failure: Path, log: Path) -> subprocess.Popen:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from mindformers_ext.config.pipeline import FOLDED
 from mindformers_ext.config.run import Run
 from mindformers_ext.config.run_rules import refuse
 from mindformers_ext.config.strategy_rules import check_plan
-from mindformers_ext.cpu_parallel import job, launch
+from mindformers_ext.cpu_parallel import job, launch, worker
 from mindformers_ext.cpu_parallel.command import absolute, read_plan
 from mindformers_ext.cpu_parallel.run_rank import rank_folder
 from mindformers_ext.cpu_parallel.verify import Layout
 from mindformers_ext.errors import ConfigError
-from mindformers_ext.rank_compiler.rank_pool import RankJobs
+from mindformers_ext.rank_compiler.rank_pool import RankJobs, RankPool
 
 CAPACITY = {"moe_config.use_gmm": False, "moe_config.capacity_factor": 4.0}
 ALL_TO_ALL = {"moe_config.moe_token_dispatcher_type": "alltoall"}
@@ -191,11 +192,10 @@ class RunProblem:
         model = json.dumps(layout.arguments["model"], sort_keys=True)
         return "single-" + hashlib.sha256(model.encode()).hexdigest()[:8]
 
-    def single(self, layout: Layout, folder: Path) -> None:
+    def single(self, layout: Layout, folder: Path, runners: RankPool) -> None:
         """Train in one process."""
         overrides = one_process_overrides(self.plan) | layout.arguments["model"]
-        command = [str(job.ROOT / "run_mindformer.py"), *self._command(overrides, folder)]
-        launch.run_child(command, (), folder.with_suffix(".log"))
+        launch.run_forked(runners, self._runs(overrides, folder, Layout(folder.name, {}, 1)))
 
     def jobs(self, layout: Layout, folder: Path) -> RankJobs:
         """How all ranks are compiled and lowered; raises ConfigError when the YAML does not allow the layout."""
@@ -207,13 +207,37 @@ class RunProblem:
         builder = launch.RunBuilder(tuple(self._command(overrides, folder)), (str(job.ROOT),))
         return launch.rank_jobs(builder, layout.world_size, folder, layout.stages)
 
-    def run(self, layout: Layout, single: Path, folder: Path) -> list[dict]:
+    def run(self, layout: Layout, single: Path, folder: Path, runners: RankPool) -> list[dict]:
         """Train as ranks; what ParallelCheck wrote of each."""
         overrides = layout.arguments["overrides"] | layout.arguments["model"]
         plan = self.plan.changed(overrides.items(), layout.world_size)
-        job.train(self._command(overrides, folder), job.rank_job(plan, folder), folder)
+        first = job.rank_job(plan, folder)
+        launch.run_forked(
+            runners, self._runs(overrides, folder, layout, lambda rank: replace(first, rank=rank).environment())
+        )
         results = [rank_folder(folder, rank) / "result.json" for rank in range(layout.world_size)]
         return [json.loads(path.read_text()) for path in results]
+
+    def _runs(
+        self,
+        overrides: dict[str, Any],
+        folder: Path,
+        layout: Layout,
+        own_environment: Callable[[int], dict[str, str]] = lambda _: {},
+    ) -> RankJobs:
+        """How ranks, or one process, train into `folder`; their logs are in its folder `runs`."""
+        return RankJobs(
+            module=worker.__name__,
+            arguments=lambda own: [str(own / launch.FAILURE), *self._command(overrides, folder)],
+            world_size=layout.world_size,
+            devices_per_stage=layout.world_size // layout.stages,
+            out=folder / "runs",
+            level=None,
+            timeout_seconds=launch.RUN_SECONDS,
+            python_path=(str(job.ROOT),),
+            environment={"OMP_NUM_THREADS": "1"} | launch.bytecode_cache(),
+            own_environment=own_environment,
+        )
 
     def _command(self, overrides: dict[str, Any], folder: Path) -> list[str]:
         """run_mindformer.py's arguments for a check into `folder`."""

@@ -12,6 +12,8 @@ from mindformers_ext.cpu_parallel.compare import Comparison, compare
 from mindformers_ext.lowering.deadlock import traffic
 from mindformers_ext.rank_compiler.rank_pool import RankJobs, RankPool
 
+MOST_RANKS = 64  # that run at once: a rank waits for the others, so all of a layout do
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -45,7 +47,7 @@ class Problem:
         """Folder of the single process that a layout is compared with."""
         return "single"
 
-    def single(self, layout: Layout | None, folder: Path) -> None:
+    def single(self, layout: Layout | None, folder: Path, runners: RankPool | None = None) -> None:
         """Run the single process into `folder`."""
         builder = launch.Builder(f"{self.module}:build_single", {"steps": self.steps}, self.python_path)
         launch.run_reference(builder, folder)
@@ -55,7 +57,7 @@ class Problem:
         builder = launch.Builder(f"{self.module}:build", layout.arguments, self.python_path)
         return launch.rank_jobs(builder, layout.world_size, folder, layout.stages)
 
-    def run(self, layout: Layout, single: Path, folder: Path) -> list[dict]:
+    def run(self, layout: Layout, single: Path, folder: Path, runners: RankPool) -> list[dict]:
         """Run all ranks from the single process's initial parameters and batches; what each wrote to result.json."""
         for name in ("initial.npz", "batches.npz"):
             (folder / name).unlink(missing_ok=True)
@@ -85,7 +87,7 @@ def verify(problem: Problem, layouts: Sequence[Layout], folder: Path) -> Iterato
 
     The ranks of the next layouts are compiled while those of one run.
     """
-    with RankPool(os.cpu_count() or 1) as pool:
+    with RankPool(os.cpu_count() or 1) as pool, RankPool(MOST_RANKS) as runners:
         asked: dict[str, RankJobs | Exception] = {}
         for layout in layouts:
             try:
@@ -98,16 +100,16 @@ def verify(problem: Problem, layouts: Sequence[Layout], folder: Path) -> Iterato
                     raise jobs
                 single = folder / problem.single_name(layout)
                 if not single.exists():
-                    problem.single(layout, single)
-                yield _row(pool, problem, layout, single, jobs)
+                    problem.single(layout, single, runners)
+                yield _row(pool, runners, problem, layout, single, jobs)
             except (ValueError, RuntimeError) as error:
                 yield Row(layout, failure=str(error))
 
 
 def run_layout(problem: Problem, layout: Layout, single: Path, folder: Path) -> Row:
     """Compile, lower, run and compare one layout. Raises what the parts raise."""
-    with RankPool(os.cpu_count() or 1) as pool:
-        return _row(pool, problem, layout, single, _submit(pool, problem, layout, folder))
+    with RankPool(os.cpu_count() or 1) as pool, RankPool(MOST_RANKS) as runners:
+        return _row(pool, runners, problem, layout, single, _submit(pool, problem, layout, folder))
 
 
 def _submit(pool: RankPool, problem: Problem, layout: Layout, folder: Path) -> RankJobs:
@@ -117,11 +119,11 @@ def _submit(pool: RankPool, problem: Problem, layout: Layout, folder: Path) -> R
     return jobs
 
 
-def _row(pool: RankPool, problem: Problem, layout: Layout, single: Path, jobs: RankJobs) -> Row:
+def _row(pool: RankPool, runners: RankPool, problem: Problem, layout: Layout, single: Path, jobs: RankJobs) -> Row:
     """The row of a layout whose ranks were submitted."""
     compiled = list(pool.results(jobs, list(range(layout.world_size))))
     totals = [traffic(calls).values() for calls in launch.lowered(jobs, compiled)]
-    results = problem.run(layout, single, jobs.out)
+    results = problem.run(layout, single, jobs.out, runners)
     return Row(
         layout,
         compare(single, jobs.out, layout.world_size, layout.stages, layout.micro_batches, layout.loss_stage),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -61,10 +62,16 @@ class RankJobs:
     world_size: int
     devices_per_stage: int
     out: Path
-    level: int
+    level: int | None  # None in an environment without stand-in libraries, where ranks run
     timeout_seconds: float = 3600.0
     python_path: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)  # added to the children's
+    own_environment: Callable[[int], dict[str, str]] | None = None  # of a rank that runs
+
+    def environment_of(self, rank: int) -> dict[str, str]:
+        """What a rank's process alone has."""
+        compiles = {"RANK_ID": str(rank), "RANK_SIZE": str(self.world_size)}
+        return self.own_environment(rank) if self.own_environment else compiles
 
 
 class RankPool:
@@ -99,7 +106,7 @@ class RankPool:
         for rank in ranks:
             folder = _folder(jobs, rank)
             folder.mkdir(parents=True, exist_ok=True)
-            told = {"rank": rank, "world_size": jobs.world_size, "folder": str(folder)}
+            told = {"environment": jobs.environment_of(rank), "folder": str(folder)}
             self._tell(told | {"arguments": jobs.arguments(folder)})
             self.submitted += 1
 
@@ -109,12 +116,17 @@ class RankPool:
             self.process.stdin.flush()
 
     def results(self, jobs: RankJobs, ranks: list[int]) -> Iterator[RankResult]:
-        """What becomes of ranks that were submitted, as they end."""
+        """What becomes of ranks that were submitted to be compiled, as they end."""
+        for rank, folder, code, seconds in self.ends(jobs, ranks):
+            yield _read_result(jobs, folder, rank, code, seconds)
+
+    def ends(self, jobs: RankJobs, ranks: list[int]) -> Iterator[tuple[int, Path, int | None, float]]:
+        """(rank, folder of its log, exit code, seconds) as ranks end; the code is None when one took too long."""
         waiting = {str(_folder(jobs, rank)): rank for rank in ranks}
         while waiting:
             for folder in [folder for folder in waiting if folder in self.ended]:
                 ended = self.ended[folder]
-                yield _read_result(jobs, Path(folder), waiting.pop(folder), ended["code"], ended["seconds"])
+                yield waiting.pop(folder), Path(folder), ended["code"], ended["seconds"]
             line = self.process.stdout.readline() if waiting else None
             if line:
                 ended = json.loads(line)
@@ -122,7 +134,7 @@ class RankPool:
             elif line is not None:  # the server itself has ended
                 code = self.process.wait()
                 for rank in waiting.values():
-                    yield _read_result(jobs, self.server_folder, rank, code, 0.0)
+                    yield rank, self.server_folder, code, 0.0
                 return
 
 
@@ -153,8 +165,8 @@ def _one_line(result: RankResult) -> str:
 
 def _start_server(jobs: RankJobs, rank: int) -> subprocess.Popen:
     """The process from which the ranks are forked; it and they end with this one. Its log is in `jobs.out`."""
-    env = ascend_environment(rank, jobs.world_size, jobs.level)
-    env["PYTHONPATH"] = ":".join((*jobs.python_path, env["PYTHONPATH"]))
+    env = dict(os.environ) if jobs.level is None else ascend_environment(rank, jobs.world_size, jobs.level)
+    env["PYTHONPATH"] = ":".join((*jobs.python_path, env.get("PYTHONPATH", "")))
     env.setdefault("GLOG_v", "3")
     jobs.out.mkdir(parents=True, exist_ok=True)
     with (jobs.out / LOG).open("wb") as log:

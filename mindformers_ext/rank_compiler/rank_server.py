@@ -4,9 +4,9 @@ MindFormers costs each rank as much as compiling three layers.
     python -m mindformers_ext.rank_compiler.rank_server   (started by rank_pool.py in `ascend_environment`)
 
 Reads JSON lines: first `module`, whose `main(arguments) -> exit code` compiles a rank and whose `preload(arguments)`
-imports what it needs, `workers` and `timeout_seconds`; then one for each rank, {rank, world_size, folder, arguments},
-until its input ends. Prints a JSON line {folder, code, seconds} for each rank that has ended, code null when it took
-too long. What a rank prints goes to log.txt in its folder.
+imports what it needs, `workers` and `timeout_seconds`; then one for each rank, {environment, folder, arguments}, until
+its input ends. Prints a JSON line {folder, code, seconds} for each rank that has ended, code null when it took too
+long. What a rank prints goes to log.txt in its folder. The module may do other work: verify.py's runs are forked too.
 """
 
 import gc
@@ -95,7 +95,7 @@ def start(module, job: dict) -> Child:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(job["folder"])
-    os.environ.update(RANK_ID=str(job["rank"]), RANK_SIZE=str(job["world_size"]))
+    os.environ.update(job["environment"])
     sys.exit(module.main(job["arguments"]))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mindformers_ext.cpu_parallel import launch
+from mindformers_ext.rank_compiler.rank_pool import RankJobs, RankPool
 
 
 def python(code: str) -> subprocess.Popen:
@@ -98,3 +99,31 @@ def test_lines_are_handed_on_once_and_when_they_are_whole(tmp_path):
     logs[0].write_text("says step 1, loss 2.0\n")
     follower.read()
     assert said == ["step 1, loss 2.0"]
+
+
+def test_a_forked_run_names_the_rank_that_failed_first(tmp_path):
+    """By its own sentence where it wrote one, by its log otherwise; a rank that does not end is one of them."""
+
+    def jobs(code: str, seconds: float = 60.0) -> RankJobs:
+        where = {"out": tmp_path, "level": None, "python_path": (str(Path(__file__).parents[1]),)}
+        own = {"own_environment": lambda rank: {"R": str(rank)}, "timeout_seconds": seconds}
+        return RankJobs("helpers.rank_code", lambda _: [code], 2, 2, **where, **own)
+
+    def failure(code: str, seconds: float = 60.0) -> str:
+        with RankPool(2) as pool, pytest.raises(launch.RankError) as raised:
+            launch.run_forked(pool, jobs(code, seconds))
+        return str(raised.value)
+
+    with RankPool(2) as pool:
+        launch.run_forked(pool, jobs("import os; open('rank', 'w').write(os.environ['R'])"))
+    assert [(tmp_path / f"rank_{rank}" / "rank").read_text() for rank in range(2)] == ["0", "1"]
+    told = "import json, os, sys; r = int(os.environ['R']); "
+    told += (
+        "json.dump({'rank': r, 'message': f'rank {r}: broke', 'time': 9 - r}, open('failure.json', 'w')); sys.exit(1)"
+    )
+    assert failure(told) == "rank 1 failed first: broke"
+    said = "import os, sys; print('error: no data'); sys.exit(2 * int(os.environ['R']))"
+    assert failure(said).startswith("rank 1 failed first: exit code 2; its log is ")
+    assert failure(said).endswith("log.txt; error: no data")
+    hangs = "import os, time; time.sleep(60 * int(os.environ['R']))"
+    assert "rank 1 failed first: no end after " in failure(hangs, 5.0)
