@@ -292,7 +292,7 @@ class IndexedDatasetWriter:
             self._lengths.append(other.sequence_lengths)
             self._marks.append((self._sequences, other.document_indices[1:]))
             self._sequences += len(other)
-            copies.append((bin_path(prefix), at, other.tokens.nbytes))
+            copies.append((f"{prefix}.bin", at, other.tokens.nbytes))
             at += other.tokens.nbytes
         with naming(self._partial), ThreadPoolExecutor(threads) as pool:
             checksums = list(pool.map(self._copy, copies))
@@ -300,10 +300,10 @@ class IndexedDatasetWriter:
         self.pieces += [(size, checksum) for (_, _, size), checksum in zip(copies, checksums, strict=True)]
         return checksums
 
-    def _copy(self, copy: tuple[Path, int, int]) -> str:
+    def _copy(self, copy: tuple[str, int, int]) -> str:
         path, at, size = copy
         digest, piece = hashlib.sha256(), memoryview(bytearray(min(PIECE, size)))
-        with open(path, "rb", buffering=0) as source:
+        with remote.open_binary(path) as source:
             while count := size and source.readinto(piece):
                 digest.update(piece[:count])
                 at += write_all(self._file.fileno(), piece[:count], at)
