@@ -9,7 +9,6 @@ takes that file for all of them.
 
 import argparse
 import glob
-import json
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ from mindformers_ext.bin_dataset.indexed_dataset import (
     IndexedDataset,
     IndexedDatasetWriter,
     loss_mask_prefix,
+    manifest_of,
 )
 from mindformers_ext.files import remote
 from mindformers_ext.files.atomic import write_json
@@ -55,11 +55,6 @@ def checksum_of(prefix: str) -> str | None:
     beside = manifest_of(prefix.removesuffix(loss_mask_prefix("")))
     pieces = beside["files"][Path(prefix).name]["bin"] if beside else ()
     return pieces[0]["sha256"] if len(pieces) == 1 else None
-
-
-def manifest_of(prefix: str) -> dict[str, object] | None:
-    """What the tool wrote beside a part."""
-    return json.loads(remote.read_text(f"{prefix}.json")) if remote.exists(f"{prefix}.json") else None
 
 
 def manifest(args: argparse.Namespace, prefixes: list[str], files: dict[str, object]) -> dict[str, object]:

@@ -9,12 +9,14 @@ of each document, and S at the end) and, in multimodal files only, a mode per se
 import fcntl
 import hashlib
 import io
+import json
 import os
 import struct
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +50,19 @@ def idx_path(prefix: str | Path) -> Path:
 def loss_mask_prefix(prefix: str | Path) -> str:
     """Where the loss mask of a dataset lies: a second pair, 1 on tokens to be learnt, same lengths as the tokens."""
     return f"{prefix}_loss_mask"
+
+
+def manifest_of(prefix: str) -> dict[str, Any] | None:
+    """What the tool that made a dataset wrote beside it; None where there is nothing."""
+    path = f"{prefix}.json"
+    return json.loads(remote.read_text(path)) if remote.exists(path) else None
+
+
+def ids_of_tokenizer(manifest: dict[str, Any] | None) -> int:
+    """Ids of the largest tokenizer that made a dataset, or one of its parts; 0 where that is not known."""
+    if not manifest:
+        return 0
+    return max([manifest.get("vocab_size") or 0, *map(ids_of_tokenizer, manifest.get("parts", ()))])
 
 
 def smallest_dtype(vocab_size: int | None) -> type[np.number]:
