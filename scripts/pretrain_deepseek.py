@@ -98,7 +98,8 @@ WITHOUT_EFFECT = (
     )
     | dict.fromkeys(("HL_EVAL_ITERS", "HL_EVAL_INTERVAL"), "training evaluates nothing; use --run_mode eval")
     | dict.fromkeys(
-        ("HL_CKPT_FORMAT", "HL_USE_DIST_CKPT", "HL_DIST_CKPT_FORMAT", "HL_VERIFY_CKPT"),
+        ("HL_CKPT_FORMAT", "HL_USE_DIST_CKPT", "HL_DIST_CKPT_FORMAT", "HL_VERIFY_CKPT")
+        + ("HL_SAVE_DISTRIB_OPTIMIZER_METHOD", "HL_LOAD_DISTRIB_OPTIMIZER_METHOD"),
         "checkpoints are this project's own, by rank and checksummed",
     )
     | dict.fromkeys(("HL_TOKENIZER_TYPE", "HL_TOKENIZER_MODEL"), "training on .bin files reads no tokenizer")

@@ -64,7 +64,7 @@ def user(tmp_path):
 
 def test_from_the_download_to_the_chat(user):
     small = COMMANDS.replace("--device_num 128", "--device_num 2").replace("--seq-length 4096", "--seq-length 128")
-    small = small.replace("--output finetune.yaml", "--output finetune.yaml --seq_length 128")
+    small = small.replace("--output finetune.yaml", "--output finetune.yaml --seq_length 128 --global_batch 2")
     *before, job, merge, serve = [line for line in small.splitlines() if line and not line.startswith("#")]
     said = [user.types(command) for command in before]
     assert "DeepSeek-V3.1-Base" in before[0] and "every one checked" in said[1]
@@ -73,7 +73,7 @@ def test_from_the_download_to_the_chat(user):
     assert "AscendJob" in (user.folder / "job.yaml").read_text()
 
     # What the job would run, on this machine's CPU.
-    short = "--train_dataset.data_loader.sizes [8,0,0] --runner_config.gradient_accumulation_steps 1"
+    short = "--train_dataset.data_loader.sizes [8,0,0]"
     user.types(f'bash scripts/msrun_launcher.sh "run_mindformer.py --config finetune.yaml {short}" 2')
     assert (user.folder / "output/adapter/adapter_model.safetensors").is_file()
     user.types(merge)
