@@ -2,13 +2,13 @@
 
     python dataset_tools/merge_bin.py --input 'P.shard-*_text_document' --output-prefix P_text_document
 
-Every token is read once, by many threads, and compared with the checksum that the tool wrote beside its part. With
---blend nothing is copied: P_text_document.json names the parts, and data_path takes that file for all of them.
+Parts and whole may be addresses (s3://...). Every token is read once, by many threads, and compared with the checksum
+that the tool wrote beside its part. With --blend nothing is copied: P_text_document.json names the parts, and data_path
+takes that file for all of them.
 """
 
 import argparse
 import glob
-import json
 import os
 import re
 import sys
@@ -20,9 +20,10 @@ from mindformers_ext.bin_dataset import cli, pipeline
 from mindformers_ext.bin_dataset.indexed_dataset import (
     IndexedDataset,
     IndexedDatasetWriter,
-    idx_path,
     loss_mask_prefix,
+    manifest_of,
 )
+from mindformers_ext.files import remote
 from mindformers_ext.files.atomic import write_json
 
 
@@ -32,11 +33,9 @@ def merge(prefixes: list[str], output: str) -> dict[str, object]:
     Raises ValueError if the parts do not fit together, or are not what their manifests say.
     """
     masks = [loss_mask_prefix(prefix) for prefix in prefixes]
-    with_mask = [idx_path(mask).is_file() for mask in masks]
+    with_mask = [remote.exists(f"{mask}.idx") for mask in masks]
     if any(with_mask) and not all(with_mask):
         raise ValueError(f"{prefixes[with_mask.index(False)]} has no loss mask, other parts have; merge like with like")
-    if output in prefixes:
-        raise ValueError(f"--output-prefix {output} is also an input")
     files = join(prefixes, output)
     return files | join(masks, loss_mask_prefix(output)) if all(with_mask) else files
 
@@ -53,16 +52,14 @@ def join(prefixes: list[str], output: str) -> dict[str, object]:
 
 def checksum_of(prefix: str) -> str | None:
     """The sha256 that the manifest beside a part says of its tokens; None if it says nothing, or of pieces."""
-    name = Path(prefix).name
-    manifest = Path(prefix.removesuffix(loss_mask_prefix("")) + ".json")
-    pieces = json.loads(manifest.read_text())["files"][name]["bin"] if manifest.is_file() else ()
+    beside = manifest_of(prefix.removesuffix(loss_mask_prefix("")))
+    pieces = beside["files"][Path(prefix).name]["bin"] if beside else ()
     return pieces[0]["sha256"] if len(pieces) == 1 else None
 
 
 def manifest(args: argparse.Namespace, prefixes: list[str], files: dict[str, object]) -> dict[str, object]:
     """How the whole came to be: arguments, counts, checksums, and what the tools wrote beside the parts."""
     parts = [IndexedDataset(prefix) for prefix in prefixes]
-    beside = [Path(f"{prefix}.json") for prefix in prefixes]
     return {
         "tool": "merge_bin.py",
         "tool_version": pipeline.TOOL_VERSION,
@@ -72,17 +69,22 @@ def manifest(args: argparse.Namespace, prefixes: list[str], files: dict[str, obj
             "sequences": sum(map(len, parts)),
             "tokens": sum(len(part.tokens) for part in parts),
         },
-        "data_path": [os.path.abspath(prefix) for prefix in prefixes] if args.blend else None,
+        "data_path": [absolute(prefix) for prefix in prefixes] if args.blend else None,
         "files": files,
-        "parts": [json.loads(path.read_text()) if path.is_file() else None for path in beside],
+        "parts": [manifest_of(prefix) for prefix in prefixes],
     }
+
+
+def absolute(prefix: str) -> str:
+    """A prefix that holds wherever a run starts."""
+    return prefix if remote.is_remote(prefix) else os.path.abspath(prefix)
 
 
 def parts_of(patterns: list[str]) -> list[str]:
     """Prefixes, and what patterns of them match in the order of their names."""
     found = []
     for pattern in patterns:
-        matching = [path.removesuffix(".idx") for path in sorted(glob.glob(f"{pattern}.idx"))]
+        matching = [path.removesuffix(".idx") for path in remote.matches(f"{pattern}.idx")]
         if not matching and glob.has_magic(pattern):
             raise ValueError(f"--input {pattern} matches no .idx file")
         found += matching or [pattern]
@@ -96,7 +98,10 @@ def run(arguments: list[str] | None = None) -> None:
     """Parse the command line, merge and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--input", nargs="+", required=True, help="prefixes of the parts, without .bin/.idx, or patterns"
+        "--input",
+        nargs="+",
+        required=True,
+        help="prefixes or patterns of the parts, without .bin/.idx; paths or addresses",
     )
     parser.add_argument("--output-prefix", required=True, help="prefix of the whole")
     parser.add_argument(
@@ -104,8 +109,11 @@ def run(arguments: list[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     prefixes = parts_of(args.input)
-    facts = manifest(args, prefixes, {} if args.blend else merge(prefixes, args.output_prefix))
-    write_json(f"{args.output_prefix}.json", facts)
+    if args.output_prefix in prefixes and not args.blend:
+        raise ValueError(f"--output-prefix {args.output_prefix} is also an input")
+    with remote.sent_to(args.output_prefix, [args.output_prefix, loss_mask_prefix(args.output_prefix)]) as output:
+        facts = manifest(args, prefixes, {} if args.blend else merge(prefixes, output))
+        write_json(f"{output}.json", facts)
     counts = facts["counts"]
     print(
         f"merged {len(prefixes)} datasets: {counts['documents']} documents, {counts['sequences']} sequences, "

@@ -98,21 +98,19 @@ WITHOUT_EFFECT = (
     )
     | dict.fromkeys(("HL_EVAL_ITERS", "HL_EVAL_INTERVAL"), "training evaluates nothing; use --run_mode eval")
     | dict.fromkeys(
-        ("HL_CKPT_FORMAT", "HL_USE_DIST_CKPT", "HL_DIST_CKPT_FORMAT", "HL_VERIFY_CKPT"),
+        ("HL_CKPT_FORMAT", "HL_USE_DIST_CKPT", "HL_DIST_CKPT_FORMAT", "HL_VERIFY_CKPT")
+        + ("HL_SAVE_DISTRIB_OPTIMIZER_METHOD", "HL_LOAD_DISTRIB_OPTIMIZER_METHOD"),
         "checkpoints are this project's own, by rank and checksummed",
     )
     | dict.fromkeys(("HL_TOKENIZER_TYPE", "HL_TOKENIZER_MODEL"), "training on .bin files reads no tokenizer")
     | dict.fromkeys(("HL_RESULTS_DIR_PREFIX", "HL_REDIRECT_LOGS"), "logs and results are in HL_RESULTS_DIR")
-    | {
-        "HL_TENSORBOARD_DIR": "TensorBoard's files are in OUTPUT_DIR/tensorboard",
-        "HL_PROFILE_RANKS": "set profile_rank_ids",
-    }
+    | {"HL_PROFILE_RANKS": "set profile_rank_ids"}
 )
 KNOWN = {*GAUDI, *OTHER_NAMES, *NUMBERS, *SWITCHES, *TEXTS, *MACHINES, *WITHOUT_EFFECT} | {
     *("HL_RECOMPUTE_NUM_LAYERS", "HL_MOE_LAYER_RECOMPUTE", "HL_MOE_GROUPED_GEMM", "HL_TOKEN_DISPATCHER_TYPE"),
     *("HL_DATA_DIR_ROOT", "HL_DATA_FILE_PREFIX", "HL_CHECKPOINTS_DIR", "HL_LOAD_DIR", "HL_SAVE", "HL_EXIT_INTERVAL"),
     *("HL_KILL_SWITCH_FILE", "HL_FISRT_PP_STAGE_LAYERS", "HL_LAST_PP_STAGE_LAYERS", "HL_LR_DECAY_ITER"),
-    *("HL_AUX_LOSS_COEFF", "HL_DROPOUT", "HL_PROFILE_TYPE"),
+    *("HL_AUX_LOSS_COEFF", "HL_DROPOUT", "HL_PROFILE_TYPE", "HL_TENSORBOARD_DIR"),
 }
 
 
@@ -319,7 +317,9 @@ def data(asked: Asked) -> None:
         missing = "HL_DATA_FILE_PREFIX" if prefix is None else "HL_DATA_DIR_ROOT"
         raise ConfigError(f"{missing} is not set, but the other half of the data's path is; set both")
     if root is not None:
-        asked.becomes("HL_DATA_DIR_ROOT", {f"{DATA}.data_path": ["1", str(Path(root) / prefix)]}, "with the prefix")
+        asked.becomes(
+            "HL_DATA_DIR_ROOT", {f"{DATA}.data_path": ["1", str(Path(root) / prefix)]}, f"HL_DATA_FILE_PREFIX={prefix}"
+        )
 
 
 def saving(asked: Asked) -> None:
@@ -336,12 +336,13 @@ def saving(asked: Asked) -> None:
     if asked.switch("HL_SAVE") is False:
         changed, callbacks = True, [item for item in callbacks if item not in savers]
         asked.becomes("HL_SAVE", {}, text="callbacks: no CheckpointMonitor")
-    if "HL_LOG_INTERVAL" in asked.values:
-        every = asked.number("HL_LOG_INTERVAL")
-        for item in callbacks:
-            if item.get("type") == "TrainingMetrics":
-                changed, item["per_print_times"] = True, every
-        asked.becomes("HL_LOG_INTERVAL", {}, text=f"callbacks: TrainingMetrics.per_print_times: {every}")
+    for name, key in (("HL_LOG_INTERVAL", "per_print_times"), ("HL_TENSORBOARD_DIR", "tensorboard_dir")):
+        if name in asked.values:
+            value = asked.number(name) if key == "per_print_times" else asked.values[name]
+            for item in callbacks:
+                if item.get("type") == "TrainingMetrics":
+                    changed, item[key] = True, value
+            asked.becomes(name, {}, text=f"callbacks: TrainingMetrics.{key}: {value}")
     stop = asked.number("HL_EXIT_INTERVAL", 0)
     if stop:
         changed = True

@@ -94,12 +94,14 @@ def exists(target: str, model: dict[str, Any], moe: dict[str, Any]) -> bool:
 
 
 def depth_of_files(hf_dir: Path, hf: dict[str, Any]) -> int:
-    """MTP layers of the weights that are there."""
-    from hf_weights import mtp_depth_of
+    """MTP layers of the weights that are there, or that the index says will be."""
+    from hf_weights import HF_INDEX, as_text, mtp_depth_of
 
-    from mindformers_ext.files.safetensors_format import Tensors
+    from mindformers_ext.files.safetensors_format import read_folder, read_index
 
-    return mtp_depth_of(Tensors(hf_dir), hf["num_hidden_layers"])
+    index = hf_dir / HF_INDEX
+    names = read_index(index) if index.exists() else read_folder(hf_dir, HF_INDEX)
+    return mtp_depth_of(as_text(names, hf_dir), hf["num_hidden_layers"])
 
 
 def powers(limit: int) -> list[int]:

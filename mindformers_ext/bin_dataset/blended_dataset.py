@@ -13,6 +13,7 @@ import numpy as np
 from mindformers_ext.bin_dataset import _index_builder, index_cache
 from mindformers_ext.bin_dataset.gpt_dataset import GPTDataset, GPTDatasetConfig, plan_samples
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset, idx_path
+from mindformers_ext.files import remote
 
 SPLITS = ("train", "valid", "test")
 COUNTED = 1 << 18  # samples that are counted together
@@ -228,7 +229,7 @@ def parse_blend(paths: str | Sequence[str | float]) -> tuple[list[str], list[flo
     apart. Weights are above 0.
     """
     if isinstance(paths, str) and paths.endswith(".json"):  # of merge_bin.py --blend
-        paths = json.loads(Path(paths).read_text(encoding="utf-8"))["data_path"]
+        paths = json.loads(remote.read_text(paths))["data_path"]
     elif isinstance(paths, str):
         paths = [paths] if idx_path(paths).is_file() else paths.split()
     items = [str(path).strip() for path in paths]

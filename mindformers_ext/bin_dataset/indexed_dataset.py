@@ -9,12 +9,14 @@ of each document, and S at the end) and, in multimodal files only, a mode per se
 import fcntl
 import hashlib
 import io
+import json
 import os
 import struct
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +51,19 @@ def idx_path(prefix: str | Path) -> Path:
 def loss_mask_prefix(prefix: str | Path) -> str:
     """Where the loss mask of a dataset lies: a second pair, 1 on tokens to be learnt, same lengths as the tokens."""
     return f"{prefix}_loss_mask"
+
+
+def manifest_of(prefix: str) -> dict[str, Any] | None:
+    """What the tool that made a dataset wrote beside it; None where there is nothing."""
+    path = f"{prefix}.json"
+    return json.loads(remote.read_text(path)) if remote.exists(path) else None
+
+
+def ids_of_tokenizer(manifest: dict[str, Any] | None) -> int:
+    """Ids of the largest tokenizer that made a dataset, or one of its parts; 0 where that is not known."""
+    if not manifest:
+        return 0
+    return max([manifest.get("vocab_size") or 0, *map(ids_of_tokenizer, manifest.get("parts", ()))])
 
 
 def smallest_dtype(vocab_size: int | None) -> type[np.number]:
@@ -295,7 +310,7 @@ class IndexedDatasetWriter:
             self._lengths.append(other.sequence_lengths)
             self._marks.append((self._sequences, other.document_indices[1:]))
             self._sequences += len(other)
-            copies.append((bin_path(prefix), at, other.tokens.nbytes))
+            copies.append((f"{prefix}.bin", at, other.tokens.nbytes))
             at += other.tokens.nbytes
         with naming(self._partial), ThreadPoolExecutor(threads) as pool:
             checksums = list(pool.map(self._copy, copies))
@@ -303,10 +318,10 @@ class IndexedDatasetWriter:
         self.pieces += [(size, checksum) for (_, _, size), checksum in zip(copies, checksums, strict=True)]
         return checksums
 
-    def _copy(self, copy: tuple[Path, int, int]) -> str:
+    def _copy(self, copy: tuple[str, int, int]) -> str:
         path, at, size = copy
         digest, piece = hashlib.sha256(), memoryview(bytearray(min(PIECE, size)))
-        with open(path, "rb", buffering=0) as source:
+        with remote.open_binary(path) as source:
             while count := size and source.readinto(piece):
                 digest.update(piece[:count])
                 at += write_all(self._file.fileno(), piece[:count], at)

@@ -7,10 +7,7 @@ belong to the same inputs, tokenizer and arguments, and writes the same bytes as
 
 import hashlib
 import json
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -170,16 +167,8 @@ def write_documents(job: Job, batches: Iterator[Batch]) -> Counts:
 
 def _uploaded(job: Job, write: Callable[[Job], Counts]) -> Counts:
     """Write the output on this machine, where an interrupted run finds its partitions again, then to its address."""
-    name = hashlib.sha256(job.prefix.encode()).hexdigest()[:16]
-    scratch = Path(tempfile.gettempdir()) / f"bin_dataset-{os.getuid()}-{name}"
-    local = replace(job, prefix=str(scratch / job.prefix.rsplit("/", 1)[1]))
-    counts = write(local)
-    folder = job.prefix.rsplit("/", 1)[0]
-    paths = [path(name) for name in local.outputs(local.prefix) for path in (bin_path, idx_path)]
-    paths += [Path(f"{local.output(key)}.json") for key in job.keys]
-    remote.upload([(str(path), f"{folder}/{path.name}") for path in paths])
-    shutil.rmtree(scratch)
-    return counts
+    with remote.sent_to(job.prefix, job.outputs(job.prefix)) as prefix:
+        return write(replace(job, prefix=prefix))
 
 
 def _run_parts(job: Job, parts: list[list[Span]], identity: str) -> tuple[Counts, dict[str, object]]:

@@ -6,7 +6,12 @@ from tokenizers import Tokenizer
 
 from mindformers_ext.bin_dataset.blended_dataset import parse_blend
 from mindformers_ext.bin_dataset.gpt_dataset import open_loss_mask
-from mindformers_ext.bin_dataset.indexed_dataset import CorruptDatasetError, IndexedDataset
+from mindformers_ext.bin_dataset.indexed_dataset import (
+    CorruptDatasetError,
+    IndexedDataset,
+    ids_of_tokenizer,
+    manifest_of,
+)
 from mindformers_ext.bin_dataset.loader_config import LoaderConfig
 from mindformers_ext.bin_dataset.token_range import token_range
 from mindformers_ext.bin_dataset.tokenizer import load_reference
@@ -47,7 +52,8 @@ def check_data(run: Run, dataset: str) -> None:
             )
         for file in files:
             if remote.is_remote(file.prefix):
-                continue  # Its ids are not looked at: that would read the whole of it over the network.
+                check_manifest(file, vocab_size, f"{name}.{key}", path)
+                continue
             check_ids(file, vocab_size, asked.samples.path_to_cache, f"{name}.{key}", path)
     check_samples(asked, run, dataset)
 
@@ -101,6 +107,16 @@ def check_ids(file: IndexedDataset, vocab_size: int | None, cache: str | None, k
         raise ConfigError(
             f"{path}: model.model_config.vocab_size is {vocab_size}, but {key} {file.prefix!r} holds token id {high} "
             f"({file.place_of(high)}); set vocab_size to the tokenizer's, or make the data with the right tokenizer"
+        )
+
+
+def check_manifest(file: IndexedDataset, vocab_size: int | None, key: str, path: str | Path) -> None:
+    """Compare what the tools wrote beside tokens on an object store: to look at the ids would read them all."""
+    ids = ids_of_tokenizer(manifest_of(file.prefix))
+    if vocab_size is not None and ids > vocab_size:
+        raise ConfigError(
+            f"{path}: model.model_config.vocab_size is {vocab_size}, but {key} {file.prefix!r} was made with a "
+            f"tokenizer of {ids} ids; set vocab_size to at least that, or make the data with the right tokenizer"
         )
 
 

@@ -590,7 +590,7 @@ class TrainingMetrics:
     type: str
     monitors: Monitors | None = None
     passed_on = {
-        Text: "output_dir",
+        Text: "output_dir tensorboard_dir",
         Positive: "per_print_times",
         PositiveNumber: "device_peak_tflops",
         NotNegative: "max_skipped_steps",

@@ -6,9 +6,14 @@ A remote file appears whole when its upload ends, so a name never stands for hal
 from __future__ import annotations
 
 import glob
+import hashlib
 import io
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -70,7 +75,22 @@ def read_text(path: str) -> str:
         return file.read().decode("utf-8")
 
 
-def upload(files: Sequence[tuple[str, str]]) -> None:
-    """Local files to addresses, one after another: what comes last says that the others are there."""
-    for local, address in files:
-        filesystem(address).put_file(local, address)
+@contextmanager
+def sent_to(prefix: str, pairs: Sequence[str]) -> Iterator[str]:
+    """A prefix of this machine to write under; at the end the .bin, .idx and .json of ``pairs`` go to their addresses.
+
+    What an interrupted program wrote is there again for the next one of the same prefix. A local prefix is itself.
+    """
+    if not is_remote(prefix):
+        yield prefix
+        return
+    name = hashlib.sha256(prefix.encode()).hexdigest()[:16]
+    scratch = Path(tempfile.gettempdir()) / f"bin_dataset-{os.getuid()}-{name}"
+    scratch.mkdir(exist_ok=True)
+    yield str(scratch / os.path.basename(prefix))
+    for suffix in ("bin", "idx", "json"):  # what comes last says that the others are there
+        for pair in pairs:
+            file = scratch / f"{os.path.basename(pair)}.{suffix}"
+            if file.is_file():
+                filesystem(pair).put_file(str(file), f"{pair}.{suffix}")
+    shutil.rmtree(scratch)

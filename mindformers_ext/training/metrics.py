@@ -136,6 +136,7 @@ class TrainingMetrics(Callback):
 
     Args:
         output_dir: folder of the files; default the run's output_dir.
+        tensorboard_dir: folder of TensorBoard's; default `tensorboard` in output_dir.
         per_print_times: steps between log lines; metrics.jsonl has every step.
         device_peak_tflops: peak of one device in TFLOP/s; default 353.9 on Ascend, measured on CPU.
         max_skipped_steps: steps in a row that may be left out because their gradients are not finite. A dynamic loss
@@ -153,9 +154,11 @@ class TrainingMetrics(Callback):
         device_peak_tflops: float | None = None,
         max_skipped_steps: int = 20,
         monitors: dict[str, int | None] | None = None,
+        tensorboard_dir: str | None = None,
     ):
         super().__init__()
         self.folder = Path(output_dir or get_output_root_path())
+        self.tensorboard_dir = Path(tensorboard_dir or self.folder / "tensorboard")
         self.per_print_times = per_print_times
         self.device_peak_tflops = device_peak_tflops
         self.monitors = RunMonitors(Monitors(**monitors)) if monitors else None
@@ -179,7 +182,7 @@ class TrainingMetrics(Callback):
             self.peak_tflops, self.peak_source = device_peak(target, self.device_peak_tflops, self.devices)
             self.folder.mkdir(parents=True, exist_ok=True)
             keep_lines_until(self.metrics_path, self.first_step)
-            self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+            self.tensorboard = SummaryWriter(str(self.tensorboard_dir))
             stop_when_refused(self.tensorboard)
             logger.info("a step is %s tokens on %d device(s)", f"{self.tokens_per_step:,}", self.devices)
         self.clock = time.perf_counter()
@@ -309,7 +312,7 @@ class TrainingMetrics(Callback):
             f"overflows     {self.overflows} steps left out",
             f"checkpoint    {self.folder / 'checkpoint'}",
             f"metrics       {self.metrics_path}",
-            f"TensorBoard   {self.folder / 'tensorboard'}",
+            f"TensorBoard   {self.tensorboard_dir}",
             f"plot          {self.folder / 'training.png'}",
         ]
         return "\n".join(["Training summary", *rows]) + "\n"

@@ -1,6 +1,7 @@
 """A data section that cannot work is one sentence with file, key and value, before anything is built."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,25 @@ def test_an_id_outside_the_vocabulary_is_found_in_the_whole_file(tmp_path: Path)
     sentence = error_of(run_of(write(tmp_path / "late", tokens, lengths, np.uint16)))
     assert "vocab_size is 4096" in sentence and "late' holds token id 60000 (token 1400000" in sentence
     assert "document 1)" in sentence
+
+
+def test_an_object_store_is_believed_what_the_tools_wrote_there(prefix: str, tmp_path: Path) -> None:
+    """Its ids would be read over the network; a corpus of other tools has no manifest."""
+    store = pytest.importorskip("fsspec").filesystem("memory")
+    for suffix in ("bin", "idx"):
+        store.pipe_file(f"/check/d.{suffix}", Path(f"{prefix}.{suffix}").read_bytes())
+    run = run_of("memory://check/d", s3_cache_path=str(tmp_path))
+    joined = {"parts": [{"vocab_size": 4096}, None, {"parts": [{"vocab_size": 4097}]}]}
+    for manifest in (None, {"vocab_size": 4096}, {"parts": [{"vocab_size": 4096}]}):
+        if manifest:
+            store.pipe_file("/check/d.json", json.dumps(manifest).encode())
+        check_data(Run.of(copy.deepcopy(run), "run.yaml"), "train_dataset")
+    for manifest in ({"vocab_size": 4097}, joined):
+        store.pipe_file("/check/d.json", json.dumps(manifest).encode())
+        sentence = error_of(copy.deepcopy(run))
+        assert (
+            "vocab_size is 4096, but" in sentence and "'memory://check/d' was made with a tokenizer of 4097" in sentence
+        )
 
 
 def test_tokens_of_floats(tokens: np.ndarray, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ EFFECTS = {
     },
     "TrainingMetrics": {
         "mindformers_ext/training/metrics.py": """
-            output_dir per_print_times device_peak_tflops max_skipped_steps monitors""",
+            output_dir tensorboard_dir per_print_times device_peak_tflops max_skipped_steps monitors""",
         "mindformers/tools/register/register.py": "type:333",
     },
     "Monitors": {

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import slurm
 from helpers.tools import bytes_of
 
 from mindformers_ext.bin_dataset.indexed_dataset import IndexedDataset
@@ -47,8 +48,8 @@ def program(folder, **changes):
     return path
 
 
-def run(path, folder):
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+def run(path, folder, environment=os.environ):
+    environment = dict(environment, PYTHONPATH=str(ROOT))
     done = subprocess.run([sys.executable, str(path)], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -88,6 +89,19 @@ def test_killed_workers_and_one_machine_give_the_same_bytes(folder):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     run(path, folder)
+    assert merged(folder) == expected
+
+
+def test_slurm(folder):
+    """datatrove's own job scripts, started by tests/helpers/slurm.py."""
+    run(program(folder, logs="logs1"), folder)
+    expected = merged(folder)
+    for path in (folder / "clean").iterdir():
+        path.unlink()
+    path = program(folder, LocalPipelineExecutor="SlurmPipelineExecutor", logs="logs2")
+    path.write_text(path.read_text().replace("workers=2", 'workers=2, time="1:00:00", partition="cpu"'))
+    (folder / "bin").mkdir()
+    run(path, folder, slurm.install(folder / "bin"))
     assert merged(folder) == expected
 
 

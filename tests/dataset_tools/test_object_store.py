@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from helpers.tools import bytes_of, run_tool
 
+from mindformers_ext.bin_dataset.blended_dataset import parse_blend
+from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter, loss_mask_prefix
+
 moto_server = pytest.importorskip("moto.server", reason="the test group has moto[server]")
 s3fs = pytest.importorskip("s3fs")
 
@@ -57,9 +60,46 @@ def test_the_tools_read_and_write_addresses(suffix, store, texts, tokenizer_file
     assert store.info(f"{prefix}_text_document.bin")["LastModified"] == before
 
 
+def test_parts_are_joined_from_and_to_addresses(store, corpus, tmp_path):
+    lengths = [50, 0, 700, 3, 1200, 9]
+    parts = [corpus(f"c.shard-{i}-of-3_text_document", lengths, seed=i) for i in range(3)]
+    for prefix in parts:
+        with IndexedDatasetWriter(loss_mask_prefix(prefix), np.uint8) as writer:
+            for length in lengths:
+                writer.add_document(np.arange(length) % 2)
+    for path in tmp_path.glob("c.shard*"):
+        store.put_file(str(path), f"s3://corpus/parts/{path.name}")
+    pattern = "c.shard-*-of-3_text_document"
+    for source in (tmp_path, "s3://corpus/parts"):
+        for number, output in enumerate((tmp_path / "whole", "s3://corpus/joined/whole")):
+            done = run_tool("merge_bin", "--input", f"{source}/{pattern}", "--output-prefix", output)
+            assert "merged 3 datasets: 18 documents" in done.stdout
+            if number:
+                for path in store.ls("corpus/joined", refresh=True):
+                    store.get_file(path, str(tmp_path / path.rsplit("/", 1)[1].replace("whole", "fetched")))
+                    store.rm(path)
+                for name in ("", "_loss_mask"):
+                    assert bytes_of(tmp_path / f"fetched{name}") == bytes_of(tmp_path / f"whole{name}")
+                assert json.loads((tmp_path / "fetched.json").read_text())["counts"]["sequences"] == 18
+    assert bytes_of(tmp_path / "whole")[0] == b"".join(bytes_of(prefix)[0] for prefix in parts)
+    blend = ["--input", f"s3://corpus/parts/{pattern}", "--output-prefix", "s3://corpus/joined/blend", "--blend"]
+    run_tool("merge_bin", *blend)
+    expected = [f"s3://corpus/parts/c.shard-{i}-of-3_text_document" for i in range(3)]
+    assert parse_blend("s3://corpus/joined/blend.json") == (expected, None)
+
+
+def test_a_part_that_changed_on_the_store_is_refused(store, corpus, tmp_path):
+    prefix = corpus("d", [5, 6])
+    record = {"files": {"d": {"bin": [{"bytes": 44, "sha256": "0" * 64}]}}}
+    (tmp_path / "d.json").write_text(json.dumps(record))
+    for suffix in ("bin", "idx", "json"):
+        store.put_file(f"{prefix}.{suffix}", f"s3://corpus/changed/d.{suffix}")
+    done = run_tool("merge_bin", "--input", "s3://corpus/changed/d", "--output-prefix", tmp_path / "e", check=False)
+    assert done.returncode == 1 and "s3://corpus/changed/d.bin has sha256" in done.stderr
+
+
 def test_training_samples_come_from_addresses_through_a_bounded_cache(store, corpus, tmp_path, monkeypatch):
     from mindformers_ext.bin_dataset import remote_tokens
-    from mindformers_ext.bin_dataset.indexed_dataset import IndexedDatasetWriter
     from mindformers_ext.bin_dataset.loader_config import LoaderConfig
 
     prefixes = [corpus(name, [50, 0, 700, 3, 1200, 9] * 4, seed=i) for i, name in enumerate("ab")]

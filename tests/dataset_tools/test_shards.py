@@ -29,7 +29,10 @@ def corpus(texts, tokenizer_file, tmp_path):
 
 
 def killed_workers(corpus, prefix, kills, seed):
-    """Run all shards, two at a time, and kill so many of the workers at any moment; start what was killed again."""
+    """Run all shards, two at a time, and kill so many of the workers at any moment; start what was killed again.
+
+    Where all are done before, they begin anew.
+    """
     rng = np.random.default_rng(seed)
     command = [sys.executable, str(TOOLS / "jsonl_to_bin.py"), *corpus, "--output-prefix", str(prefix)]
     left = list(range(SHARDS))
@@ -38,14 +41,19 @@ def killed_workers(corpus, prefix, kills, seed):
         for shard in left[:2]:
             arguments = [*command, "--shard", f"{shard}/{SHARDS}", "--partitions", "3"]
             running[shard] = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if kills:
+        if kills > 0:
             time.sleep(rng.uniform(0.2, 2.5))
             os.kill(running[min(running)].pid, signal.SIGKILL)
-            kills -= 1
         for shard, process in running.items():
-            if process.wait() == 0:
+            status = process.wait()
+            kills -= status == -signal.SIGKILL
+            if status == 0:
                 left.remove(shard)
         left = left[1:] + left[:1]
+        if not left and kills > 0:
+            for path in prefix.parent.glob(f"{prefix.name}.*"):
+                path.unlink()
+            left = list(range(SHARDS))
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])

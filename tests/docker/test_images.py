@@ -110,9 +110,9 @@ class Image:
         return done.stdout
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A Debian with Python, for all images of this module."""
+    """A Debian with Python, a new one for each image: what one installs is no help to the other."""
     root = tmp_path_factory.mktemp("image")
     listed = subprocess.run(["apt-get", "indextargets", "--format", "$(REPO_URI)"], capture_output=True, text=True)
     mirror = next(uri for uri in listed.stdout.split() if uri.endswith("/debian/"))

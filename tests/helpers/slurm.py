@@ -17,6 +17,7 @@ for word in sys.argv[1:]:
 given = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", open(script).read(), re.M)) | options
 spooled = os.path.join(os.environ["FAKE_SLURM"], "slurm_script")  # Slurm runs a copy
 shutil.copy(script, spooled)
+print("Submitted batch job 4242", flush=True)
 base = dict(os.environ, SLURM_JOB_ID="4242", SLURM_SUBMIT_DIR=os.getcwd(), SLURM_NODEID="0")
 base["SLURM_JOB_NUM_NODES"] = given.get("nodes", "1")
 for pair in given.get("export", "").split(",")[1:]:
@@ -25,7 +26,7 @@ if "array" not in given:
     batch = subprocess.Popen(["bash", spooled, *rest], env=base)
     open(os.path.join(os.environ["FAKE_SLURM"], "pid"), "w").write(str(batch.pid))
     sys.exit(batch.wait())
-first, last = map(int, (given["array"].split("-") * 2)[:2])
+first, last = map(int, (given["array"].split("%")[0].split("-") * 2)[:2])
 for task in range(first, last + 1):
     own = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MIN": first, "SLURM_ARRAY_TASK_COUNT": last - first + 1}
     subprocess.run(["bash", spooled, *rest], env=base | {key: str(value) for key, value in own.items()}, check=True)
@@ -33,8 +34,9 @@ for task in range(first, last + 1):
 SRUN = r"""
 import os, subprocess, sys
 words = sys.argv[1:]
-while words[0].startswith("--"):
-    words.pop(0)
+while words[0].startswith("-"):
+    if words.pop(0) == "-n":
+        words.pop(0)
 nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
 step = {"SLURM_STEP_NUM_NODES": str(nodes), "SLURM_STEP_NUM_TASKS": str(nodes)}
 step["SLURM_STEP_NODELIST"] = os.environ.get("FAKE_NODES", f"127.0.0.[1-{nodes}]")

@@ -1,6 +1,7 @@
 """The variables of Gaudi's DeepSeek example: what each becomes, and what is refused."""
 
 import os
+import re
 import shlex
 
 import pytest
@@ -48,6 +49,52 @@ def test_one_machine(capsys):
     assert "HL_DP=8  ->  parallel_config.data_parallel: 8" in said
     assert "HL_USE_LAZY_MODE=1  ->  no key  (it chooses among Gaudi's own)" in said
     assert "HL_SAVE_INTERVAL=2000  ->  callbacks: CheckpointMonitor.save_checkpoint_steps: 2000" in said
+
+
+# The variables that people type, each alone over the tiny YAML: what the plan says then.
+TINY_EIGHT = "research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny_8p.yaml"
+LOADER = "train_dataset.data_loader"
+
+
+@pytest.mark.parametrize(
+    "text,key,value",
+    [
+        ("HL_NUM_NODES=2 HL_DEVICES_PER_NODE=4", "", None),  # the launcher's arguments; two tests below
+        ("HL_DP=4 HL_NUM_NODES=1 HL_DEVICES_PER_NODE=16", "parallel_config.data_parallel", 4),
+        ("HL_TP=1 HL_NUM_NODES=1 HL_DEVICES_PER_NODE=4", "parallel_config.model_parallel", 1),
+        ("HL_PP=1 HL_NUM_NODES=1 HL_DEVICES_PER_NODE=4", "parallel_config.pipeline_stage", 1),
+        ("HL_EP=1", "parallel_config.expert_parallel", 1),
+        ("HL_GBS=32", "parallel_config.micro_batch_num", 16),
+        ("HL_MBS=2", "runner_config.batch_size", 2),
+        ("HL_NUM_LAYERS=6", "model.model_config.num_layers", 6),
+        ("HL_SEQ_LEN=64", f"{LOADER}.config.seq_length", 64),
+        ("HL_TOKEN_DROP=1", "moe_config.use_gmm", False),
+        ("HL_MOE_GROUPED_GEMM=1", "moe_config.use_gmm", True),
+        ("HL_TOKEN_DISPATCHER_TYPE=alltoall", "parallel.enable_alltoall", True),
+        ("HL_MOE_SKIP_FIRST_LAYERS=2", "moe_config.first_k_dense_replace", 2),
+        ("HL_CKP_ACT=1", "recompute_config.recompute", True),
+        ("HL_RECOMPUTE_NUM_LAYERS=1", "", None),
+        ("HL_DATA_DIR_ROOT=/d HL_DATA_FILE_PREFIX=p", f"{LOADER}.config.data_path", ["1", "/d/p"]),
+        ("HL_TOKENIZER_MODEL=/t", "", None),
+        ("HL_RESULTS_DIR=/o", "output_dir", "/o"),
+        ("HL_CHECKPOINTS_DIR=/c", "callbacks.CheckpointMonitor.directory", "/c"),
+        ("HL_TENSORBOARD_DIR=/t", "callbacks.TrainingMetrics.tensorboard_dir", "/t"),
+        ("HL_KILL_SWITCH=/k", "use_graceful_exit", True),
+        ("HL_TRAIN_ITERS=3", f"{LOADER}.sizes", [12, 0, 0]),
+        ("HL_SAVE_INTERVAL=7", "callbacks.CheckpointMonitor.save_checkpoint_steps", 7),
+        ("HL_EXIT_INTERVAL=5", "callbacks.TrainCallBack.stop_step", 5),
+    ],
+)
+def test_every_variable_is_printed_and_does_what_it_says(capsys, text, key, value):
+    _, plan, said = launched(capsys, text, "--config", TINY_EIGHT)
+    printed = said.split("The plan is legal")[0]
+    assert all(re.search(rf"\b{name.replace('HL_MBS', 'HL_MICRO_BATCH')}", printed) for name in variables(text)), said
+    first, *rest = key.split(".")
+    if first == "callbacks":
+        assert [item[rest[1]] for item in plan.values["callbacks"] if item["type"] == rest[0]] == [value]
+    elif key:
+        assert plan.value(key) == value
+        assert f"{key}: " in printed
 
 
 def test_four_machines(capsys):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from helpers.command_line import ROOT, run_command
-from helpers.hf_folders import V2_LITE_CONFIG, V3_CONFIG
+from helpers.hf_folders import V2_LITE_CONFIG, V3_CONFIG, random_tensors, write_folder
 from hf_config import sections_from_hf
 
 from mindformers_ext.config.run import read_run
@@ -45,6 +45,20 @@ def test_the_yaml_is_complete(config, more, tmp_path):
     assert run.model.moe_config.expert_num == config["n_routed_experts"] and run.model.compute_dtype == "bfloat16"
     assert run.model.seq_length == min(4096, config["max_position_embeddings"])
     assert run.model.lora.lora_rank == (4 if "--lora" in more else 0)
+
+
+@pytest.mark.parametrize("there", ["all files", "the index of a download that goes on", "one file"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_mtp_layers_are_those_of_the_weights(depth, there, tmp_path):
+    config = V3 | {"num_nextn_predict_layers": depth}
+    folder = write_folder(tmp_path / "hf", config, random_tensors(config), 1 if there == "one file" else 3)
+    if there == "one file":
+        next(folder.glob("*.safetensors")).rename(folder / "model.safetensors")
+        (folder / "model.safetensors.index.json").unlink()
+    elif there != "all files":
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+    assert written(tmp_path, V3 | {"num_nextn_predict_layers": 1}).model.mtp_depth == depth
 
 
 def test_the_dry_run_takes_it(tmp_path):
