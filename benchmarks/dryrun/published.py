@@ -3,9 +3,9 @@
     python benchmarks/dryrun/published.py [--runs OTHER.yaml] [--only ID ...] [--causes] [--fit]
 
 One row a run with the signed error of the estimate; a summary as the last line; exit code 1 when a goal is missed.
-Goals: every bfloat16 run that the constants were not fitted on within 10 %; mxfp8 runs of the table in the published
+Goals: every bfloat16 run that the constant was not fitted on within 10 %; mxfp8 runs of the table in the published
 order, and the steps of the published ablation of the right sign and within a factor of two; the measured step within
-10 %. `--fit` looks for the two fitted constants again. Runs without a layout cannot be estimated.
+10 %. `--fit` looks for the fitted constant again. Runs without a layout cannot be estimated.
 """
 
 import argparse
@@ -33,6 +33,12 @@ RUNS = Path(__file__).parent / "published_runs.yaml"
 V3 = ROOT / "research/deepseek3/deepseek3_671b/pretrain_deepseek3_671b.yaml"
 MODELS = {
     "v3": {"moe_config.shared_expert_split": "width"},
+    # each token chooses eight experts in a row: those of a machine, as AutoModel's fake gate deals them
+    "v3-in-a-row": {
+        "moe_config.shared_expert_split": "width",
+        "moe_config.n_group": 32,
+        "moe_config.topk_group": 1,
+    },
     "kimi-k2": {
         "moe_config.shared_expert_split": "width",
         "model.model_config.num_heads": 64,
@@ -121,14 +127,10 @@ def compare(rows: list[dict], software: dict[str, dict], constants: dict[str, fl
 
 
 def fit(rows: list[dict], software: dict[str, dict]) -> dict[str, float]:
-    """The constants with the least squares of the fitted runs' errors."""
+    """The fitted constant: the share of the peak with the smallest largest error of the fitted runs."""
     fitted = [row for row in rows if row.get("fit")]
-    grid = {
-        "matmul_efficiency": [i / 100 for i in range(56, 81, 2)],
-        "overlap_cost": [i / 100 for i in range(10, 71, 10)],
-    }
-    choices = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    return min(choices, key=lambda c: sum(found.error**2 for found in compare(fitted, software, c)))
+    choices = [{"matmul_efficiency": i / 100} for i in range(50, 81, 2)]
+    return min(choices, key=lambda c: max(abs(found.error) for found in compare(fitted, software, c)))
 
 
 def wrong_order(found: list[Compared]) -> list[str]:
@@ -148,12 +150,12 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", metavar="ID", help="these runs only")
     parser.add_argument("--causes", action="store_true", help="show what the estimate spends a step on")
-    parser.add_argument("--fit", action="store_true", help="look for the fitted constants again")
+    parser.add_argument("--fit", action="store_true", help="look for the fitted constant again")
     options = parser.parse_args()
     given, own = load_yaml(options.runs), load_yaml(RUNS)
     software = own["software"] | given.get("software", {})
     if options.fit:
-        print("least squares:", fit(own["runs"], software))
+        print("smallest largest error:", fit(own["runs"], software))
         return 0
     rows = [row for row in given["runs"] if options.only is None or row["id"] in options.only]
     found = list(compare(rows, software, {}))

@@ -455,7 +455,15 @@ def _macs_per_token(costs: Costs, stage: int) -> float:
 
 
 def _step_transfers(costs: Costs, stage: int) -> list[Transfer]:
-    """Every collective of one rank of a stage in one step, equal ones summed."""
+    """Every collective of one rank of a stage in one step, equal ones summed; stages of equal layers share it."""
+    plan = costs.plan
+    counted = costs.counted(plan.layers_of(stage))
+    counts = tuple((kind, count) for kind, (count, _) in counted.items())
+    ends = stage == 0, stage == plan.pp - 1, plan.chunks
+    return costs._once(("step", counts, ends), lambda: _summed_transfers(costs, stage, counted))
+
+
+def _summed_transfers(costs: Costs, stage: int, counted: dict) -> list[Transfer]:
     plan, micro = costs.plan, costs.plan.micro_batches
     totals: dict[tuple, float] = defaultdict(float)
 
@@ -463,7 +471,7 @@ def _step_transfers(costs: Costs, stage: int) -> list[Transfer]:
         for t in transfers:
             totals[(t.purpose, t.kind, t.group_size, t.span, t.bytes)] += t.calls * times
 
-    for count, layer in costs.counted(plan.layers_of(stage)).values():
+    for count, layer in counted.values():
         add(costs.sent(layer), count * micro)
     ends = (embedding_step(plan) if stage == 0 else []) + (head_step(plan) if stage == plan.last[1] else [])
     add(ends, micro)

@@ -6,6 +6,7 @@ A `Run` is read from a YAML; a `Plan` is its arithmetic, and may describe anothe
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from mindformers_ext.config.model import ModelConfig
 from mindformers_ext.config.run import Degrees, Run
 from mindformers_ext.dryrun.pipeline import SCHEDULES
 from mindformers_ext.files.json_files import read_object
+from mindformers_ext.rank_compiler.roofline import JOINED, JOINED_ELEMENTS
 
 # Parts of a layer that may be computed again without the rest: select_recompute.
 PARTS = ("norm", "mla_up", "attention", "swiglu", "experts")
@@ -29,7 +31,9 @@ class Software:
         kernels: operators launched in a MoE layer's forward pass.
         host_us: the host's time to launch one; 0 where a captured graph is replayed.
         graphed: share of the operators that a captured graph launches.
-        accumulation_bytes: moved to add a value's gradient to its buffer; 8 where the product that makes it does so.
+        joined_values: products of up to so many values add their gradient to its buffer themselves, grouped ones
+            always; 0: none.
+        accumulation_bytes: moved to add a value of the other gradients to its buffer.
         casts_weights: float32 weights are cast for every micro-batch (no copy in the compute dtype is kept).
         splits_any_axis: optimizer shards are not of the first axis only, as MindSpore's are.
         update_bytes: moved once a step for each value of the optimizer, and for each of the gradient buffers.
@@ -46,7 +50,8 @@ class Software:
     kernels: int = 150
     host_us: float = 0.0
     graphed: float = 0.0
-    accumulation_bytes: float = 8.0
+    joined_values: float = inf
+    accumulation_bytes: float = 10.0
     casts_weights: bool = True
     splits_any_axis: bool = False
     update_bytes: tuple[float, float] = (36.0, 12.0)
@@ -105,7 +110,7 @@ class Plan(Degrees):
             schedule=run.scheduler if run.scheduler in SCHEDULES else "1f1b",
             dispatcher=moe.moe_token_dispatcher_type if moe.use_gmm else "capacity",
             node=moe.npu_nums_per_device,
-            software=replace(MINDSPORE, overlaps=overlaps_of(run), accumulation_bytes=accumulation_bytes(run)),
+            software=replace(MINDSPORE, overlaps=overlaps_of(run), joined_values=joined_values(run)),
         )
 
     @property
@@ -138,10 +143,10 @@ class Plan(Degrees):
         return self.chunks - 1, self.pp - 1
 
 
-def accumulation_bytes(run: Run) -> float:
-    """As `Software.accumulation_bytes`: less than 8 where products hide some of what they add to buffers."""
-    fused = "grouped_matmul_assignadd_fusion" in (run.sections.context.graph_kernel_flags or "")
-    return ACCUMULATION_INSIDE if fused else MINDSPORE.accumulation_bytes
+def joined_values(run: Run) -> float:
+    """As `Software.joined_values`: what the backend's passes join where the flags enable them (docs/graph.md)."""
+    flags = run.sections.context.graph_kernel_flags or ""
+    return JOINED_ELEMENTS if JOINED["GroupedMatmul"] in flags else 0
 
 
 def overlaps_of(run: Run) -> frozenset[str]:
@@ -193,7 +198,6 @@ MINDSPORE = Software(
         "mtp": 1.0,
     },
     kernels=200,
-    accumulation_bytes=10.0,
+    joined_values=0,
     update_bytes=(141.0, 66.0),
 )
-ACCUMULATION_INSIDE = 5.1  # counted there too
