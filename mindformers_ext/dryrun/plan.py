@@ -85,6 +85,7 @@ class Plan(Degrees):
     dispatcher: Literal["allgather", "alltoall", "alltoall_deredundency", "capacity"] = "allgather"
     sequence_parallel: bool = False
     vocab_emb_dp: bool = False
+    muon: bool = False  # matrices have its momentum in place of AdamW's two moments
     shard_optimizer: bool = False
     optimizer_shard_size: int = -1
     shard_gradients: bool = False
@@ -105,6 +106,7 @@ class Plan(Degrees):
             schedule=run.scheduler if run.scheduler in SCHEDULES else "1f1b",
             dispatcher=moe.moe_token_dispatcher_type if moe.use_gmm else "capacity",
             node=moe.npu_nums_per_device,
+            muon=getattr(run.sections.optimizer, "type", None) == "Muon",
             software=replace(MINDSPORE, overlaps=overlaps_of(run), accumulation_bytes=accumulation_bytes(run)),
         )
 
