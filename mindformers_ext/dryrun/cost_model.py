@@ -19,7 +19,7 @@ in %, by stage (see the tests):
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import hypot
@@ -42,6 +42,7 @@ from mindformers_ext.dryrun.parameters import (
     first_weights,
     gathered_bytes,
     is_cast,
+    is_matrix,
     last_weights,
     layer_weights,
     optimizer_ways,
@@ -63,6 +64,7 @@ from mindformers_ext.dryrun.transfers import (
 
 FLOAT_BYTES = 4
 ADAM_STATES = 2  # first and second moment, float32
+NS_STEPS = 5  # Newton-Schulz iterations of Muon
 RECOMPUTATION, BUBBLE, OPTIMIZER = "recomputation", "pipeline bubble", "optimizer"
 
 
@@ -335,6 +337,35 @@ class Costs:
         """Bytes that one rank keeps of these weights during the whole step."""
         return self._once(("held", id(weights)), lambda: _held_bytes(self.plan, weights))
 
+    def updated(self, weights: list[Weight]) -> float:
+        """Values of these weights that one rank updates: of their gradients as they are clipped, too."""
+        make = lambda: sum(w.size / w.ways / optimizer_ways(w, self.plan) for w in weights if w.trainable)  # noqa: E731
+        return self._once(("updated", id(weights)), make)
+
+    def turned(self, stage: int) -> Iterator[tuple[int, float, int, int]]:
+        """(how often it is there, matrices, rows, columns) of what one rank turns in Muon's update: of stacked experts
+        those that it holds, of others the whole, which it gathers."""
+        for count, weights in self.weights(stage) if self.plan.muon else ():
+            for w in filter(is_matrix, weights):
+                *stack, rows, columns = w.shape
+                parts = 2 if w.name.endswith("gate_up_proj") else 1
+                matrices = parts * stack[0] / w.ways / optimizer_ways(w, self.plan) if stack else 1
+                yield count, matrices, rows, columns // parts
+
+    def turned_bytes(self, stage: int) -> float:
+        """Most that lies beside the states while a matrix, or a rank's stack, is turned: twice in float32, and as often
+        in the compute dtype as a product of an iteration has operands and a result."""
+        unit = 2 * FLOAT_BYTES + 3 * DTYPE_BYTES[self.plan.model.compute_dtype]
+        return max((n * rows * columns * unit for _, n, rows, columns in self.turned(stage)), default=0.0)
+
+    def turning_seconds(self, stage: int) -> float:
+        """The products of Newton-Schulz iterations."""
+        flop = 0.0
+        for count, matrices, *sides in self.turned(stage):
+            small, large = min(sides), max(sides)
+            flop += count * matrices * NS_STEPS * 2 * small**2 * (2 * large + small)
+        return flop / self.profile.product_flops()
+
     def exchanges(self, weights: list[Weight]) -> list[Transfer]:
         """Collectives of these weights and their gradients in a step."""
         return self._once(("exchange", id(weights)), lambda: gradient_exchange(self.plan, weights))
@@ -394,14 +425,15 @@ def _stage_cost(costs: Costs, stage: int, passes: list[tuple[dict[str, float], d
         for name, value in costs.held(weights).items():
             held[name] += count * value
     kept, working = _activations(costs, stage)
-    clipped = held["optimizer_bytes"] / ADAM_STATES  # the update comes when all activations are gone
+    updated = sum(count * costs.updated(weights) for count, weights in groups)
+    updating = FLOAT_BYTES * updated + costs.turned_bytes(stage)  # when all activations are gone
     seconds: dict[str, float] = defaultdict(float)
     for pair in passes:
         for each in pair:
             for cause, value in each.items():
                 seconds[cause] += value
     states, buffers = plan.software.update_bytes
-    moved = states * held["optimizer_bytes"] / (ADAM_STATES * FLOAT_BYTES)
+    moved = states * updated
     moved += buffers * held["gradient_bytes"] / DTYPE_BYTES[plan.model.param_init_type]
     return StageCost(
         stage=stage,
@@ -409,11 +441,11 @@ def _stage_cost(costs: Costs, stage: int, passes: list[tuple[dict[str, float], d
         parameters=sum(count * sum(w.size for w in weights) for count, weights in groups),
         **held,
         activation_bytes=kept,
-        working_bytes=max(working, clipped - kept),
+        working_bytes=max(working, updating - kept),
         flops_per_step=6 * _macs_per_token(costs, stage) * plan.tokens_per_step / plan.devices_per_stage,
         seconds={cause: value for cause, value in seconds.items() if value},
         exchange_seconds=sum(costs.exchange_seconds(stage)),
-        optimizer_seconds=moved / profile.memory_bytes_per_s,
+        optimizer_seconds=moved / profile.memory_bytes_per_s + costs.turning_seconds(stage),
         transfers=_step_transfers(costs, stage),
     )
 
@@ -421,9 +453,9 @@ def _stage_cost(costs: Costs, stage: int, passes: list[tuple[dict[str, float], d
 def stage_memory(costs: Costs, stage: int) -> float:
     """`StageCost.memory_bytes` alone."""
     held = [count * sum(costs.held(weights).values()) for count, weights in costs.weights(stage)]
-    states = sum(count * costs.held(weights)["optimizer_bytes"] for count, weights in costs.weights(stage))
+    updated = sum(count * costs.updated(weights) for count, weights in costs.weights(stage))
     kept, working = _activations(costs, stage)
-    return sum(held) + kept + max(working, states / ADAM_STATES - kept)
+    return sum(held) + kept + max(working, FLOAT_BYTES * updated + costs.turned_bytes(stage) - kept)
 
 
 def _held_bytes(plan: Plan, weights: list[Weight]) -> dict[str, float]:
@@ -436,7 +468,8 @@ def _held_bytes(plan: Plan, weights: list[Weight]) -> dict[str, float]:
             held["gathered_bytes"] += values * gathered_bytes(weight, plan)
         if not weight.trainable:
             continue
-        held["optimizer_bytes"] += values / ways * ADAM_STATES * FLOAT_BYTES
+        states = 1 if plan.muon and is_matrix(weight) else ADAM_STATES
+        held["optimizer_bytes"] += values / ways * states * FLOAT_BYTES
         # A buffer sums the micro-batches' gradients before they are exchanged.
         held["gradient_bytes"] += values / (ways if plan.shard_gradients else 1) * unit
     return held

@@ -124,6 +124,11 @@ def is_cast(weight: Weight) -> bool:
     )
 
 
+def is_matrix(weight: Weight) -> bool:
+    """True for what Muon trains (training/muon.py): projections and experts, not the head and not LoRA's adapters."""
+    return is_cast(weight) and weight.name != "lm_head.weight" and not weight.dtype
+
+
 def _layer(plan: Run | Plan, prefix: str, layer: int, stage: int) -> Iterator[Weight]:
     model = plan.model
 

@@ -90,6 +90,7 @@ class Plan(Degrees):
     dispatcher: Literal["allgather", "alltoall", "alltoall_deredundency", "capacity"] = "allgather"
     sequence_parallel: bool = False
     vocab_emb_dp: bool = False
+    muon: bool = False  # matrices have its momentum in place of AdamW's two moments
     shard_optimizer: bool = False
     optimizer_shard_size: int = -1
     shard_gradients: bool = False
@@ -111,6 +112,7 @@ class Plan(Degrees):
             dispatcher=moe.moe_token_dispatcher_type if moe.use_gmm else "capacity",
             node=moe.npu_nums_per_device,
             software=replace(MINDSPORE, overlaps=overlaps_of(run), joined_values=joined_values(run)),
+            muon=getattr(run.sections.optimizer, "type", None) == "Muon",
         )
 
     @property

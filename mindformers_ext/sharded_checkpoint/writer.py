@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from mindformers_ext.errors import TrainingStopped, free_space
 from mindformers_ext.files.atomic import flush, write_json, write_text
 from mindformers_ext.files.json_files import read_object
 from mindformers_ext.files.safetensors_format import header_of, layout_of
+from mindformers_ext.sharded_checkpoint.copies import Copies
 from mindformers_ext.sharded_checkpoint.gate import Gate, facts
 from mindformers_ext.sharded_checkpoint.layout import (
     BLOCK_BYTES,
@@ -75,7 +77,8 @@ class Saver:
         root: folder of the checkpoints, the same for all ranks.
         rank, ranks: this process and the number of processes.
         keep: newest steps to keep.
-        in_background: copy the arrays and write them in a thread; the next save waits for it.
+        in_background: copy the arrays and write them in a thread, on what the cores have left; the next save waits
+            for it.
         timeout: seconds that the first rank waits for the others.
         keep_every: multiples of this step stay besides the newest.
         gate: what a healthy state is; None: every state is. `health` is what was usual so far.
@@ -95,7 +98,8 @@ class Saver:
         self.keep_every, self.gate = keep_every, gate
         self.health: dict[str, list[float]] = {}
         self.root, self.rank, self.ranks, self.keep, self.timeout = Path(root), rank, ranks, keep, timeout
-        self.pool = ThreadPoolExecutor(1) if in_background else None
+        self.pool = ThreadPoolExecutor(1, initializer=give_way) if in_background else None
+        self.copies = Copies()
         self.running: Future | None = None
 
     def clear(self) -> None:
@@ -126,8 +130,10 @@ class Saver:
         if self.pool is None:
             self._save(meta, pieces, private, saved)
         else:
-            copies = {name: Piece(piece.array.copy(), piece.slot) for name, piece in pieces.items()}
-            self.running = self.pool.submit(self._save, meta, copies, private, saved)
+            own = {name: piece for name, piece in pieces.items() if piece.slot.copy == 0}
+            copies = self.copies.take({name: piece.array for name, piece in own.items()})
+            kept = {name: Piece(copies[name], piece.slot) for name, piece in own.items()}
+            self.running = self.pool.submit(self._save, meta, kept, private, saved)
 
     def wait(self) -> None:
         """Wait until the last save is whole; raises what it raised."""
@@ -150,6 +156,11 @@ class Saver:
                 f"{free_space(partial)} or give another output_dir, and resume from the last checkpoint"
             ) from error
         saved()
+
+
+def give_way() -> None:
+    """Let the step's threads go before this one (Linux has a niceness for each thread)."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def write_part(

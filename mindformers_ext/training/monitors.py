@@ -5,9 +5,12 @@ TrainingStateMonitor, which need operators of Ascend and another graph. Here the
 found in what a step made of the optimizer's first moment. It can go when upstream's monitors run on CPU.
 """
 
+import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from mindspore import Tensor, nn
 from mindspore.train import Callback, RunContext
 
 from mindformers_ext.config.sections import Monitors
+from mindformers_ext.sharded_checkpoint.copies import Copies
 from mindformers_ext.sharded_checkpoint.network import pieces_of
 from mindformers_ext.sharded_checkpoint.shards import FIRST_MOMENTS
 from mindformers_ext.training.muon import MOMENTUM
@@ -22,6 +26,7 @@ from mindformers_ext.training.over_ranks import reduce_over_ranks
 from mindformers_ext.training.wrapper import CLIP_EPSILON, as_numpy, real_model, was_left_out
 
 SECOND_MOMENT = "adam_v."
+BLOCK = 1 << 16  # values
 LAYER = re.compile(r"(?:^|\.)((?:layers|mtp)\.\d+)\.")
 
 
@@ -30,6 +35,7 @@ class RunMonitors:
 
     def __init__(self, intervals: Monitors):
         self.intervals = intervals
+        self.copies = Copies()
         self.before: dict[str, np.ndarray] = {}  # what this rank held before the step, where a monitor compares
         self.began = self.ended = time.perf_counter()
 
@@ -43,11 +49,12 @@ class RunMonitors:
         gradients, updates = self.due("gradient_norms", step), self.due("update_norms", step)
         if gradients or updates:
             weights = {weight.name for weight in network.optimizer.parameters}
-            self.before = {
-                name: array.copy()
+            compared = {
+                name: array
                 for name, array in own(network)
                 if (gradients and name.startswith(FIRST_MOMENTS)) or (updates and name in weights)
             }
+            self.before = self.copies.take(compared)
         self.began = time.perf_counter()
 
     def end(
@@ -69,15 +76,16 @@ class RunMonitors:
         weights = {weight.name for weight in network.optimizer.parameters}
         arrays = dict(own(network)) if self.norms_are_due(step) else {}
         if self.due("gradient_norms", step) and not was_left_out(network, outputs):
-            found["gradient_norms"] = norms(weights, gradients(network, outputs, arrays, self.before))
+            found["gradient_norms"] = norms(weights, dict(gradients(network, outputs, arrays, self.before)))
         if self.due("weight_norms", step):
-            found["weight_norms"] = norms(weights, ((n, arrays[n]) for n in sorted(weights & arrays.keys())))
+            found["weight_norms"] = norms(weights, {n: partial(square, arrays[n]) for n in weights & arrays.keys()})
         if self.due("update_norms", step):
-            changed = ((n, arrays[n] - self.before[n]) for n in sorted(weights & self.before.keys()))
+            changed = {n: partial(square, arrays[n], self.before[n]) for n in weights & self.before.keys()}
             found["update_norms"] = norms(weights, changed)
         if self.due("moment_norms", step):
             for order, prefixes in (("first", FIRST_MOMENTS), ("second", (SECOND_MOMENT,))):
-                found[f"{order}_moment_norms"] = norms(weights, of_weights(arrays, prefixes))
+                moments = {name: partial(square, array) for name, array in of_weights(arrays, prefixes)}
+                found[f"{order}_moment_norms"] = norms(weights, moments)
         self.before = {}
         self.ended = time.perf_counter()
         return found
@@ -108,8 +116,8 @@ def of_weights(arrays: Mapping[str, np.ndarray], prefixes: tuple[str, ...]) -> I
 
 def gradients(
     network: nn.Cell, outputs: tuple, arrays: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The step's gradients before clipping, from m = b m + (1 - b) g."""
+) -> Iterator[tuple[str, Callable[[], float]]]:
+    """What finds the squares of the step's gradients before clipping, from m = b m + (1 - b) g."""
     optimizer = network.optimizer
     norm = as_numpy(outputs[4])
     clip = 1.0
@@ -119,15 +127,27 @@ def gradients(
     for name, array in of_weights(arrays, FIRST_MOMENTS):
         prefix, old = next((prefix, before[prefix + name]) for prefix in FIRST_MOMENTS if prefix + name in before)
         beta = optimizer.momentum if prefix == MOMENTUM else float(as_numpy(optimizer.beta1).item())
-        yield name, (array - beta * old) / ((1 - beta) * clip)
+        yield name, partial(square, array, old, beta, (1 - beta) * clip)
 
 
-def norms(names: set[str], arrays: Iterator[tuple[str, np.ndarray]]) -> dict[str, Any]:
-    """The Euclidean norm of every parameter, of every layer and of all, over all ranks."""
+def square(array: np.ndarray, old: np.ndarray | None = None, factor: float = 1.0, unit: float = 1.0) -> float:
+    """The sum of the squares of `(array - factor * old) / unit`, a block at a time, which stays in the cache."""
+    flat, total = array.reshape(-1), 0.0
+    for begin in range(0, flat.size, BLOCK):
+        block = flat[begin : begin + BLOCK].astype(np.float32, copy=False)
+        if old is not None:
+            block = block - np.float32(factor) * old.reshape(-1)[begin : begin + BLOCK].astype(np.float32, copy=False)
+        total += float(np.dot(block, block))
+    return total / unit**2
+
+
+def norms(names: set[str], own: Mapping[str, Callable[[], float]]) -> dict[str, Any]:
+    """The Euclidean norm of every parameter, of every layer and of all, over all ranks; `own` finds the squares."""
     places = {name: place for place, name in enumerate(sorted(names))}
     squares = np.zeros(len(places), np.float32)
-    for name, array in arrays:
-        squares[places[name]] += np.square(array.astype(np.float64)).sum()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, value in zip(own, pool.map(lambda name: own[name](), own), strict=True):
+            squares[places[name]] = value
     squares = reduce_over_ranks(squares, "sum").astype(np.float64)
     layers: dict[str, float] = {}
     for name, place in places.items():

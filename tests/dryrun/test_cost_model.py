@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,16 @@ def test_a_step_ends_with_the_last_stage_to_exchange_its_gradients():
     cost = estimate(plan, slow)
     update = cost.stages[ends.index(max(ends))].optimizer_seconds
     assert cost.step_seconds == pytest.approx(max(ends) + update + gathered)
+
+
+def test_muon_keeps_one_state_of_a_matrix():
+    """By hand: AdamW's two float32 moments but for projections and experts, whose momentum is one."""
+    run = read_run(RUNS / "deepseek3_tiny" / "pretrain_deepseek3_tiny.yaml")
+    adamw, muon = (estimate(replace(Plan.of(run), muon=muon), load_profile()) for muon in (False, True))
+    sizes = [(weight.name, weight.shape) for weight in model_weights(run) if weight.trainable]
+    others = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
+    matrices = sum(prod(shape) for name, shape in sizes if len(shape) > 1 and not name.endswith(others))
+    everything = sum(prod(shape) for _, shape in sizes)
+    assert adamw.stages[0].optimizer_bytes == 8 * everything
+    assert muon.stages[0].optimizer_bytes == 8 * everything - 4 * matrices
+    assert muon.stages[0].optimizer_seconds > adamw.stages[0].optimizer_seconds

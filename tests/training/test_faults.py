@@ -149,9 +149,15 @@ def test_many_faults(undisturbed: Path, seed: int) -> None:
     check(toy, undisturbed.parent, undisturbed, random.Random(seed).choices(FAULTS, k=10), seed)
 
 
-@pytest.mark.slow
-def test_a_hundred_faults_of_four_ranks(toy_folder: Path) -> None:
-    """A rank is killed, in a collective as like as not, or stopped; the launcher, the run are told to end."""
+@pytest.fixture(scope="module")
+def undisturbed_ranks(toy_folder: Path) -> Path:
     result = run_command(ranks("--output_dir", "four"), toy_folder, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    check(ranks, toy_folder, toy_folder / "four", random.Random(0).choices(FAULTS, k=100), seed=0)
+    return toy_folder / "four"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_many_faults_of_four_ranks(undisturbed_ranks: Path, seed: int) -> None:
+    """Ten each: a rank is killed, in a collective as like as not, or stopped; launcher and run are told to end."""
+    check(ranks, undisturbed_ranks.parent, undisturbed_ranks, random.Random(seed).choices(FAULTS, k=10), seed)

@@ -10,13 +10,17 @@ import pytest
 from helpers import poisoned
 from helpers.command_line import ROOT, run_command
 from helpers.small_yaml import small_sizes
+from hf_config import config_to_hf
+from safetensors.numpy import load_file
 
+from mindformers_ext.config.run import read_run
 from mindformers_ext.sharded_checkpoint.audit import differences
 from mindformers_ext.sharded_checkpoint.layout import AVERAGE
-from mindformers_ext.sharded_checkpoint.reader import Averaged, open_source
+from mindformers_ext.sharded_checkpoint.reader import Checkpoint, open_source
 
 YAML = ROOT / "research/deepseek3/deepseek3_tiny/pretrain_deepseek3_tiny.yaml"
 DECAY = np.float32(0.75)
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 # Steps of two samples of 16 tokens: after 2 steps the factor falls, after 3 the bias stands still.
 RECIPE = {
     "ema_decay": float(DECAY),
@@ -64,19 +68,46 @@ def test_values_and_average(tmp_path: Path) -> None:
             record["main_loss"] + factor * record["mtp_loss"] + record["balance_loss"]
         )
     saved = list(steps_of(tmp_path / "out"))
-    biases = [source.read("model.layers.1.mlp.gate.e_score_correction_bias")[:] for source in saved]
+    biases = [source.read(BIAS)[:] for source in saved]
     moved = [bool(np.any(after != before)) for before, after in zip(biases, biases[1:], strict=False)]
     assert moved == [True, True, False, False]
     names = [name for name in saved[0].names() if AVERAGE + name in set(saved[0].names())]
     assert "model.embed_tokens.weight" in names and len(names) > 30
-    for name in names:
-        average = saved[0].read(AVERAGE + name)[:]
-        for source in saved[1:]:
-            average = average + (1 - DECAY) * (source.read(name)[:] - average)
-        np.testing.assert_array_equal(saved[-1].read(AVERAGE + name)[:], average)
-    averaged = Averaged(saved[-1].path)
-    np.testing.assert_array_equal(averaged.read(names[0])[:], saved[-1].read(AVERAGE + names[0])[:])
-    np.testing.assert_array_equal(averaged.read("model.layers.1.mlp.gate.e_score_correction_bias")[:], biases[-1])
+    check_converted(tmp_path / "out", {name: averages(saved, name) for name in names} | {BIAS: biases[-1]})
+
+
+def averages(saved: list[Checkpoint], name: str) -> np.ndarray:
+    """The average of a weight, made of what every step saved; as the last step saved it."""
+    average = saved[0].read(name)[:]
+    for source in saved[1:]:
+        average = average + (1 - DECAY) * (source.read(name)[:] - average)
+    np.testing.assert_array_equal(saved[-1].read(AVERAGE + name)[:], average)
+    return average
+
+
+def check_converted(output: Path, expected: dict[str, np.ndarray]) -> None:
+    """convert_reversed.py --averaged writes these values bit for bit, experts apart and as torch has them."""
+    folder = output.parent
+    sizes = [item for item in SMALL.items() if item[0].startswith(("model.", "moe_config."))]
+    config = config_to_hf(read_run(YAML, overrides=sizes).model, 1, "float32")
+    (folder / "assets").mkdir()
+    (folder / "assets/config.json").write_text(json.dumps(config))
+    script = [sys.executable, str(ROOT / "research/deepseek3/convert_reversed.py"), "--averaged", "--export_dtype"]
+    script += ["fp32", "--input", f"{output.name}/checkpoint", "--output", "averaged", "--hf_assets_path", "assets"]
+    check(run_command(script, folder))
+    found = {}
+    for file in (folder / "averaged").glob("*.safetensors"):
+        found |= load_file(file)
+    same = [name for name in expected if name in found]
+    assert len(same) > 20 and BIAS in same
+    for name in same:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    experts = "model.layers.1.mlp.experts."
+    gates, ups = np.split(expected[f"{experts}gate_up_proj"], 2, -1)
+    stacks = {"gate_proj": gates, "up_proj": ups, "down_proj": expected[f"{experts}down_proj"]}
+    for projection, stack in stacks.items():
+        for expert, matrix in enumerate(stack):
+            np.testing.assert_array_equal(found[f"{experts}{expert}.{projection}.weight"], matrix.T)
 
 
 @pytest.mark.slow
