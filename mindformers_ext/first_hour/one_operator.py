@@ -19,8 +19,9 @@ from mindformers_ext.rank_compiler.roofline import VIEW, kind_of
 
 NUMPY = {"float": np.float32, "float16": np.float16, "bfloat16": np.float32, "double": np.float64, "bool": np.bool_}
 # Changes a buffer in place, draws random numbers, or reads a register: nothing to compare with one call.
-NOT_ALONE = ("Assign", "AssignAdd", "ApplyAdamW", "InplaceIndexAddExt", "InplaceScatterSrc", "InplaceCopy")
-NOT_ALONE += ("NPUGetFloatStatusV2", "NPUClearFloatStatusV2", "DropoutExt", "DropoutGenMask", "MoveTo", "Addcmul")
+NOT_ALONE = ("Assign", "AssignAdd", "ApplyAdamW", "AdamW", "InplaceIndexAddExt", "InplaceScatterSrc", "InplaceCopy")
+NOT_ALONE += ("NPUGetFloatStatusV2", "NPUClearFloatStatusV2", "DropoutExt", "DropoutGenMask", "MoveTo")
+NOT_ALONE += ("Addcmul",)
 POSITIVE = ("Sqrt", "Rsqrt", "Reciprocal", "Log", "Pow", "Div", "RealDiv", "Divs", "FloorDiv")
 STATISTICS = {"softmax_max": 0, "softmax_sum": 1, "attention_in": 3}  # inputs of a gradient, results of its forward
 TRANSPOSED = "TransposeExtView"

@@ -11,6 +11,8 @@ from mindformers_ext.lowering.graph import Graph
 from mindformers_ext.lowering.patterns import NoMatch
 from mindformers_ext.rank_compiler import mind_ir as pb
 
+ADD = 1  # TensorScatterElements' number of this reduction
+
 
 def use_our_kernels(graph: Graph) -> None:
     """Replace the basic operators of the main graph where a kernel of ours does the same."""
@@ -77,10 +79,21 @@ def row_sums(graph: Graph, node: pb.NodeProto) -> None:
     graph.kernel(node, "RowSums", [x])
 
 
+def add_at(graph: Graph, node: pb.NodeProto) -> None:
+    """ScatterAddExt(x, axis, places, values), which MindSpore has no CPU kernel of."""
+    x, axis, places, values = node.input
+    reduce = pb.NodeProto(name=f"{node.name}/reduce", output=[f"{node.name}/reduce"], op_type="Constant")
+    reduce.attribute.add(name="value", type=pb.AttributeProto.INT64, i=ADD)
+    graph.add(reduce)
+    graph.use(node, "TensorScatterElements")
+    node.input[:] = [x, places, values, axis, reduce.output[0]]
+
+
 BASIC_REWRITES: dict[str, Callable[[Graph, pb.NodeProto], None]] = {
     "MatMul": matmul,
     "SplitWithSize": split_columns,
     "Concat": join_columns,
     "MaskedFill": masked_rows,
     "ReduceSum": row_sums,
+    "ScatterAddExt": add_at,
 }

@@ -309,6 +309,11 @@ def same_states(operator: Operator) -> bool:
     return len({(s.dtype, s.shape) for s in states}) == 1 and all(prod(getattr(s, "shape", ())) == 1 for s in scalars)
 
 
+def same_updates(operator: Operator) -> bool:
+    var, m, v, _, gradient = (operator.tensor(name) for name in NAMES["AdamW"][:5])
+    return var.dtype == gradient.dtype and m.dtype == v.dtype and len({t.shape for t in (var, m, v, gradient)}) == 1
+
+
 def never(operator: Operator) -> bool:
     return False
 
@@ -381,6 +386,7 @@ RULES = (
          "stays: losses agree within rounding; a resume that must be exact needs the switch"),
     Rule("Swiglu SwigluGrad", "the axis that is split is even", SWIGLU, even_split),
     Rule("ApplyAdamW", "var, m, v and grad have one type and shape, the rates one element", ADAMW, same_states),
+    Rule("AdamW", "var and grad, and m and v, have one type, and all one shape", ADAMW, same_updates),
     Rule("*", "no tensor has more than 8 axes", ALL_RANKS, lambda o: all(len(t.shape) <= 8 for t in o.known())),
 )  # fmt: skip
 
@@ -393,7 +399,7 @@ WITHOUT_ACLNN = {
     "Gather": "stays without a pipeline (embedding_and_loss.py); else Embedding for tables, or IndexSelect",
     "UnsortedSegmentSum": "stays without a pipeline, as Gather; else use Embedding; this one adds in any order",
     "StridedSliceGrad": "use SliceExt or SplitWithSize, whose gradients are a copy and Concat",
-    "CumSum": "use CumsumExt",
+    "CumSum": "stays: numbers of rows, no states; MindFormers' graph runs the same kernel",
     "ReduceMean": "use MeanExt",
     "AddN": "stays: MindSpore adds gradients of one value with it",
     "StridedSlice": "stays: our cells' slices carry strategies; use SliceExt where it takes the same",

@@ -47,6 +47,7 @@ NAMES = {
     "ApplyAdamW": words(
         "var m v beta1_power beta2_power lr weight_decay beta1 beta2 epsilon grad max_grad_norm amsgrad maximize"
     ),
+    "AdamW": words("var m v max_v gradient step lr beta1 beta2 decay eps amsgrad maximize"),
     "MatMul": words("input mat2 transpose_a transpose_b"),
     "BatchMatMul": words("x y transpose_a transpose_b"),
 }

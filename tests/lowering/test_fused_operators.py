@@ -1,7 +1,12 @@
 """Ascend's fused operators on hand-made graphs: what the lowering makes of them, and what it refuses."""
 
+import numpy as np
 import pytest
 from helpers.mindir_model import Model
+from mindspore import Tensor
+
+from mindformers_ext.first_hour.one_operator import as_cell
+from mindformers_ext.rank_compiler import mind_ir as pb
 
 
 def attention(mode: int, before: int, after: int, queries: int = 16) -> Model:
@@ -88,3 +93,20 @@ def test_grouped_matmul_and_its_gradients(kind, transposed, kernel):
 def test_a_sum_over_groups_needs_a_transpose():
     with pytest.raises(ValueError, match="first input is not a transpose"):
         grouped_matmul(2, "").lowered("made")
+
+
+def test_numbers_are_added_at_places(tmp_path):
+    """ScatterAddExt has no CPU kernel of MindSpore's: the lowered operator against numpy."""
+    model = Model()
+    x, places = model.given("x", "float", (3, 5)), model.given("places", "int32", (3, 1))
+    values = model.given("values", "float", (3, 1))
+    model.apply("ScatterAddExt", [x, model.constant("axis", 1), places, values], "out", (3, 5))
+    model.proto.graph.name = "add"
+    known = dict(ir_version="1.1", producer_name="tests", model_version="2.9.0", mind_ir_version=3)
+    model.proto.MergeFrom(pb.ModelProto(**known, little_endian=True))
+    cell = as_cell(model.proto, tmp_path / "one.mindir", on_cpu=True)
+    rng = np.random.default_rng(0)
+    given = rng.random((3, 5), np.float32), np.array([[4], [0], [2]], np.int32), rng.random((3, 1), np.float32)
+    want = given[0].copy()
+    np.add.at(want, (np.arange(3)[:, None], given[1]), given[2])
+    assert np.array_equal(cell(*map(Tensor, given)).asnumpy(), want)
