@@ -1,7 +1,7 @@
 """What a DeepSeek model is: the sections `model.model_config` and `moe_config` of a YAML, typed and checked.
 
 Names are MindFormers' YAML keys; the comment beside a field gives HuggingFace's word where it differs. The classes that
-MindFormers finds by the YAML's `type` are research/deepseek3/deepseek2_config.py, deepseek3_config.py and deepseek32_config.py.
+MindFormers finds by the YAML's `type` are research/deepseek3/deepseek{2,3,32}_config.py.
 """
 
 import dataclasses
@@ -353,6 +353,16 @@ class ModelConfig:
     def yarn(self) -> YarnConfig | None:
         """YaRN's parameters, or None when positions are not extended."""
         return None if self.extend_method == "None" else self.scaling_factor or YarnConfig()
+
+    @property
+    def has_indexer(self) -> bool:
+        """True for attention over selected keys (V3.2)."""
+        return self.model_type == "deepseekv32"
+
+    @property
+    def warms_up(self) -> bool:
+        """True when nothing but the indexers is trained."""
+        return self.has_indexer and self.sparse_attention == "warm_up"
 
     @property
     def layers_in_all(self) -> int:

@@ -37,7 +37,6 @@ from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingfac
 from mindformers_ext.training.wrapper import frozen_names, real_model
 
 
-
 class BeginAt(Callback):
     """Tell the other callbacks where this process begins, and give them a place for what checkpoints keep of a run."""
 

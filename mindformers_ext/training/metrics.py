@@ -238,7 +238,7 @@ class TrainingMetrics(Callback):
             "main_loss": main,
             "mtp_loss": mtp,
             "balance_loss": balance,
-            **{"indexer_loss": loss for loss in indexer},
+            **({"indexer_loss": indexer[0]} if indexer else {}),
             "grad_norm": as_float(grad_norm),
             "lr": as_float(lr),
         }

@@ -339,7 +339,10 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.mean_loss, self.head_loss = MeanLoss(config), head_loss(config)
         self.loss_parts = Parameter(
-            Tensor(np.zeros(self.parts_reported), mstype.float32), name="loss_parts", requires_grad=False, parallel_optimizer=False
+            Tensor(np.zeros(self.parts_reported), mstype.float32),
+            name="loss_parts",
+            requires_grad=False,
+            parallel_optimizer=False,
         )
         self.add_loss_parts = ops.AssignAdd()
         shard(self, "causal_lm", config)

@@ -30,7 +30,7 @@ class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         self.is_indexer = Tensor(np.eye(self.parts_reported, dtype=np.float32)[-1])
-        if config.sparse_attention == "warm_up":
+        if config.warms_up:
             for parameter in self.get_parameters():
                 parameter.requires_grad = parameter.requires_grad and INDEXER in parameter.name
 
@@ -43,12 +43,12 @@ class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
 
     def frozen_names(self) -> set[str]:
         """Names of the weights that this training leaves as they were loaded: in the warm-up all but the indexers'."""
-        if self.config.sparse_attention == "sparse":
+        if not self.config.warms_up:
             return super().frozen_names()
         names = {entry.ours for entry in name_table(self.config) if INDEXER not in entry.ours}
         return {name for name in names if not name.endswith("e_score_correction_bias")}
 
     def starts_anew(self, name: str) -> bool:
         """True for a weight that a checkpoint may do without: the warm-up makes an indexer for a V3 that has none."""
-        new = self.config.sparse_attention == "warm_up" and INDEXER in name
+        new = self.config.warms_up and INDEXER in name
         return new or super().starts_anew(name)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2's sparse attention: an indexer selects the keys that a query attends (DSA, the report of V3.2-Exp, 2.1).
+"""DeepSeek-V3.2's sparse attention: an indexer selects the keys that a query attends (V3.2-Exp's report, 2.1).
 
 Beside attention a lightning indexer gives every key a score, I_ts = sum_j w_tj relu(q_tj k_s); a query attends the
 index_topk keys of the largest ones. The indexer learns by a loss of its own alone, its input is detached:
@@ -115,7 +115,7 @@ class Selection(nn.Cell):
 
 
 class IndexerLoss(nn.Cell):
-    """KL(mean over heads of attention's weights || softmax(scores)), the mean over tokens that are not padding: (1,)."""
+    """KL(mean over heads of attention's weights || softmax(scores)), the mean over all tokens but padding: (1,)."""
 
     def __init__(self, config):
         super().__init__()
@@ -146,7 +146,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         self.mask_scores, self.keep_selected = ops.Add(), ops.Add()
         shard(self, "selection", config)
         length = config.seq_length
-        self.count, self.selects = config.index_topk, config.sparse_attention == "sparse"
+        self.count, self.selects = config.index_topk, not config.warms_up
         if self.selects and length > self.count:
 
             def shapes(scores):

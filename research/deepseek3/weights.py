@@ -102,7 +102,7 @@ def attention_shapes(config) -> dict[str, tuple[int, ...]]:
         "kv_a_layernorm": (latent,),
         "kv_b_proj": (heads * (config.qk_nope_head_dim + config.v_head_dim), latent),
         "o_proj": (hidden, heads * config.v_head_dim),
-        **(indexer_shapes(config) if config.model_type == "deepseekv32" else {}),
+        **(indexer_shapes(config) if config.has_indexer else {}),
     }
 
 
