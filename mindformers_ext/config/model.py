@@ -1,7 +1,7 @@
 """What a DeepSeek model is: the sections `model.model_config` and `moe_config` of a YAML, typed and checked.
 
 Names are MindFormers' YAML keys; the comment beside a field gives HuggingFace's word where it differs. The classes that
-MindFormers finds by the YAML's `type` are research/deepseek3/deepseek2_config.py and deepseek3_config.py.
+MindFormers finds by the YAML's `type` are research/deepseek3/deepseek{2,3,32}_config.py.
 """
 
 import dataclasses
@@ -355,6 +355,16 @@ class ModelConfig:
         return None if self.extend_method == "None" else self.scaling_factor or YarnConfig()
 
     @property
+    def has_indexer(self) -> bool:
+        """True for attention over selected keys (V3.2)."""
+        return self.model_type == "deepseekv32"
+
+    @property
+    def warms_up(self) -> bool:
+        """True when nothing but the indexers is trained."""
+        return self.has_indexer and self.sparse_attention == "warm_up"
+
+    @property
     def layers_in_all(self) -> int:
         """Decoder layers, those of multi-token prediction included."""
         return self.num_layers + self.mtp_depth
@@ -435,5 +445,36 @@ class V3ModelConfig(ModelConfig):
     mtp_depth: NotNegative = 1  # tokens predicted beyond the next one
 
 
+@dataclass(kw_only=True)
+class V32ModelConfig(V3ModelConfig):
+    """A DeepSeek-V3.2 model: V3 whose queries attend only the keys that an indexer selects."""
+
+    model_type: ClassVar[str] = "deepseekv32"
+
+    index_n_heads: Positive = 64
+    index_head_dim: Positive = 128
+    index_topk: Positive = 2048  # keys that a query attends
+    # warm_up: attention is dense and the indexer alone is trained; sparse: keys are selected, all is trained
+    sparse_attention: Literal["warm_up", "sparse"] = "sparse"
+    indexer_loss_factor: NotNegativeNumber = 1.0  # of the sum over layers
+
+    def __post_init__(self):
+        super().__post_init__()
+        rule = "must be at least qk_rope_head_dim = {}: so much of an indexer's head is turned by position"
+        fits = self.index_head_dim >= self.qk_rope_head_dim
+        require(fits, f"{MODEL}.index_head_dim", self.index_head_dim, rule.format(self.qk_rope_head_dim))
+        rule = "must be a number: the indexer's queries come from the latent of the queries"
+        require(self.q_lora_rank is not None, f"{MODEL}.q_lora_rank", None, rule)
+        rule = "must be False: the indexer learns from attention weights, which flash attention does not give"
+        require(not self.use_flash_attention, f"{MODEL}.use_flash_attention", True, rule)
+        rule = "the warm-up trains the indexer only: leave pet_config out, or set sparse_attention: sparse"
+        fits = self.sparse_attention == "sparse" or not self.lora.lora_rank
+        require(fits, f"{MODEL}.pet_config.lora_rank", self.lora.lora_rank, rule)
+
+
 # The model classes by the `type` of model_config.
-FAMILIES: dict[str, type[ModelConfig]] = {"DeepseekV2Config": ModelConfig, "DeepseekV3Config": V3ModelConfig}
+FAMILIES: dict[str, type[ModelConfig]] = {
+    "DeepseekV2Config": ModelConfig,
+    "DeepseekV3Config": V3ModelConfig,
+    "DeepseekV32Config": V32ModelConfig,
+}

@@ -314,7 +314,7 @@ def read_model(reader: Reader, given: dict[str, Any], moe: Any) -> ModelConfig |
     kind, reference = given.get("type"), given.get("auto_register")
     if not isinstance(kind, str):
         reader.refuse("model.model_config.type", kind, says(Literal[tuple(FAMILIES)]))
-        kind = next(reversed(FAMILIES))  # for the sentences on its other keys
+        kind = "DeepseekV3Config"  # for the sentences on its other keys
     elif not isinstance(reference, str) or reference.rpartition(".")[2] != kind:
         must_be = f"a module and the class of its type {kind!r}, for example deepseek3_config.DeepseekV3Config"
         reader.refuse("model.model_config.auto_register", reference, must_be)

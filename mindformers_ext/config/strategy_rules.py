@@ -30,7 +30,7 @@ def check_run(run: Run) -> list[Violation]:
 
 
 def of_a_known_model(run: Run) -> Iterator[Violation]:
-    yield Violation("model.model_config.type", f"strategies are known of {' and '.join(FAMILIES)} only")
+    yield Violation("model.model_config.type", f"strategies are known of {', '.join(FAMILIES)} only")
 
 
 def split_by_hand(run: Run) -> Iterator[Violation]:

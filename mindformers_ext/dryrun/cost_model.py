@@ -572,6 +572,9 @@ def layer_activations(plan: Plan, is_moe: bool) -> dict[str, float]:
     context = tokens * heads * 2 * model.v_head_dim * unit
     if not model.use_flash_attention:
         context += tokens * heads * model.seq_length * (2 * FLOAT_BYTES + unit)
+    if model.has_indexer:
+        products = model.index_n_heads / plan.mp * (2 * FLOAT_BYTES + unit)
+        context += tokens * model.seq_length * (products + 4 * FLOAT_BYTES)
     kept = {
         "norm": 2 * local * model.hidden_size * (FLOAT_BYTES + unit) + local * latents * (FLOAT_BYTES + unit),
         "mla_up": tokens * heads * (2 * 2 * model.qk_head_dim + 2 * model.v_head_dim) * unit,

@@ -65,6 +65,14 @@ def layer_parts(plan: Plan, is_moe: bool) -> list[Part]:
         Part("output", [(tokens, heads * dv, hidden, 1)], kernels=0.05),
         Part("residual", moved_bytes=6 * rows * hidden * unit, kernels=0.05),
     ]
+    if model.has_indexer:  # all products, and (S, S) scores in float32 that some ten operators read and write
+        index, length = model.index_n_heads / plan.mp, model.seq_length
+        products = [
+            (tokens, model.q_lora_rank, index * model.index_head_dim, 1),
+            (rows, hidden, model.index_head_dim, 1),
+        ]
+        macs, moved = tokens * index * model.index_head_dim * length, tokens * length * (4 * index + heads + 10) * 4
+        parts.append(Part("indexer", products, attention_macs=macs, moved_bytes=moved, kernels=0.5))
     if not is_moe:
         return parts + _swiglu(plan, "mlp", model.intermediate_size)
     if moe.shared_expert_num:

@@ -79,9 +79,10 @@ def layer_weights(plan: Run | Plan, prefix: str, layer: int, stage: int) -> Iter
 
 
 def _adapted(plan: Run | Plan, weights: Iterable[Weight]) -> Iterator[Weight]:
-    lora = plan.model.lora
+    model, lora = plan.model, plan.model.lora
     for weight in weights:
-        yield replace(weight, trainable=False) if lora.lora_rank else weight
+        frozen = lora.lora_rank or (model.warms_up and ".indexer." not in weight.name)
+        yield replace(weight, trainable=False) if frozen else weight
         if lora.lora_rank:
             yield from _adapters(weight, lora)
 
@@ -148,6 +149,13 @@ def _layer(plan: Run | Plan, prefix: str, layer: int, stage: int) -> Iterator[We
     yield weight("self_attn.kv_a_layernorm.weight", latent)
     yield weight("self_attn.kv_b_proj.weight", heads * (model.qk_nope_head_dim + model.v_head_dim), latent, ways=mp)
     yield weight("self_attn.o_proj.weight", hidden, heads * model.v_head_dim, axis=1, ways=mp)
+    if model.has_indexer:
+        index_heads, width = model.index_n_heads, model.index_head_dim
+        yield weight("self_attn.indexer.wq_b.weight", index_heads * width, model.q_lora_rank, ways=mp)
+        yield weight("self_attn.indexer.wk.weight", width, hidden)
+        yield weight("self_attn.indexer.k_norm.weight", width)
+        yield weight("self_attn.indexer.k_norm.bias", width)
+        yield weight("self_attn.indexer.weights_proj.weight", index_heads, hidden, ways=mp)
     yield weight("post_attention_layernorm.weight", hidden)
     if not model.is_moe_layer(layer):
         yield from _swiglu(weight, "mlp.", hidden, model.intermediate_size, mp)

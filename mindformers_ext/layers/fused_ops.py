@@ -90,9 +90,14 @@ class BasicAttention(nn.Cell):
 
     def with_scores(self, query, key, value, mask):
         """The context, and scores (B, N, S, ...) with the largest of every query among them."""
+        return self.with_weights(query, key, value, mask)[:2]
+
+    def with_weights(self, query, key, value, mask):
+        """The context, the scores, and what the softmax makes of them, (B, N, S, S) both."""
         scores = self.query_key(self.scale_query(query, self.scale), key)  # (B, N, S, S)
         scores = self.add_mask(ops.cast(scores, self.softmax_type), mask)
-        return self.weigh_value(ops.cast(self.softmax(scores), value.dtype), value), scores
+        weights = self.softmax(scores)
+        return self.weigh_value(ops.cast(weights, value.dtype), value), scores, weights
 
 
 @dataclass(frozen=True)
@@ -194,17 +199,23 @@ class BasicRotary(nn.Cell):
 
     The result holds all first members, then all second ones: queries and keys share the order, so their products do
     not change, and no interleaving back is needed (HF apply_rotary_pos_emb_interleave does the same).
+
+    Args:
+        halves: the pairs are (x_i, x_{i + D/2}) instead.
     """
 
-    def __init__(self):
+    def __init__(self, halves: bool = False):
         super().__init__()
+        self.halves = halves
         self.first, self.second = ops.StridedSlice(), ops.StridedSlice()
         self.first_cos, self.first_sin, self.second_cos, self.second_sin = (ops.Mul() for _ in range(4))
         self.sub, self.add, self.cat = ops.Sub(), ops.Add(), ops.Concat(-1)
 
     def construct(self, x, cos, sin):
-        a = self.first(x, (0, 0, 0, 0), x.shape, (1, 1, 1, 2))
-        b = self.second(x, (0, 0, 0, 1), x.shape, (1, 1, 1, 2))
+        half = x.shape[3] // 2
+        step, start = (1, half) if self.halves else (2, 1)
+        a = self.first(x, (0, 0, 0, 0), (*x.shape[:3], half * step), (1, 1, 1, step))
+        b = self.second(x, (0, 0, 0, start), x.shape, (1, 1, 1, step))
         cos, sin = cos[..., ::2], sin[..., ::2]  # the tables hold each angle twice
         turned_a = self.sub(self.first_cos(a, cos), self.second_sin(b, sin))
         turned_b = self.add(self.second_cos(b, cos), self.first_sin(a, sin))

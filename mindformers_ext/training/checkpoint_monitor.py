@@ -36,8 +36,6 @@ from mindformers_ext.training.over_ranks import place_in_run
 from mindformers_ext.training.pretrained import HuggingFaceFolder, is_huggingface, resolve
 from mindformers_ext.training.wrapper import frozen_names, real_model
 
-ADAPTERS = (".lora_a", ".lora_b")
-
 
 class BeginAt(Callback):
     """Tell the other callbacks where this process begins, and give them a place for what checkpoints keep of a run."""
@@ -236,10 +234,11 @@ def load_base(
 
 
 def weights_of(model: nn.Cell, source: Source, parameters: dict[str, Parameter]) -> dict[str, Parameter]:
-    """The model's own among `parameters`; adapters that the source does not have start anew."""
+    """The model's own among `parameters`; what the source does not have and the model can make starts anew."""
     known = set(source.names())
     own = {parameter.name for parameter in model.get_parameters()}
-    own = {name for name in own if name in known or not name.endswith(ADAPTERS)}
+    starts_anew = getattr(model, "starts_anew", lambda name: False)  # adapters and the like
+    own = {name for name in own if name in known or not starts_anew(name)}
     return {name: parameter for name, parameter in parameters.items() if name in own}
 
 

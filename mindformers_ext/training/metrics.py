@@ -39,21 +39,21 @@ from matplotlib import pyplot
 SUMMARIZED = ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm")  # of every record
 
 
-def take_loss_parts(model: nn.Cell) -> tuple[float | None, float | None, float | None]:
+def take_loss_parts(model: nn.Cell) -> tuple[float | None, ...]:
     """Return main, MTP and balance loss, the mean over this step's micro-batches and ranks, and reset them.
 
-    All None on a pipeline stage that computes no loss.
+    Of V3.2 the indexers' loss, too. All None on a pipeline stage that computes no loss.
     """
     parts = sum_over_ranks(model.loss_parts).asnumpy().copy()  # on CPU the array shares the parameter's memory
     ops.assign(model.loss_parts, ops.zeros_like(model.loss_parts))
     if parts[3] == 0:
-        return None, None, None
-    return tuple(float(part) for part in parts[:3] / parts[3])
+        return (None,) * (len(parts) - 1)
+    return tuple(float(part) for part in np.delete(parts, 3) / parts[3])
 
 
-def total_loss(model: nn.Cell, main: float | None, mtp: float, balance: float) -> float | None:
+def total_loss(model: nn.Cell, main: float | None, mtp: float, *others: float) -> float | None:
     """The loss that was trained, of its parts; None on a pipeline stage that computes none."""
-    return None if main is None else main + as_float(model.mtp_factor()) * mtp + balance
+    return None if main is None else main + as_float(model.mtp_factor()) * mtp + sum(others)
 
 
 def take_dropped(model: nn.Cell) -> int | None:
@@ -241,14 +241,15 @@ class TrainingMetrics(Callback):
         skipped = was_left_out(cb_params.train_network, cb_params.net_outputs)
         self.overflows += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        main, mtp, balance = take_loss_parts(self.model)
+        main, mtp, balance, *indexer = take_loss_parts(self.model)
         dropped = take_dropped(self.model)
         return {
             **({} if dropped is None else {"dropped_choices": dropped}),
-            "loss": total_loss(self.model, main, mtp, balance),
+            "loss": total_loss(self.model, main, mtp, balance, *indexer),
             "main_loss": main,
             "mtp_loss": mtp,
             "balance_loss": balance,
+            **({"indexer_loss": indexer[0]} if indexer else {}),
             "grad_norm": as_float(grad_norm),
             "lr": as_float(lr),
         }
@@ -303,7 +304,7 @@ class TrainingMetrics(Callback):
         timed = self.records[1:] or self.records
         speed = {key: statistics.median(r[key] for r in timed) for key in ("tokens_per_s", "tflops_per_device", "mfu")}
         rows = [f"{'':14}{'first (step ' + str(first['step']) + ')':>20}{'last (step ' + str(last['step']) + ')':>20}"]
-        for key in SUMMARIZED:
+        for key in (*SUMMARIZED, *(["indexer_loss"] if "indexer_loss" in first else [])):
             rows.append(f"{key:14}{number(first[key]):>20}{number(last[key]):>20}")
         rows += [
             f"tokens/s      {speed['tokens_per_s']:,.0f} (median after the first step)",
@@ -349,7 +350,8 @@ def line(record: dict[str, Any]) -> str:
     return (
         f"step {record['step']}, loss {number(record['loss'])}, main {number(record['main_loss'])}, "
         f"mtp {number(record['mtp_loss'])}, balance {number(record['balance_loss'])}, "
-        f"grad norm {number(record['grad_norm'])}, lr {record['lr'] or 0:.3e}, "
+        + (f"indexer {number(record['indexer_loss'])}, " if "indexer_loss" in record else "")
+        + f"grad norm {number(record['grad_norm'])}, lr {record['lr'] or 0:.3e}, "
         f"{record['tokens_per_s']:,.0f} tokens/s, {record['tflops_per_device']:.4f} TFLOP/s per device, "
         f"MFU {record['mfu']:.2%}, expert load max/mean {worst:.2f}"
         + (f", {record['dropped_choices']} choices dropped" if "dropped_choices" in record else "")

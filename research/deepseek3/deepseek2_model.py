@@ -105,20 +105,35 @@ class MultiHeadLatentAttention(nn.Cell):
 
     def construct(self, x, seq, mask, position_ids=None):
         """x (T, H) of sequences of `seq` tokens; mask from `score_mask`."""
-        query_latent = self.q_a_layernorm(self.q_a_proj(x)) if self.has_q_lora else x
-        query = self.q_b_proj(query_latent) if self.has_q_lora else self.q_proj(x)
-        compressed_kv, k_pe = self.split_kv_a(self.kv_a_proj_with_mqa(x))  # (T, latent), (T, rope)
-        kv = self.kv_b_proj(self.kv_a_layernorm(compressed_kv))
+        query, kv, k_pe = self.project(x, self.query_latent(x))
         if self.attention_at_once is not None:
             cos, sin = self.query_rotary.tables(seq, position_ids)
             return self.o_proj(self._attend(self.attention_at_once, query, kv, k_pe, cos, sin, mask))
+        query, key, value = self.by_heads(query, kv, k_pe, seq, position_ids)
+        return self.output(self._attend(self.core_attention, query, key, value, mask))
+
+    def query_latent(self, x):
+        """What queries are made of: (T, q_lora_rank), or x itself without that rank."""
+        return self.q_a_layernorm(self.q_a_proj(x)) if self.has_q_lora else x
+
+    def project(self, x, query_latent):
+        """Queries (T, N*D), keys and values of all heads (T, N*(nope + Dv)), the shared key (T, rope)."""
+        query = self.q_b_proj(query_latent) if self.has_q_lora else self.q_proj(x)
+        compressed_kv, k_pe = self.split_kv_a(self.kv_a_proj_with_mqa(x))  # (T, latent), (T, rope)
+        return query, self.kv_b_proj(self.kv_a_layernorm(compressed_kv)), k_pe
+
+    def by_heads(self, query, kv, k_pe, seq, position_ids):
+        """Query, key (B, N, S, nope + rope) and value (B, N, S, Dv) with their positions."""
         q_nope, q_pe = self.split_query(self._heads(query, seq))  # (B, N, S, nope), (B, N, S, rope)
         k_nope, value = self.split_kv(self._heads(kv, seq))  # (B, N, S, nope), (B, N, S, Dv)
         q_pe = self.query_rotary(q_pe, position_ids)
         k_pe = self.key_rotary(k_pe.reshape((-1, 1, seq, self.rope)), position_ids)  # one head, shared
         query = self.cat_query((q_nope, q_pe))  # (B, N, S, nope + rope)
         key = self.cat_key((k_nope, self.share_key(k_pe, (1, self.num_heads, 1, 1))))
-        context = self._attend(self.core_attention, query, key, value, mask)  # (B, N, S, Dv)
+        return query, key, value
+
+    def output(self, context):
+        """(T, H) <- context (B, N, S, Dv)."""
         context = self.from_heads(context, (0, 2, 1, 3)).reshape((-1, self.num_heads * self.value_dim))
         return self.o_proj(context)
 
@@ -249,10 +264,12 @@ class MixtureOfExperts(nn.Cell):
 class DecoderLayer(nn.Cell):
     """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts."""
 
+    attention = MultiHeadLatentAttention
+
     def __init__(self, config, is_moe: bool):
         super().__init__()
         self.input_layernorm = RMSNorm(config, config.hidden_size, "token_norm")
-        self.self_attn = MultiHeadLatentAttention(config)
+        self.self_attn = self.attention(config)
         self.post_attention_layernorm = RMSNorm(config, config.hidden_size, "token_norm")
         self.is_moe = is_moe
         self.mlp = MixtureOfExperts(config) if is_moe else FeedForward(config, config.intermediate_size)
@@ -262,6 +279,10 @@ class DecoderLayer(nn.Cell):
     def construct(self, x, mask, token_mask, batch, position_ids=None):
         """x (T, H) of `batch` sequences -> x (T, H) and the layer's balance loss."""
         x = self.add_attention(x, self.self_attn(self.input_layernorm(x), x.shape[0] // batch, mask, position_ids))
+        return self.feed_forward(x, token_mask, batch)
+
+    def feed_forward(self, x, token_mask, batch):
+        """The second half."""
         y = self.post_attention_layernorm(x)
         if self.is_moe:
             y, loss = self.mlp(y, token_mask, batch)
@@ -272,10 +293,10 @@ class DecoderLayer(nn.Cell):
 class DeepseekV2Model(nn.Cell):
     """Token ids to hidden states: embedding, decoder layers, final norm."""
 
-    def __init__(self, config):
+    def __init__(self, config, decoder_layer):
         super().__init__()
         self.embed_tokens = Embedding(config)
-        self.layers = nn.CellList([DecoderLayer(config, config.is_moe_layer(i)) for i in range(config.num_layers)])
+        self.layers = nn.CellList([decoder_layer(config, config.is_moe_layer(i)) for i in range(config.num_layers)])
         self.norm = RMSNorm(config, config.hidden_size, "token_norm")
         for i, layer in enumerate(self.layers):
             place(layer, i, config)
@@ -302,6 +323,8 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
 
     config_class = DeepseekV2Config
     base_model_prefix = "model"
+    decoder_layer = DecoderLayer
+    parts_reported = 4  # main, MTP and balance loss, and how many there were
 
     @share_graph
     def __init__(self, config):
@@ -309,19 +332,22 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         self.ignore_token_id, self.pad_token_id = config.ignore_token_id, config.pad_token_id
         self.sliced_inputs = config.input_sliced_sig
         self.score_mask = score_mask(config)
-        self.model = DeepseekV2Model(config)
+        self.model = DeepseekV2Model(config, self.decoder_layer)
         self.lm_head = Linear(config, config.hidden_size, config.vocab_size, "lm_head")
         put(self.lm_head, config.placed().last)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.mean_loss, self.head_loss = MeanLoss(config), head_loss(config)
         self.loss_parts = Parameter(
-            Tensor(np.zeros(4), mstype.float32), name="loss_parts", requires_grad=False, parallel_optimizer=False
+            Tensor(np.zeros(self.parts_reported), mstype.float32),
+            name="loss_parts",
+            requires_grad=False,
+            parallel_optimizer=False,
         )
         self.add_loss_parts = ops.AssignAdd()
         shard(self, "causal_lm", config)
-        unit = np.eye(4, dtype=np.float32)
-        self.is_main, self.is_mtp, self.is_balance, self.is_count = (Tensor(row) for row in unit)
+        unit = np.eye(self.parts_reported, dtype=np.float32)
+        self.is_main, self.is_mtp, self.is_balance, self.is_count = (Tensor(row) for row in unit[:4])
         if config.lora.lora_rank:
             freeze_base(self)
         if config.checkpoint_name_or_path:
@@ -363,10 +389,14 @@ class DeepseekV2ForCausalLM(TrainingInterface, PreTrainedModel):
         if not self.training:
             return main.reshape(())
         mtp, mtp_balance = self.mtp_loss(hidden, labels, loss_mask, mask, token_mask, position_ids, ends)
-        balance = balance + mtp_balance
-        parts = main * self.is_main + mtp * self.is_mtp + balance * self.is_balance + self.is_count
+        loss, parts = self.add_up(main, mtp, balance + mtp_balance)
         self.add_loss_parts(self.loss_parts, ops.stop_gradient(parts))
-        return (main + mtp * self.mtp_factor() + balance).reshape(())
+        return loss.reshape(())
+
+    def add_up(self, main, mtp, of_layers):
+        """The training loss (1,) and its parts; `of_layers` is what the layers return beside x, summed."""
+        parts = main * self.is_main + mtp * self.is_mtp + of_layers * self.is_balance + self.is_count
+        return main + mtp * self.mtp_factor() + of_layers, parts
 
     def mtp_factor(self) -> float:
         """What the MTP loss is multiplied with."""

@@ -5,7 +5,7 @@ Legend as in deepseek2_model.py.
 
 import numpy as np
 from balance_loss import no_loss
-from deepseek2_model import DecoderLayer, DeepseekV2ForCausalLM, Linear, RMSNorm
+from deepseek2_model import DeepseekV2ForCausalLM, Linear, RMSNorm
 from deepseek3_config import DeepseekV3Config
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor, nn, ops
@@ -42,14 +42,15 @@ class MultiTokenPredictor(nn.Cell):
 
     Args:
         index: of its decoder layer, counted on from the main model's.
+        decoder_layer: class of that layer.
     """
 
-    def __init__(self, config, index: int):
+    def __init__(self, config, index: int, decoder_layer):
         super().__init__()
         self.enorm = RMSNorm(config, config.hidden_size, "token_norm")
         self.hnorm = RMSNorm(config, config.hidden_size, "token_norm")
         self.eh_proj = Linear(config, 2 * config.hidden_size, config.hidden_size, "latent")
-        self.layer = DecoderLayer(config, config.is_moe_layer(index))
+        self.layer = decoder_layer(config, config.is_moe_layer(index))
         self.shared_head_norm = RMSNorm(config, config.hidden_size, "token_norm")
         depth, seq = index - config.num_layers + 1, config.seq_length
         self.in_document = documents_locally(SameDocument(seq, depth), seq, config)
@@ -98,7 +99,7 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         indices = range(config.num_layers, config.num_layers + config.mtp_depth)
-        self.mtp = nn.CellList([MultiTokenPredictor(config, index) for index in indices])
+        self.mtp = nn.CellList([MultiTokenPredictor(config, index, self.decoder_layer) for index in indices])
         self.depths = max(config.mtp_depth, 1)
         self.shift_left = ShiftLeft(config)
         self.factor = config.mtp_loss_factor

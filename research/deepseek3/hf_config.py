@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from deepseek2_config import DeepseekV2Config
 from deepseek3_config import DeepseekV3Config
+from deepseek32_config import DeepseekV32Config
 from hf_families import FAMILIES, text_model
 from msgspec import Meta
 
@@ -70,6 +71,7 @@ WRITTEN_FIXED = (
     "rope_interleave",
 )
 SCORES = {"sigmoid": True, "softmax": False}
+CLASSES = {"DeepseekV2": DeepseekV2Config, "DeepseekV3": DeepseekV3Config, "DeepseekV32": DeepseekV32Config}
 NOT_WEIGHTS = ("initializer_range", "bos_token_id", "eos_token_id")  # may differ from the YAML
 # What transformers (and DeepSeek's own code) assume where config.json does not say. Sizes have no default here:
 # transformers would take another model's.
@@ -239,12 +241,12 @@ def typed(values: dict[str, Any], where: str | Path) -> dict[str, Any]:
     values = text_model(values, where)
     family = FAMILIES[values["model_type"]]
     values = family.in_deepseek_words(values, where)
-    known = check_keys(values, KEYS, (*NO_EFFECT, *OFF, *family.no_effect), where)
+    known = check_keys(values, KEYS | dict.fromkeys(family.sizes, Size), (*NO_EFFECT, *OFF, *family.no_effect), where)
     found = {**family.defaults, **DEFAULTS, **known}
     for key, value in {**FIXED, **OFF}.items():
         if values.get(key, value) != value:
             raise ConfigError(f"{where}: {key} is {short(values[key])}, but this model has {value!r} only")
-    missing = [key for key in (*MODEL, *MOE) if key not in found and key not in NOT_WEIGHTS]
+    missing = [key for key in (*MODEL, *MOE, *family.sizes) if key not in found and key not in NOT_WEIGHTS]
     if missing:
         raise ConfigError(f"{where}: {missing[0]} is missing; it is needed to build the model")
     heads, width = found["num_attention_heads"], found["qk_nope_head_dim"] + found["qk_rope_head_dim"]
@@ -306,7 +308,8 @@ def sections_from_hf(values: dict[str, Any], where: str | Path = "config.json") 
         ConfigError: a key is unknown, missing or wrong, or positions are extended in another way than YaRN.
     """
     known = typed(values, where)
-    name = FAMILIES[known["model_type"]].cls
+    family = FAMILIES[known["model_type"]]
+    name = family.cls
     module = name.replace("Deepseek", "deepseek").replace("V", "")  # deepseek3
     positions, theta = positions_from_hf(known, values, where)
     known["rope_theta"] = theta
@@ -315,7 +318,7 @@ def sections_from_hf(values: dict[str, Any], where: str | Path = "config.json") 
     pad = known.get("pad_token_id")
     model["pad_token_id"] = model.get("eos_token_id", 1) if pad is None else pad
     model["mtp_depth"] = known.get("num_nextn_predict_layers") or 0
-    model |= positions
+    model |= positions | {key: known[key] for key in family.sizes}
     absent = {"expert_num": 1, "num_experts_chosen": 1, "shared_expert_num": 0, "n_group": 1}
     moe = {ours: absent.get(ours) if known[theirs] is None else known[theirs] for theirs, ours in MOE.items()}
     moe["topk_group"] = moe["topk_group"] or moe["n_group"]
@@ -402,7 +405,7 @@ def config_from_hf(values: dict[str, Any], mtp_depth: int, where: str | Path = "
     model = {k: v for k, v in sections["model"]["model_config"].items() if k not in ("type", "auto_register")}
     family = FAMILIES[text_model(values, where)["model_type"]]
     length = values.get("max_position_embeddings") or family.max_position_embeddings
-    cls = DeepseekV3Config if family.cls == "DeepseekV3" else DeepseekV2Config
+    cls = CLASSES[family.cls]
     try:
         return cls(
             **{**model, "mtp_depth": mtp_depth},
@@ -420,13 +423,14 @@ def config_to_hf(config: DeepseekV2Config, mtp_depth: int, dtype: str = "bfloat1
     topk_method and scoring_func are always written (vLLM finds the bias by them); num_nextn_predict_layers is the
     number of MTP layers that the files hold.
     """
-    family = "deepseek_v2" if config.model_type == "deepseekv2" else "deepseek_v3"
+    family = config.model_type.replace("deepseek", "deepseek_")
     moe = config.moe_config
     values = {
         "architectures": [FAMILIES[family].architecture],
         "model_type": family,
         **{theirs: getattr(config, ours) for theirs, ours in MODEL.items()},
         **{theirs: getattr(moe, ours) for theirs, ours in MOE.items()},
+        **{key: getattr(config, key) for key in FAMILIES[family].sizes},
         **{key: FIXED[key] for key in WRITTEN_FIXED},
         "num_key_value_heads": config.num_heads,
         "max_position_embeddings": config.max_position_embeddings,
@@ -472,7 +476,9 @@ def compare(config: DeepseekV2Config, values: dict[str, Any], where: str | Path)
         ConfigError: names the first key that differs, with both values.
     """
     other = config_from_hf(values, config.mtp_depth, where)
-    pairs = [(theirs, config, other, ours, "model_config") for theirs, ours in MODEL.items()]
+    sizes = FAMILIES[text_model(values, where)["model_type"]].sizes if config.has_indexer else ()
+    keys = MODEL | dict(zip(sizes, sizes, strict=True))
+    pairs = [(theirs, config, other, ours, "model_config") for theirs, ours in keys.items()]
     if config.moe_config.expert_num > 1 or other.moe_config.expert_num > 1:
         pairs += [(theirs, config.moe_config, other.moe_config, ours, "moe_config") for theirs, ours in MOE.items()]
         pairs.append(("scoring_func", config.moe_config, other.moe_config, "use_gating_sigmoid", "moe_config"))

@@ -35,12 +35,13 @@ def unchanged(values: dict[str, Any], where: Any) -> dict[str, Any]:
 class Family:
     """One `model_type`."""
 
-    cls: str  # of ours: DeepseekV2 or DeepseekV3
+    cls: str  # of ours: DeepseekV2, DeepseekV3 or DeepseekV32
     architecture: str  # transformers' class of an export
     max_position_embeddings: int  # where config.json has none
     defaults: dict[str, Any] = field(default_factory=dict)  # DeepSeek's words that are not in config.json
     no_effect: tuple[str, ...] = ()  # keys of its own that change no number
     in_deepseek_words: Callable[[dict[str, Any], Any], dict[str, Any]] = unchanged
+    sizes: tuple[str, ...] = ()  # keys of its own that name a size; ours are called the same
     written_as: str | None = None  # model_type of an export, where transformers 4 does not know this one
 
 
@@ -69,11 +70,29 @@ def from_youtu(values: dict[str, Any], where: Any) -> dict[str, Any]:
     return found
 
 
+def from_v32(values: dict[str, Any], where: Any) -> dict[str, Any]:
+    """transformers 5 names the kind of every layer's attention, too: all are sparse."""
+    kinds = values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or set(kinds) != {"deepseek_sparse_attention"}):
+        raise ConfigError(f"{where}: layer_types is {short(kinds)}, but this model has sparse attention in every layer")
+    kept = {key: value for key, value in values.items() if key != "layer_types"}
+    return from_glm(kept, where) if kept.get("mlp_layer_types") is not None else kept
+
+
 FAMILIES = {
     "deepseek_v2": Family(
         "DeepseekV2", "DeepseekV2ForCausalLM", 2048, {"topk_method": "greedy", "scoring_func": "softmax"}
     ),
     "deepseek_v3": Family("DeepseekV3", "DeepseekV3ForCausalLM", 4096, V3_ROUTER),
+    "deepseek_v32": Family(
+        "DeepseekV32",
+        "DeepseekV32ForCausalLM",
+        163840,
+        V3_ROUTER,
+        ("output_router_logits",),
+        from_v32,
+        ("index_n_heads", "index_head_dim", "index_topk"),
+    ),
     "kimi_k2": Family("DeepseekV3", "DeepseekV3ForCausalLM", 4096, V3_ROUTER, written_as="deepseek_v3"),
     "glm4_moe_lite": Family(
         "DeepseekV3",

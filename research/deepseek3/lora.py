@@ -36,6 +36,7 @@ __all__ = [
     "adapter_entries",
     "freeze_base",
     "frozen_names",
+    "is_adapter",
     "save_peft",
 ]
 

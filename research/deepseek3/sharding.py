@@ -68,6 +68,7 @@ def plans(config) -> dict[str, dict[str, tuple]]:
         "split_tokens": {"split": (tokens, "->", tokens, tokens)},
         "split_heads": {"split": (heads(), "->", heads(), heads())},
         "core_attention": attention_plan(),
+        **sparse_attention_plans(tokens),
         "largest_logits": {
             "largest": (heads(),),
             "larger": ((NONE,), (NONE,)),
@@ -101,6 +102,45 @@ def plans(config) -> dict[str, dict[str, tuple]]:
             "sum_tokens": (("dp", ("cp", "mp"), NONE),),
         },
     }
+
+
+def sparse_attention_plans(tokens: tuple) -> dict[str, dict[str, tuple]]:
+    """The indexer: its heads lie on mp as the model's; what all heads share, (B, 1, S, S), is split by queries."""
+    rows, key = ("dp", NONE, "cp", NONE), ("dp", NONE, "cp", NONE)
+    whole = ("dp", "mp", NONE, NONE)
+    return {
+        "layer_norm": {"norm": (tokens, (NONE,), (NONE,))},
+        "indexer": {
+            "to_heads": (("dp", "cp", "mp", NONE), "->", heads()),
+            "share_key": (heads(),),
+            "cat_query": (heads(), heads()),
+            "cat_key": (key, key),
+            "query_key": (heads(), whole),
+            "relu": (heads(),),
+            "weigh": (heads(), heads()),
+            "sum_heads": (heads(),),
+        },
+        "selection": {"mask_scores": (rows, (NONE, NONE, "cp", NONE)), "keep_selected": (rows, rows)},
+        "selected": {"add_mask": (heads(), rows)},
+        "indexer_loss": {
+            "sum_heads": (heads(),),
+            "mean_heads": (rows, ()),
+            "log_softmax": (rows,),
+            "floor": (rows, ()),
+            "log": (rows,),
+            "difference": (rows, rows),
+            "weigh": (rows, rows),
+            "sum_keys": (rows,),
+            "count": (("dp", NONE, "cp"), ("dp", NONE, "cp")),
+            "total": (("dp", NONE, "cp"),),
+        },
+    }
+
+
+def selection_plan() -> tuple:
+    """Layouts of the per-device selection: scores (B, 1, S, S), the mask of the selected."""
+    rows = ("dp", NONE, "cp", NONE)
+    return (rows,), (rows,)
 
 
 def lora_plans(tokens: tuple, width: tuple) -> dict[str, dict[str, tuple]]:

@@ -4,7 +4,7 @@ import numpy as np
 from attention_logits import rows_to_clip
 from hf_weights import HuggingFaceWeights
 from linear import Linear
-from lora import frozen_names, save_peft
+from lora import frozen_names, is_adapter, save_peft
 from mindspore import Parameter, nn
 from sharding import experts_plan, plans
 
@@ -60,6 +60,10 @@ class TrainingInterface:
     def frozen_names(self) -> set[str]:
         """Names of the weights that a LoRA training leaves as they were loaded; none without LoRA."""
         return frozen_names(self.config)
+
+    def starts_anew(self, name: str) -> bool:
+        """True for a weight that a checkpoint to start from may do without."""
+        return is_adapter(name)
 
     def save_adapter(self, folder: str, values: dict[str, np.ndarray], base: str = "") -> None:
         """Write LoRA adapters, whole arrays by our names, as a folder of the peft package."""

@@ -82,7 +82,8 @@ def layer_table(config, index: int, ours: str, theirs: str, stacked: bool) -> It
         width = moe.shared_expert_num * moe.moe_intermediate_size
         shapes |= ffn_shapes("mlp.shared_experts", config.hidden_size, width)
     for name, shape in shapes.items():
-        yield Entry(f"{ours}.{name}.weight", shape, (f"{theirs}.{name}.weight",))
+        name = name if name.endswith(".bias") else f"{name}.weight"
+        yield Entry(f"{ours}.{name}", shape, (f"{theirs}.{name}",))
     if config.is_moe_layer(index):
         yield from expert_table(config, f"{ours}.mlp", f"{theirs}.mlp", stacked)
 
@@ -101,6 +102,19 @@ def attention_shapes(config) -> dict[str, tuple[int, ...]]:
         "kv_a_layernorm": (latent,),
         "kv_b_proj": (heads * (config.qk_nope_head_dim + config.v_head_dim), latent),
         "o_proj": (hidden, heads * config.v_head_dim),
+        **(indexer_shapes(config) if config.has_indexer else {}),
+    }
+
+
+def indexer_shapes(config) -> dict[str, tuple[int, ...]]:
+    """Weights of one lightning indexer, (out, in)."""
+    heads, width = config.index_n_heads, config.index_head_dim
+    return {
+        "indexer.wq_b": (heads * width, config.q_lora_rank),
+        "indexer.wk": (width, config.hidden_size),
+        "indexer.k_norm": (width,),
+        "indexer.k_norm.bias": (width,),
+        "indexer.weights_proj": (heads, config.hidden_size),
     }
 
 

@@ -256,6 +256,10 @@ EFFECTS = {
     "V3ModelConfig": {
         "research/deepseek3/deepseek3_model.py": "mtp_depth",
     },
+    "V32ModelConfig": {
+        "research/deepseek3/sparse_attention.py": "index_n_heads index_head_dim index_topk indexer_loss_factor",
+        "mindformers_ext/config/model.py": "sparse_attention",
+    },
     "YarnConfig": {
         "research/deepseek3/rope.py": """
             factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim""",

@@ -67,11 +67,19 @@ def data(step: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, labels
 
 
-def training_cell(parallel: dict, model: dict, moe: dict, one_step=MFTrainOneStepCell, inputs=lambda net: net):
+def training_cell(
+    parallel: dict,
+    model: dict,
+    moe: dict,
+    one_step=MFTrainOneStepCell,
+    inputs=lambda net: net,
+    config_of=v3_config,
+    network=DeepseekV3ForCausalLM,
+):
     """The training cell under the parallel context that is set; `inputs` wraps the net, to name its inputs."""
-    config = v3_config({**MOE, **moe}, **{**SIZES, **model}, batch_size=BATCH, parallel_config=dict(parallel))
+    config = config_of({**MOE, **moe}, **{**SIZES, **model}, batch_size=BATCH, parallel_config=dict(parallel))
     ms.set_seed(1)
-    net = DeepseekV3ForCausalLM(config)
+    net = network(config)
     weights = net.trainable_params()
     groups = [
         {"params": [w for w in weights if w.ndim > 1], "weight_decay": 0.1},

@@ -2,6 +2,7 @@
 
 from deepseek2_config import DeepseekV2Config
 from deepseek3_config import DeepseekV3Config
+from deepseek32_config import DeepseekV32Config
 
 SIZES = dict(
     seq_length=24,
@@ -37,6 +38,12 @@ MOE = dict(
 def v3_config(moe: dict | None = None, **changes) -> DeepseekV3Config:
     """A two-layer DeepSeek-V3; `moe` and `changes` override single values."""
     return DeepseekV3Config(**{**SIZES, **changes}, moe_config={**MOE, **(moe or {})})
+
+
+def v32_config(moe: dict | None = None, **changes) -> DeepseekV32Config:
+    """A two-layer DeepSeek-V3.2; heads enough that no score is 0, so that there is one order of them."""
+    indexer = dict(index_n_heads=16, index_head_dim=20, index_topk=7)
+    return DeepseekV32Config(**{**SIZES, **indexer, **changes}, moe_config={**MOE, **(moe or {})})
 
 
 def v2_config(moe: dict | None = None, **changes) -> DeepseekV2Config:

@@ -59,6 +59,12 @@ def write(family: str, folder: Path) -> None:
     assert transformers.__version__ == VERSION
     if family == "glm4_moe_lite":
         model = transformers.Glm4MoeLiteForCausalLM(transformers.Glm4MoeLiteConfig(**SMALL, **EXPERTS))
+    elif family.startswith("deepseek_v32"):
+        topk = 8 if family.endswith("sparse") else 64
+        indexer = dict(
+            index_n_heads=16, index_head_dim=20, index_topk=topk, first_k_dense_replace=1, n_group=4, topk_group=2
+        )
+        model = transformers.DeepseekV32ForCausalLM(transformers.DeepseekV32Config(**SMALL, **EXPERTS, **indexer))
     else:
         model = transformers.YoutuForCausalLM(transformers.YoutuConfig(**SMALL))
     torch.manual_seed(3)
