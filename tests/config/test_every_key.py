@@ -23,7 +23,7 @@ RIGHT = {
         moe_config.enable_sdrop moe_config.group_wise_a2a moe_config.norm_topk_prob moe_config.use_fused_ops_permute
         moe_config.use_fused_ops_topkrouter moe_config.use_gating_sigmoid moe_config.use_gmm parallel.enable_alltoall
         parallel.enable_parallel_optimizer parallel.gradients_mean
-        parallel.parallel_optimizer_config.gradient_accumulation_shard
+        parallel.parallel_optimizer_config.gradient_accumulation_shard parallel.pipeline_config.pipeline_interleave
         parallel_config.use_seq_parallel
         parallel_config.vocab_emb_dp recompute_config.mp_comm_recompute
         recompute_config.parallel_optimizer_comm_recompute recompute_config.recompute
