@@ -118,6 +118,7 @@ def test_the_warm_up_starts_from_a_v3(tmp_path):
     write_folder(tmp_path, values, random_tensors(values, torch.float32))
     plain = HuggingFaceWeights(tmp_path).config
     same = {key: getattr(plain, key) for key in (*SIZES, "scaling_factor", "extend_method", "max_position_embeddings")}
+    same["scaling_factor"] = vars(plain.scaling_factor)
     same |= dict(moe_config=plain.moe_config, index_n_heads=4, index_head_dim=12, index_topk=8)
     network = DeepseekV32ForCausalLM(DeepseekV32Config(**same, sparse_attention="warm_up"))
     source = network.huggingface_weights(tmp_path)
