@@ -14,7 +14,7 @@ from mindformers_ext.config.model import ModelConfig
 from mindformers_ext.config.run import Degrees, Run
 from mindformers_ext.dryrun.pipeline import SCHEDULES
 from mindformers_ext.files.json_files import read_object
-from mindformers_ext.rank_compiler.roofline import JOINED, JOINED_ELEMENTS
+from mindformers_ext.rank_compiler.graph_kernels import JOINED, JOINED_ELEMENTS
 
 # Parts of a layer that may be computed again without the rest: select_recompute.
 PARTS = ("norm", "mla_up", "attention", "swiglu", "experts")

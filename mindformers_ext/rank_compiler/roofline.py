@@ -30,6 +30,7 @@ from typing import Protocol
 
 from mindformers_ext.rank_compiler import mind_ir as pb
 from mindformers_ext.rank_compiler import mindir
+from mindformers_ext.rank_compiler.graph_kernels import JOINED, JOINED_ELEMENTS
 from mindformers_ext.rank_compiler.operators import Operator, Tensor, operators, tensors, words
 
 PRODUCT, ATTENTION, MEMORY, VIEW = "product", "attention", "memory", "view"
@@ -63,8 +64,6 @@ PARTS = (  # of the model, by the cells in an operator's scope; the first that i
     ("between cells", r""),
 )
 ACCUMULATION = "gradient accumulation"
-JOINED = {"GroupedMatmul": "grouped_matmul_assignadd_fusion", "MatMul": "matmul_assignadd_fusion"}  # passes
-JOINED_ELEMENTS = 10_000_000
 RESULT_TYPE, FLOAT_BYTES = "BFLOAT16", 4
 PASSES_FIRST = words("Depend Load TupleGetItem")  # other inputs are waited for, or say which
 PATTERNS = [(part, re.compile(pattern)) for part, pattern in PARTS]

@@ -371,7 +371,7 @@ def known() -> dict[type, dict[str, Any]]:
     while waiting:
         cls = waiting.pop()
         parents = [base for base in cls.__mro__[1:] if dataclasses.is_dataclass(base)]
-        inherited = {key: hint for base in parents for key, hint in annotations(base).items()}
+        inherited = {key: hint for base in reversed(parents) for key, hint in annotations(base).items()}
         found[cls] = {
             key: hint
             for key, hint in annotations(cls).items()
