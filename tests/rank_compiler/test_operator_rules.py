@@ -59,6 +59,7 @@ LEGAL = {
         dict.fromkeys(("var", "m", "v", "grad"), STATE) | dict.fromkeys(("lr", "beta1", "beta2", "epsilon"), ONE),
         [STATE[1]] * 3,
     ),
+    "AdamW": (dict.fromkeys(("var", "m", "v", "max_v", "gradient"), STATE), [STATE[1]] * 3),
 }
 WEIGHT_GRADIENT = {"x": [("transposed", (64, 512))], "weight": [(BF16, (512, 96))], "group_type": 2}
 BATCH = {"x": (BF16, (2, 32, 4096, 64)), "cos": (BF16, (2, 1, 4096, 64)), "sin": (BF16, (2, 1, 4096, 64))}
@@ -165,6 +166,7 @@ PLANTED = [
     ("Swiglu", {"input": (BF16, (512, 65))}, "even"),
     ("ApplyAdamW", {"m": (BF16, STATE[1])}, "one type and shape"),
     ("ApplyAdamW", {"lr": (FP32, (2,))}, "the rates"),
+    ("AdamW", {"gradient": (BF16, STATE[1])}, "var and grad"),
     ("RmsNorm", {"x": (BF16, (1,) * 8 + (64,))}, "8 axes"),
 ]  # fmt: skip
 
