@@ -70,10 +70,13 @@ def from_youtu(values: dict[str, Any], where: Any) -> dict[str, Any]:
     return found
 
 
+SPARSE_LAYERS = {"indexed_attention", "deepseek_sparse_attention"}  # one word or the other, by transformers' version
+
+
 def from_v32(values: dict[str, Any], where: Any) -> dict[str, Any]:
     """transformers 5 names the kind of every layer's attention, too: all are sparse."""
     kinds = values.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or set(kinds) != {"deepseek_sparse_attention"}):
+    if kinds is not None and (not isinstance(kinds, list) or not set(kinds) <= SPARSE_LAYERS):
         raise ConfigError(f"{where}: layer_types is {short(kinds)}, but this model has sparse attention in every layer")
     kept = {key: value for key, value in values.items() if key != "layer_types"}
     return from_glm(kept, where) if kept.get("mlp_layer_types") is not None else kept
