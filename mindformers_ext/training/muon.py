@@ -233,8 +233,9 @@ class Muon(nn.Optimizer):
 
 
 def state(weight: Parameter, prefix: str) -> Parameter:
-    """A state of the optimizer, split as its weight."""
+    """A state of the optimizer, split as its weight, in float32 whatever the weight is."""
     zeros = weight.clone("zeros")
+    zeros.set_dtype(mstype.float32)
     zeros.name = prefix + weight.name
     return zeros
 

@@ -68,6 +68,15 @@ def test_steps_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
             np.testing.assert_allclose(mine, theirs.detach().numpy(), atol=5e-6, err_msg=weight.name)
 
 
+def test_states_are_float32_where_weights_are_not() -> None:
+    """A moment in bfloat16 would lose what a step adds. (MindSpore's CPU cannot assign bfloat16: no step here.)"""
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    model = DeepseekV3ForCausalLM(v3_config(param_init_type="bfloat16"))
+    weights = model.trainable_params()
+    optimizer = Muon(weights, RATE, model=model)
+    assert {state.dtype for state in (*optimizer.first, *optimizer.second)} == {ms.float32}
+
+
 OPERATORS = ("use_flash_attention", "use_fused_rope")
 
 
