@@ -6,8 +6,8 @@ from deepseek32_config import DeepseekV32Config
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor
 from sharding import share_graph
-from sparse_attention import INDEXER, SparseDecoderLayer
-from weights import name_table
+from sparse_attention import SparseDecoderLayer
+from weights import INDEXER, name_table
 
 __all__ = ["DeepseekV32ForCausalLM"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from hf_config import compare, config_from_hf, read_config
 from ml_dtypes import bfloat16
-from weights import Entry, from_huggingface, name_table
+from weights import INDEXER, Entry, from_huggingface, name_table
 
 from mindformers_ext.errors import ConfigError
 from mindformers_ext.files.finite import all_finite
@@ -215,8 +215,8 @@ class HuggingFaceWeights(Source):
         self.config = config or config_from_files(self.path, values, self.tensors)
         compare(self.config, values, self.path / "config.json")
         entries = list(name_table(self.config, is_stacked(self.tensors)))
-        if self.config.warms_up and not any(map(is_indexer, self.tensors)):
-            entries = [entry for entry in entries if not is_indexer(entry.ours)]  # of a V3, which the warm-up makes
+        if self.config.warms_up and not any(INDEXER in name for name in self.tensors):
+            entries = [entry for entry in entries if INDEXER not in entry.ours]  # of a V3, which the warm-up makes
         self.entries = {entry.ours: entry for entry in entries}
         depths = range(self.config.mtp_depth, mtp_depth_of(self.tensors, self.config.num_layers))
         skip = tuple(mtp_prefix(self.config.num_layers, depth) for depth in depths)
@@ -326,11 +326,6 @@ def weight_of(name: str) -> str:
         if name.endswith(suffix):
             return name.removesuffix(suffix.removeprefix(".weight"))
     return name
-
-
-def is_indexer(name: str) -> bool:
-    """True for a weight of V3.2's lightning indexer, by our name or HuggingFace's."""
-    return ".self_attn.indexer." in name
 
 
 def is_stacked(names: Iterable[str]) -> bool:

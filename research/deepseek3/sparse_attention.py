@@ -23,11 +23,10 @@ from mindspore.common.initializer import initializer
 from rope import RotaryEmbedding
 from sharding import cell_locally, selection_plan, shard
 
-from mindformers_ext.layers.fused_ops import MASKED, BasicRotary, Chosen, Topk, split_columns
+from mindformers_ext.layers.fused_ops import MASKED, BasicRotary, ScatterValue, Topk, split_columns
 
-__all__ = ["INDEXER", "SparseDecoderLayer", "SparseLatentAttention"]
+__all__ = ["SparseDecoderLayer", "SparseLatentAttention"]
 
-INDEXER = ".self_attn.indexer."  # in the names of its weights
 NORM_EPS = 1e-6  # of the indexer's norm, whatever rms_norm_eps
 
 
@@ -102,13 +101,14 @@ class LightningIndexer(nn.Cell):
 class Selection(nn.Cell):
     """The mask of the keys with the `count` largest scores: 0 or MASKED, (B, 1, S, S) <- scores with mask."""
 
-    def __init__(self, count: int, length: int):
+    def __init__(self, count: int):
         super().__init__()
-        self.count, self.largest, self.chosen = count, Topk(), Chosen(length)
+        self.count, self.largest, self.mark = count, Topk(), ScatterValue()
 
     def construct(self, scores):
-        _, places = self.largest(scores.reshape((-1, scores.shape[-1])), self.count)
-        chosen = self.chosen(places).reshape(scores.shape)
+        rows = scores.reshape((-1, scores.shape[-1]))
+        _, places = self.largest(rows, self.count)
+        chosen = self.mark(ops.zeros_like(rows), 1, places, 1.0).reshape(scores.shape)
         # A query with fewer keys before it than `count` chooses some that it may not attend.
         allowed = chosen * ops.cast(scores > MASKED / 2, mstype.float32)
         return (1.0 - allowed) * MASKED
@@ -145,17 +145,9 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         self.indexer, self.indexer_loss = LightningIndexer(config), IndexerLoss(config)
         self.mask_scores, self.keep_selected = ops.Add(), ops.Add()
         shard(self, "selection", config)
-        length = config.seq_length
         self.count, self.selects = config.index_topk, not config.warms_up
-        if self.selects and length > self.count:
-
-            def shapes(scores):
-                return scores
-
-            def types(scores):
-                return scores
-
-            self.select = cell_locally(Selection(self.count, length), shapes, types, selection_plan(), config)
+        self.select = cell_locally(Selection(self.count), _same, _same, selection_plan(), config)
+        if self.selects and config.seq_length > self.count:
             shard(self.core_attention, "selected", config)
 
     def construct(self, x, seq, mask, position_ids, token_mask):
@@ -172,6 +164,11 @@ class SparseLatentAttention(MultiHeadLatentAttention):
             context = ops.depend(context, self.track(logits))
         loss = self.indexer_loss(masked, weights, token_mask) if self.training else no_loss()
         return self.output(context), loss
+
+
+def _same(scores):
+    """Shape or dtype of a mask <- of the scores."""
+    return scores
 
 
 class SparseDecoderLayer(DecoderLayer):

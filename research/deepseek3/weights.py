@@ -13,7 +13,18 @@ import numpy as np
 
 from mindformers_ext.files import _transpose
 
-__all__ = ["Entry", "boxes", "from_huggingface", "name_table", "parameter_count", "to_huggingface", "write_part"]
+__all__ = [
+    "INDEXER",
+    "Entry",
+    "boxes",
+    "from_huggingface",
+    "name_table",
+    "parameter_count",
+    "to_huggingface",
+    "write_part",
+]
+
+INDEXER = ".self_attn.indexer."  # in the names of the weights of V3.2's lightning indexers, ours and HuggingFace's
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) on each axis
 
