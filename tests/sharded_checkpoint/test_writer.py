@@ -192,19 +192,24 @@ print("ready", flush=True)
 for step in range(int(sys.argv[3]), 10**9):
     value = np.full(20_000, step, np.float32)
     saver.save(Meta(step, 1), {"w": Piece(value, Slot.whole(value.shape))})
+    print(step, flush=True)
 """
 
 
 @pytest.mark.parametrize("in_background", [False, True])
 def test_kill_at_a_random_moment(tmp_path, in_background: bool) -> None:
-    """SIGKILL while it saves step after step, 20 times in all; the next run goes on from what is there."""
+    """SIGKILL while it saves step after step, 20 times in all; the next run goes on from what is there.
+
+    Of saves in the background the last one may not have begun when it is told: the one before it is whole.
+    """
     moments = random.Random(1)
     first = 1
     for _ in range(10):
         command = [sys.executable, "-c", WRITER, str(tmp_path), str(in_background), str(first)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(moments.uniform(0, 0.15))
+        for _ in range(3 + moments.randrange(4)):  # "ready" and two steps at least
+            process.stdout.readline()
+        time.sleep(moments.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
