@@ -81,9 +81,11 @@ class Watch:
         self.news: queue.Queue[str] = queue.Queue()
         self.lines: dict[int, Line] = {}
         self.server: socket.socket | None = None
+        self.stands = threading.Event()  # machine 0 knows this one
         if place.node_rank == 0:
             family = socket.AF_INET6 if ":" in place.master_addr else socket.AF_INET
             self.server = socket.create_server(("", port), family=family)
+            self.stands.set()
             threading.Thread(target=self.accept, daemon=True).start()
         else:
             threading.Thread(target=self.connect, daemon=True).start()
@@ -136,6 +138,7 @@ class Watch:
                 self.news.put(text if "machine " in text else f"{name}: {text}")
 
         self.lines[0] = Line(connection, name, heard)
+        self.stands.set()
 
     def tell(self, message: str, text: str = "") -> None:
         """Say something to all machines that this one has a line to."""
@@ -173,6 +176,7 @@ def run(command: list[str], place: Place, port: int) -> int:
             watch.tell(FAILED, f"its ranks failed with exit code {code}; their logs say why")
             time.sleep(min(MOURNING_SECONDS, 1))
         else:
+            watch.stands.wait(MOURNING_SECONDS)  # ranks may end while the line is made: it would break unexplained
             watch.tell(DONE)
         return code if code >= 0 else 128 - code
     finally:

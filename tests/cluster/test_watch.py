@@ -122,6 +122,20 @@ def test_machines_that_end_one_after_another_are_no_failure():
     assert [process.returncode for process in machines] == [0, 0, 0], errors
 
 
+def test_ranks_that_end_before_the_line_stands_are_told_as_done():
+    """Machine 0 knows the other one's name and has not answered yet when its ranks end: no broken connection."""
+    with socket.create_server(("127.0.0.1", 0)) as machine_0:
+        machine_1 = start(2, 1, machine_0.getsockname()[1], ["true"])
+        connection, _ = machine_0.accept()
+        with connection, connection.makefile("rwb") as line:
+            assert json.loads(line.readline())[0] == 1
+            time.sleep(0.4)  # its ranks end meanwhile, which it sees after 0.2 s
+            line.write(b'["alive", ""]\n')
+            line.flush()
+            said = [json.loads(text)[0] for text in line]
+    assert said[-1] == "done" and machine_1.wait(10) == 0
+
+
 def test_a_proxy_that_answers_before_machine_0_does_is_no_lost_machine():
     port = free_port()
     with socket.create_server(("127.0.0.1", port)) as proxy:
