@@ -17,11 +17,13 @@ fi
 RUN+=("$@")
 rm -f "$OUTPUT_DIR/kill_switch" # of a job that ended in another way
 
-trap 'mkdir -p "$OUTPUT_DIR"; touch "$OUTPUT_DIR/kill_switch"' TERM
+TOLD=
+trap 'TOLD=1; mkdir -p "$OUTPUT_DIR"; touch "$OUTPUT_DIR/kill_switch"' TERM
 bash "$(dirname "${BASH_SOURCE[0]}")/msrun_launcher.sh" "${RUN[*]@Q}" "" "" "" "" "" "$OUTPUT_DIR/msrun_log" &
 CODE=0
 wait $! || CODE=$?
-while kill -0 $! 2> /dev/null; do # a signal ends a wait, not the run
+while [ "$TOLD" ]; do # a signal ends a wait, not the run, which may have ended by now
+  TOLD=
   CODE=0
   wait $! || CODE=$?
 done

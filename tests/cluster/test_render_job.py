@@ -220,8 +220,10 @@ def test_slurms_time_limit_ends_the_run_and_requeues_it(tmp_path):
 
 def test_sigterm_of_a_pod_asks_the_run_to_end(tmp_path):
     project(tmp_path)
-    (tmp_path / "msrun").write_text(RECORDING)
-    (tmp_path / "msrun").chmod(0o755)
+    # The run ends at once, while the script is still busy with the signal.
+    for name, text in (("msrun", RECORDING), ("touch", '#!/bin/sh\n/usr/bin/touch "$@"; sleep 0.5\n')):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
     environment = slurm.install(tmp_path) | {"SLOW": "1", "SLURM_NODEID": "0", "NNODES": "1", "NODE_RANK": "0"}
     config, more = str(TOY / "train_toy.yaml"), ["--parallel_config.data_parallel", "2"]
     pod = subprocess.Popen(["bash", "scripts/train_job.sh", config, "out", *more], cwd=tmp_path, env=environment)
